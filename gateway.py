@@ -1,0 +1,4429 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""An LLM gateway in one file, on Python's standard library alone.
+
+    python3 gateway.py -demo                  try it: embedded upstream, no key needed
+    python3 gateway.py -config config.json    serve
+    python3 gateway.py -help                  the other commands
+
+Apps speak to it with a virtual key each; it knows the providers' keys, routes by the model's name,
+and counts requests, tokens and money per app for Prometheus.
+
+One request's way: section 13 reads a head and asks section 12, whose `generate` is the story: the
+key is judged (7), the body is read (9), the model is looked up (7), the bytes are passed or
+translated (4), sent to the provider (11), watched for usage on their way back (4), written by
+section 13, and recorded once (12) in the log and the metrics (8).
+
+Contents
+
+     1. Errors              what may go wrong, said once
+     2. Model               what every dialect is translated through
+     3. SSE                 server-sent events, both ways
+     4. Dialects            wire formats, each read from both ends
+     5. Providers           the kinds of upstream, as a table
+     6. Config              the file, checked as a whole
+     7. Policy              who may, which way, what it costs
+     8. Metrics             counted exactly, rendered for Prometheus
+     9. HTTP                heads and bodies, bytes in and bytes out
+    10. Prices              data: a row a model
+    11. Upstream            connections to providers
+    12. Gateway             one exchange, from request to record
+    13. Server              connections from clients
+    14. Demo                the embedded upstream
+    15. Page                what a person sees at /
+    16. Workers             sockets, signals, the life of the process
+    17. Command line        arguments, and main
+
+Two rules hold everywhere, and the tests keep them: a section uses only the sections above it, and
+nothing above the line "I/O starts here" awaits, opens, sleeps, or reads the clock, the environment
+or random numbers. What those sections need of the outside is handed in.
+
+Licence
+
+Copyright (c) 2026 the gateway.py authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("gateway.py needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
+
+import asyncio
+import asyncio.sslproto
+import bisect
+import calendar
+import dataclasses
+import difflib
+import errno
+import fnmatch
+import functools
+import hashlib
+import http
+import itertools
+import json
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import ssl
+import time
+import traceback
+import urllib.parse
+import zlib
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import (
+    Any, Awaitable, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
+    Optional, Protocol, Sequence, Set, Tuple, Type, Union,
+)
+
+__version__ = "1.0.0"
+
+JSON = Dict[str, Any]
+Fields = List[Tuple[str, str]]  # header fields in order, names in lower case
+
+
+# ==================================================================================================
+# 1. Errors
+#
+# An error is raised anywhere and rendered once, in the client's dialect. Its message is what the
+# client may read; what only the log may see is its __cause__.
+# ==================================================================================================
+
+# The error types of OpenAI's API by status; other dialects have tables of their own in section 4.
+ERROR_TYPES = {
+    401: "invalid_request_error", 403: "permission_error", 404: "invalid_request_error",
+    408: "timeout", 429: "rate_limit_error", 500: "server_error", 502: "upstream_error",
+    503: "overloaded_error", 504: "timeout",
+}
+
+
+class GatewayError(Exception):
+    """An answer that is an error.
+
+    `status` is the HTTP status, `type` the dialect's word for it (by default from the status),
+    `headers` go out with it. `provider_error` is its label in `llm_provider_errors_total` where a
+    provider is to blame, one of PROVIDER_ERRORS, else "". `is_quoted` says that the words are the
+    provider's own: they may quote the prompt, so the log leaves them out.
+    """
+
+    def __init__(self, status: int, message: str, param: Optional[str] = None,
+                 code: Optional[str] = None, headers: Sequence[Tuple[str, str]] = (), *,
+                 type: Optional[str] = None, provider_error: str = "",
+                 is_quoted: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+        fallback = "invalid_request_error" if status < 500 else "server_error"
+        self.type = type or ERROR_TYPES.get(status, fallback)
+        self.provider_error = provider_error
+        self.is_quoted = is_quoted
+
+
+# request_error: no connection, or it failed before a usable answer. stream_error: failed after the
+# first byte went out. The other labels say what the provider answered.
+PROVIDER_ERRORS = ("request_error", "stream_error", "timeout", "auth", "rate_limit", "client_error",
+                   "server_error", "bad_answer")
+
+
+def upstream_error(status: int, message: str, label: str, **more: Any) -> GatewayError:
+    """A GatewayError that a provider is to blame for."""
+    return GatewayError(status, message, provider_error=label, **more)
+
+
+class ConfigError(Exception):
+    """A config that cannot be served: every problem of the file, a line each."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+# ==================================================================================================
+# 2. Model
+#
+# The small model that every dialect is translated through.
+# ==================================================================================================
+
+
+@dataclass
+class Usage:
+    """Tokens of one reply. `input` counts the whole prompt (uncached + cache_read + cache_write),
+    `output` all that was generated, `reasoning` inside."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    cache_write_1h: int = 0  # part of cache_write: it has a price of its own
+    reasoning: int = 0
+
+
+def count(value: object) -> int:
+    """A token count from the wire; anything else than a count is 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON as it is on the wire: strict where a route is read from it, and cut into members so that a
+# value can be replaced with every other byte left as it came.
+# --------------------------------------------------------------------------------------------------
+
+MAX_INT_DIGITS = 4300  # Python's own bound where it has one; before 3.9.14 it has none
+
+
+def bounded_int(digits: str) -> int:
+    if len(digits) > MAX_INT_DIGITS:  # int() is quadratic: 10 MB of digits would take minutes
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_int=bounded_int, parse_constant=refuse_constant)
+encode_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def dump_json(value: object) -> bytes:
+    """Compact JSON in UTF-8; a lone surrogate falls back to an escape."""
+    try:
+        return encode_json(value).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+class Member(NamedTuple):
+    """A top-level member of a JSON object: its value, and the value's span in the text."""
+
+    value: Any
+    start: int
+    end: int
+
+
+class Document:
+    """A JSON object as it came, whose top-level values can be replaced one by one.
+
+    Raises GatewayError(400) for what is not UTF-8, not JSON, not an object, nested deeper than the
+    parser follows, or names a top-level key twice.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        try:
+            text = body.decode()
+            self.members = in_bytes(text, scan_members(text))
+        except UnicodeDecodeError as error:
+            raise GatewayError(400, "The body is not valid UTF-8.") from error
+        except RecursionError as error:
+            raise GatewayError(400, "The body's JSON is nested too deeply.") from error
+        except ValueError as error:
+            raise GatewayError(400, f"The body is not a JSON object: {error}.") from error
+
+    def get(self, key: str) -> Any:
+        member = self.members.get(key)
+        return None if member is None else member.value
+
+    def tree(self) -> JSON:
+        return {key: member.value for key, member in self.members.items()}
+
+    def with_values(self, values: Mapping[str, object]) -> bytes:
+        """The body with these top-level values put in place, or at the end where they are new."""
+        if not values:
+            return self.body
+        body = memoryview(self.body)  # slices of it are no copies
+        pieces: List[Union[bytes, memoryview]] = []
+        at = 0
+        for start, end, key in sorted((member.start, member.end, key)
+                                      for key, member in self.members.items() if key in values):
+            pieces += [body[at:start], dump_json(values[key])]
+            at = end
+        new = {key: value for key, value in values.items() if key not in self.members}
+        if new:
+            brace = self.body.rindex(b"}")
+            pieces += [body[at:brace], b"," if self.members else b"", dump_json(new)[1:-1]]
+            at = brace
+        return b"".join([*pieces, body[at:]])
+
+
+def scan_members(text: str) -> Dict[str, Member]:
+    """The members of the JSON object in `text`; raises ValueError or RecursionError."""
+    skip: Callable[[str, int], re.Match[str]] = WHITE_SPACE.match  # type: ignore[assignment]
+    members: Dict[str, Member] = {}
+    at = skip(text, 0).end()
+    if text[at:at + 1] != "{":
+        raise ValueError("it does not start with '{'")
+    at = skip(text, at + 1).end()
+    closed = text[at:at + 1] == "}"
+    while not closed:
+        if text[at:at + 1] != '"':
+            raise ValueError(f"a key is missing at character {at}")
+        key, at = DECODER.raw_decode(text, at)
+        at = skip(text, at).end()
+        if text[at:at + 1] != ":":
+            raise ValueError(f"a ':' is missing at character {at}")
+        if key in members:
+            raise ValueError("a top-level key stands twice")
+        start = skip(text, at + 1).end()
+        value, end = DECODER.raw_decode(text, start)
+        members[key] = Member(value, start, end)
+        at = skip(text, end).end()
+        closed = text[at:at + 1] == "}"
+        if not closed:
+            if text[at:at + 1] != ",":
+                raise ValueError(f"a ',' is missing at character {at}")
+            at = skip(text, at + 1).end()
+    if skip(text, at + 1).end() != len(text):
+        raise ValueError("more text follows it")
+    return members
+
+
+def in_bytes(text: str, members: Dict[str, Member]) -> Dict[str, Member]:
+    """The members with their spans counted in UTF-8 bytes."""
+    if text.isascii():
+        return members
+    counted, at, characters = {}, 0, 0
+    for key, member in members.items():
+        start = at + len(text[characters:member.start].encode())
+        at = start + len(text[member.start:member.end].encode())
+        characters = member.end
+        counted[key] = Member(member.value, start, at)
+    return counted
+
+
+# ==================================================================================================
+# 3. SSE
+#
+# Server-sent events (HTML Living Standard, section 9.2). Lines end in LF, CRLF or CR, and are cut
+# as bytes: str.splitlines would also cut at U+2028, which is legal inside JSON strings.
+# ==================================================================================================
+
+
+def sse(data: bytes, event: str = "") -> bytes:
+    """One event, as it is written."""
+    name = b"event: %b\n" % event.encode() if event else b""
+    return b"%bdata: %b\n\n" % (name, data)
+
+
+class Event(NamedTuple):
+    name: str
+    data: bytes
+
+
+def parse_event(raw: bytes) -> Event:
+    """One whole event; comments and fields other than `event` and `data` are left out."""
+    name, data = "", []
+    for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
+        key, _, value = line.partition(b":")
+        value = value[1:] if value[:1] == b" " else value
+        if key == b"data":
+            data.append(value)
+        elif key == b"event":
+            name = value.decode("utf-8", "replace")
+    return Event(name, b"\n".join(data))
+
+
+BLANK_LINE = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r\n?")
+
+
+def split_events(block: bytes) -> List[bytes]:
+    """A block of whole events, cut after each blank line."""
+    events, at = [], 0
+    for blank in BLANK_LINE.finditer(block):
+        events.append(block[at:blank.end()])
+        at = blank.end()
+    if at < len(block):
+        events.append(block[at:])
+    return events
+
+
+def last_blank_line(block: bytes, before: int) -> int:
+    """Where the last blank line that starts before `before` ends; 0 where there is none."""
+    return max(at + len(blank) if at >= 0 else 0 for at, blank in (
+        (block.rfind(blank, 0, before), blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r")))
+
+
+def event_around(block: bytes, at: int) -> Tuple[int, int]:
+    """The span of the event in which `at` lies, its blank line included."""
+    blank = BLANK_LINE.search(block, at)
+    return last_blank_line(block, at), blank.end() if blank else len(block)
+
+
+class EventCutter:
+    """Cuts a stream of bytes after its last whole event: `feed` returns whole events, byte for
+    byte as they came, and keeps the one that is still arriving. Raises GatewayError(502) where
+    that one outgrows `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: List[bytes] = []
+        self._seam = b""
+        self.held_bytes = 0
+
+    def feed(self, chunk: bytes) -> bytes:
+        if not self._held and chunk.endswith((b"\n\n", b"\r\n\r\n")):
+            return chunk
+        # Only the seam and the new bytes are searched: joining each time would make one long
+        # event quadratic.
+        window = self._seam + chunk
+        cut = last_blank_line(window, len(window)) - len(self._seam)
+        if cut <= 0:
+            self._hold(chunk)
+            return b""
+        whole = b"".join([*self._held, chunk[:cut]])
+        self.rest()
+        self._hold(chunk[cut:])
+        return whole
+
+    def _hold(self, piece: bytes) -> None:
+        if piece:
+            self._held.append(piece)
+            self._seam = (self._seam + piece[-3:])[-3:]
+            self.held_bytes += len(piece)
+        if self.held_bytes > self._limit:
+            raise upstream_error(502, "The provider sent an event that is too large.",
+                                 "bad_answer")
+
+    def rest(self) -> bytes:
+        """What is left at the end of the stream: an event without its blank line, or nothing."""
+        rest, self._held, self._seam, self.held_bytes = b"".join(self._held), [], b"", 0
+        return rest
+
+
+class SSEDecoder:
+    """Bytes in, events out; an event without data is none."""
+
+    def __init__(self, limit: int) -> None:
+        self._cutter = EventCutter(limit)
+
+    def feed(self, chunk: bytes) -> List[Event]:
+        return self._parse(self._cutter.feed(chunk))
+
+    def end(self) -> List[Event]:
+        """The last event, where the stream ended without the blank line behind it."""
+        return self._parse(self._cutter.rest())
+
+    @staticmethod
+    def _parse(block: bytes) -> List[Event]:
+        if not block:
+            return []
+        return [event for event in map(parse_event, split_events(block)) if event.data]
+
+
+# ==================================================================================================
+# 4. Dialects
+#
+# A dialect is one wire format, read from both ends. Nothing here looks a model or a provider up:
+# what a target takes is handed down.
+# ==================================================================================================
+
+
+class Watch:
+    """Watches a passed stream: whole events in, what the client may see out.
+
+    Each dialect's own watch finds in passing what metering and honesty need: `usage` as it is
+    known so far, `has_content` once the first token is there, `ended` at the terminal event, and
+    `failure` where the stream says that it failed. Only blocks that hold a telling word are looked
+    into: to parse every event costs ten times as much as to pass it.
+    """
+
+    def __init__(self) -> None:
+        self.usage: Optional[Usage] = None
+        self.has_content = False
+        self.ended = False
+        self.failure: Optional[GatewayError] = None
+        self._bytes = self._events = self._envelope = 0
+
+    def feed(self, block: bytes) -> bytes:
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """The provider closed: returns what is still held; a stream that has not ended fails."""
+        if not self.ended and not self.failure:
+            self.failure = upstream_error(502, "The provider cut the stream before its end.",
+                                          "stream_error")
+        return b""
+
+    @property
+    def content_bytes(self) -> int:
+        """About how many bytes of content went by: all bytes, less for each event what the first
+        one with content held around it. Exact counting would parse every event."""
+        return max(self._bytes - self._events * self._envelope, self._events)
+
+
+class ChatCompletions:
+    """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
+
+    name = "chat"
+
+    def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        return dump_json({"error": {"message": error.message, "type": error.type,
+                                    "param": error.param, "code": error.code}})
+
+    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
+        return sse(self.render_error(error, request_id))
+
+    def parse_error(self, wire: object, status: int) -> GatewayError:
+        """The provider's error object (or what stands in its place) as ours, its words kept."""
+        detail = wire if isinstance(wire, dict) else {"message": wire}
+        code, type_ = detail.get("code"), detail.get("type")
+        for told in (code, type_):
+            status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
+        if isinstance(code, int) and 400 <= code < 600:
+            status = code
+        message = detail.get("message")
+        return upstream_error(
+            status, message if isinstance(message, str) else "The provider reported an error.",
+            error_label(status), type=type_ if isinstance(type_, str) else None,
+            code=str(code) if isinstance(code, (str, int)) else None, is_quoted=True)
+
+    def parse_usage(self, wire: object) -> Optional[Usage]:
+        """The `usage` object; its counts hold the cached and the reasoning parts already."""
+        if not isinstance(wire, dict):
+            return None
+        read = wire.get("prompt_tokens_details") or {}
+        written = wire.get("completion_tokens_details") or {}
+        return Usage(count(wire.get("prompt_tokens")), count(wire.get("completion_tokens")),
+                     count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
+                     0, count(written.get("reasoning_tokens")))
+
+    def count_content(self, reply: JSON) -> int:
+        """The bytes of content of a plain reply that tells no usage."""
+        choices = reply.get("choices")
+        return sum(len(dump_json(choice.get("message"))) for choice in choices
+                   if isinstance(choice, dict)) if isinstance(choices, list) else 0
+
+    def asks_for_usage(self, document: Document) -> bool:
+        options = document.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    def values_for_usage(self, document: Document) -> Dict[str, object]:
+        """What to put into a streamed request so that its answer ends in its usage."""
+        options = document.get("stream_options")
+        return {"stream_options": {**(options if isinstance(options, dict) else {}),
+                                   "include_usage": True}}
+
+    def watch(self, hide_usage: bool, needs_done: bool) -> ChatWatch:
+        return ChatWatch(self, hide_usage, needs_done)
+
+
+# What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
+ERROR_STATUSES = {
+    "invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
+    "invalid_api_key": 401, "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "model_not_found": 404, "request_too_large": 413, "rate_limit_error": 429,
+    "rate_limit_exceeded": 429, "insufficient_quota": 429, "server_error": 500, "api_error": 500,
+    "timeout_error": 504, "overloaded_error": 503, "server_is_overloaded": 503,
+}
+
+
+def error_label(status: int) -> str:
+    """The label in `llm_provider_errors_total` of what a provider answered."""
+    if status in (401, 402):
+        return "auth"
+    if status == 429:
+        return "rate_limit"
+    return "client_error" if status < 500 else "server_error"
+
+
+USAGE = re.compile(rb'"usage"\s*:\s*\{')
+DONE = re.compile(rb"^data:[ \t]*\[DONE\]", re.MULTILINE)
+COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)*")
+
+
+class ChatWatch(Watch):
+    """Watches a Chat Completions stream.
+
+    With `hide_usage` the usage chunk that we asked for is taken out: it is held until the next
+    event shows that it was the last before [DONE]. Without `needs_done` a stream also ends well
+    when each of its choices gave a finish_reason.
+    """
+
+    def __init__(self, dialect: ChatCompletions, hide_usage: bool, needs_done: bool) -> None:
+        super().__init__()
+        self._dialect = dialect
+        self._hide_usage = hide_usage
+        self._needs_done = needs_done
+        self._held = b""
+        self._open_choices: Dict[object, bool] = {}
+
+    def feed(self, block: bytes) -> bytes:
+        if not self.has_content or not self._needs_done:
+            self._look_at_each(block)
+        self._bytes += len(block)
+        self._events += block.count(b"\ndata:") + 1
+        if b'"error"' in block:
+            block = self._cut_at_error(block)
+        if b"[DONE]" in block:
+            done = DONE.search(block)
+            if done:
+                self.ended = True
+                block = block[:event_around(block, done.end())[1]]
+        if self._held:
+            block = self._settle_held(block)
+        if b'"usage"' in block:
+            block = self._take_usage(block)
+        return block
+
+    def end(self) -> bytes:
+        if not self._needs_done and self._open_choices and not any(self._open_choices.values()):
+            self.ended = True
+        held, self._held = self._held, b""
+        if self.ended and self._hide_usage:
+            held = b""
+        return held + super().end()
+
+    def _look_at_each(self, block: bytes) -> None:
+        """Finds the first content, and with it what an event of this stream weighs without."""
+        for raw in split_events(block):
+            for choice in chunk_choices(raw):
+                if self._needs_done is False:
+                    self._open_choices[choice.get("index")] = not choice.get("finish_reason")
+                if self.has_content:
+                    continue
+                said = [value for key, value in (choice.get("delta") or {}).items()
+                        if key != "role" and value]
+                if said or choice.get("finish_reason"):
+                    self.has_content = True
+                    self._envelope = len(raw) - sum(len(dump_json(value)) - 2 for value in said)
+
+    def _cut_at_error(self, block: bytes) -> bytes:
+        """An event with an error is the last; the word alone, in a text, is none."""
+        at = 0
+        for raw in split_events(block):
+            at += len(raw)
+            chunk = parse_chunk(raw) if b'"error"' in raw else {}
+            if chunk.get("error"):
+                self.failure = self._dialect.parse_error(chunk["error"], 502)
+                return block[:at]
+        return block
+
+    def _take_usage(self, block: bytes) -> bytes:
+        """Reads the usage, and holds the chunk that carries nothing else."""
+        found = USAGE.search(block)
+        while found:
+            start, end = event_around(block, found.start())
+            chunk = parse_chunk(block[start:end])
+            self.usage = self._dialect.parse_usage(chunk.get("usage")) or self.usage
+            if self._hide_usage and chunk.get("choices") == [] and not chunk.get("moderation"):
+                self._held = block[start:end]
+                return block[:start] + self._settle_held(block[end:])
+            found = USAGE.search(block, end)
+        return block
+
+    def _settle_held(self, block: bytes) -> bytes:
+        """Decides on the held chunk by what follows it: dropped before [DONE], else given back."""
+        follows = COMMENTS.match(block).end()  # type: ignore[union-attr]  # it matches everywhere
+        if follows == len(block):
+            return block
+        held, self._held = self._held, b""
+        if DONE.match(block, follows):
+            return block
+        return held + self._take_usage(block)
+
+
+def parse_chunk(raw: bytes) -> JSON:
+    """The JSON object in an event of a passed stream; {} for anything else, which passes too."""
+    try:
+        chunk = DECODER.decode(parse_event(raw).data.decode())
+    except (ValueError, RecursionError):
+        return {}
+    return chunk if isinstance(chunk, dict) else {}
+
+
+def chunk_choices(raw: bytes) -> List[JSON]:
+    choices = parse_chunk(raw).get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] \
+        if isinstance(choices, list) else []
+
+
+Dialect = ChatCompletions
+DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions()}
+
+
+# ==================================================================================================
+# 5. Providers
+#
+# What is known of each kind of upstream. A new provider that speaks a known dialect is a config
+# entry, or a row here.
+# ==================================================================================================
+
+
+class Kind(NamedTuple):
+    """One kind of upstream.
+
+    `base_url` is None where the config must give it; `version` is the path segment that a base_url
+    may leave out. `paths` gives the path below it for each dialect that the upstream speaks.
+    `auth` is the header that carries the key, and how.
+    """
+
+    base_url: Optional[str]
+    version: str
+    paths: Mapping[str, str]
+    auth: Tuple[str, str]
+    needs_key: bool = True
+    headers: Tuple[Tuple[str, str], ...] = ()
+    takes_usage_option: bool = True  # stream_options.include_usage
+    has_list_prices: bool = True  # else its models cost what the config says
+
+
+BEARER = ("authorization", "Bearer {}")
+CHAT_ONLY = {"chat": "/chat/completions"}
+
+KINDS: Dict[str, Kind] = {
+    "openai": Kind("https://api.openai.com/v1", "/v1", CHAT_ONLY, BEARER),
+    "openai-compatible": Kind(None, "", CHAT_ONLY, BEARER, needs_key=False,
+                              has_list_prices=False),
+}
+
+
+# ==================================================================================================
+# 6. Config
+#
+# The file is JSON with comment lines. It is read into frozen dataclasses whose fields say how to
+# read them, what they default to and what they are for, so that parsing, errors, defaults and
+# documentation are one table. Every problem is collected and all are told at once.
+# ==================================================================================================
+
+MIN_KEY_CHARACTERS = 16
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+VARIABLE = re.compile(r"\$\$(?=[{A-Za-z_])|\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
+COMMENT_LINE = re.compile(r"^[ \t]*(#|//).*$", re.MULTILINE)
+
+
+class Problems:
+    """The errors and warnings of one config file, each with its path."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.errors: List[str] = []
+        self.warnings: List[str] = []
+
+    def error(self, path: str, message: str) -> None:
+        self.errors.append(f"{self.where}: {path}: {message}" if path
+                           else f"{self.where}: {message}")
+
+    def warn(self, path: str, message: str) -> None:
+        self.warnings.append(f"{self.where}: {path}: {message}")
+
+
+Read = Callable[[Any, str, Problems], Any]
+
+
+def shown(value: object) -> str:
+    """A wrong value in an error: its type, since it may be a secret."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), repr(value))
+
+
+def scalar(expected: str, accepts: Callable[[Any], bool],
+           convert: Callable[[Any], Any] = lambda value: value) -> Read:
+    """A reader of one plain value."""
+    def read(value: Any, path: str, problems: Problems) -> Any:
+        if accepts(value):
+            return convert(value)
+        problems.error(path, f"must be {expected}, not {shown(value)}")
+        return None
+    return read
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_clean(value: object) -> bool:
+    return isinstance(value, str) and value != "" and not CONTROL.search(value)
+
+
+TEXT = scalar("a non-empty string without control characters", is_clean)
+OPTIONAL_TEXT = scalar("a string without control characters",
+                       lambda value: value == "" or is_clean(value))
+FLAG = scalar("true or false", lambda value: isinstance(value, bool))
+SIZE = scalar("a whole number above 0",
+              lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0)
+SECONDS = scalar("a number of seconds above 0", lambda value: is_number(value) and value > 0, float)
+OPTIONAL_SECONDS = scalar("a number of seconds, 0 for none",
+                          lambda value: is_number(value) and value >= 0, float)
+PRICE = scalar("a number of dollars per million tokens, 0 or more",
+               lambda value: is_number(value) and 0 <= value < 10**6)
+
+
+def one_of(*names: str) -> Read:
+    return scalar("one of " + ", ".join(f'"{name}"' for name in names),
+                  lambda value: isinstance(value, str) and value in names)
+
+
+def list_of(read_item: Read) -> Read:
+    def read(value: Any, path: str, problems: Problems) -> Any:
+        if not isinstance(value, list):
+            problems.error(path, f"must be a list, not {shown(value)}")
+            return ()
+        items = [read_item(item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
+        return tuple(item for item in items if item is not None)
+    return read
+
+
+def map_of(read_item: Read) -> Read:
+    """An object with names of the user's own."""
+    def read(value: Any, path: str, problems: Problems) -> Any:
+        if not isinstance(value, dict):
+            problems.error(path, f"must be an object, not {shown(value)}")
+            return {}
+        for name in value:
+            if not is_clean(name):
+                problems.error(path, "a name in it is empty or has control characters")
+        return {name: read_item(item, f"{path}.{name}", problems) for name, item in value.items()}
+    return read
+
+
+def read_headers(value: Any, path: str, problems: Problems) -> Any:
+    """Header fields: names are tokens, values free of control characters."""
+    fields = map_of(OPTIONAL_TEXT)(value, path, problems)
+    for name in fields:
+        if not TOKEN.fullmatch(name):
+            problems.error(path, f"{name!r} is not a header name")
+    return tuple((name.lower(), text) for name, text in fields.items() if text is not None)
+
+
+def table_of(shape: Type[Any]) -> Read:
+    """An object with the fields of a dataclass."""
+    def read(value: Any, path: str, problems: Problems) -> Any:
+        if not isinstance(value, dict):
+            problems.error(path, f"must be an object, not {shown(value)}")
+            return None
+        fields = {f.name: f for f in dataclasses.fields(shape) if f.metadata}
+        for key in value:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, 1, 0.5)
+                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(fields)
+                problems.error(join(path, key), f"unknown key; {hint}")
+        got = {}
+        for name, known in fields.items():
+            if value.get(name) is not None:
+                got[name] = known.metadata["read"](value[name], join(path, name), problems)
+            elif known.metadata["required"]:
+                problems.error(join(path, name), "is missing")
+        return shape(**{name: item for name, item in got.items() if item is not None})
+    return read
+
+
+def join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def setting(read: Read, about: str, default: Any = None, *, required: bool = False,
+            secret: bool = False) -> Any:
+    """A field of a config dataclass, and all that is known of it."""
+    metadata = {"read": read, "about": about, "required": required}
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in bytes, where not said otherwise."""
+
+    head: int = setting(SIZE, "a request's head", 64 << 10)
+    fields: int = setting(SIZE, "header fields of a request (a count)", 100)
+    target: int = setting(SIZE, "a request's target", 8 << 10)
+    body: int = setting(SIZE, "a request's body, decoded", 32 << 20)
+    bodies: int = setting(SIZE, "all request bodies in memory together", 256 << 20)
+    connections: int = setting(SIZE, "client connections (a count)", 20_000)
+    event: int = setting(SIZE, "one event of a provider's stream", 16 << 20)
+    events: int = setting(SIZE, "all unfinished events in memory together", 256 << 20)
+    answer: int = setting(SIZE, "a provider's plain answer, decoded", 64 << 20)
+    grace: float = setting(OPTIONAL_SECONDS, "seconds for exchanges to finish after SIGTERM", 30.0)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Deadlines in seconds: four towards providers, four towards clients."""
+
+    connect: float = setting(SECONDS, "TCP and TLS to the provider", 10.0)
+    first_token: float = setting(SECONDS, "until a stream's first content", 600.0)
+    idle: float = setting(SECONDS, "between bytes of a provider's answer", 300.0)
+    total: float = setting(OPTIONAL_SECONDS, "for a whole answer; 0: 600 s, none for streams", 0.0)
+    head: float = setting(SECONDS, "for a request's head, from its first byte", 10.0)
+    body: float = setting(SECONDS, "between bytes of a request's body", 30.0)
+    keep_alive: float = setting(SECONDS, "an idle client connection", 75.0)
+    write: float = setting(SECONDS, "a write to a client without progress", 60.0)
+
+
+@dataclass(frozen=True)
+class ProviderTimeouts:
+    """The four deadlines towards one provider, where they differ from `timeouts`."""
+
+    connect: Optional[float] = setting(SECONDS, "TCP and TLS to the provider")
+    first_token: Optional[float] = setting(SECONDS, "until a stream's first content")
+    idle: Optional[float] = setting(SECONDS, "between bytes of an answer")
+    total: Optional[float] = setting(OPTIONAL_SECONDS, "for a whole answer")
+
+
+class Origin(NamedTuple):
+    """Where connections to a provider lead."""
+
+    is_tls: bool
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A configured upstream."""
+
+    api_key: str = setting(OPTIONAL_TEXT, "the provider's key", "", secret=True)
+    base_url: str = setting(TEXT, "where it is, with the API's version segment", "")
+    kind: str = setting(one_of(*KINDS), "what it speaks; by default what its name says", "")
+    headers: Tuple[Tuple[str, str], ...] = setting(read_headers, "sent with every request", (),
+                                                   secret=True)
+    timeouts: ProviderTimeouts = setting(table_of(ProviderTimeouts), "deadlines of its own",
+                                         ProviderTimeouts())
+    done: bool = setting(FLAG, "whether its streams end in [DONE]", True)
+    name: str = ""
+    deadlines: Timeouts = Timeouts()
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        parts = urllib.parse.urlsplit(self.base_url)
+        is_tls = parts.scheme == "https"
+        return Origin(is_tls, parts.hostname or "", parts.port or (443 if is_tls else 80))
+
+    @property
+    def row(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.api_key) or not self.row.needs_key
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model's name of the house's own, and what it stands for."""
+
+    provider: str = setting(TEXT, "a name from `providers`", required=True)
+    model: str = setting(TEXT, "the provider's name for it; by default the alias")
+    cost_per_million_input: Optional[float] = setting(PRICE, "dollars per million input tokens")
+    cost_per_million_output: Optional[float] = setting(PRICE, "dollars per million output tokens")
+    cost_per_million_cache_read: Optional[float] = setting(PRICE, "... of it read from a cache")
+    cost_per_million_cache_write: Optional[float] = setting(PRICE, "... of it written to a cache")
+    timeouts: ProviderTimeouts = setting(table_of(ProviderTimeouts), "deadlines of its own",
+                                         ProviderTimeouts())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a model goes that is no alias: the first rule that fits decides."""
+
+    provider: str = setting(TEXT, "a name from `providers`", required=True)
+    prefix: Optional[str] = setting(TEXT, "what the model's name starts with")
+    match: Optional[str] = setting(TEXT, "a glob for the model's whole name")
+    default: bool = setting(FLAG, "fits every name", False)
+
+    def fits(self, model: str) -> bool:
+        return (self.default or self.prefix is not None and model.startswith(self.prefix)
+                or self.match is not None and fnmatch.fnmatchcase(model, self.match))
+
+
+def is_date(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", value))
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """A virtual key and the app that holds it."""
+
+    key: str = setting(TEXT, "the secret, 16 characters or more", required=True, secret=True)
+    app: str = setting(TEXT, "whose it is; `virtual_key` in metrics and log", required=True)
+    allowed_models: Tuple[str, ...] = setting(list_of(TEXT), "names and globs; by default all",
+                                              ("*",))
+    disabled: bool = setting(FLAG, "refuses the key for now", False)
+    expires: str = setting(scalar('a day as "2027-01-31"', is_date), "its last day, UTC", "")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole config file."""
+
+    listen: str = setting(TEXT, '":8080", "host:port", "[::1]:8080" or "unix:/path"', ":8080")
+    providers: Dict[str, Provider] = setting(map_of(table_of(Provider)), "by name", required=True)
+    models: Dict[str, Alias] = setting(map_of(table_of(Alias)), "aliases by name")
+    routing: Tuple[Rule, ...] = setting(list_of(table_of(Rule)), "rules for other names", ())
+    api_keys: Tuple[ApiKey, ...] = setting(list_of(table_of(ApiKey)), "who may call", required=True)
+    limits: Limits = setting(table_of(Limits), "bounds", Limits())
+    timeouts: Timeouts = setting(table_of(Timeouts), "deadlines", Timeouts())
+    log: str = setting(one_of("text", "json"), "the access log's form", "text")
+    log_headers: Tuple[str, ...] = setting(list_of(TEXT), "request headers to log", ())
+    log_probes: bool = setting(FLAG, "log good answers to /health and /metrics too", False)
+    prices: str = setting(TEXT, "a price file in LiteLLM's format", "")
+    warnings: Tuple[str, ...] = ()
+
+
+def expand(tree: Any, env: Mapping[str, str], read_file: Callable[[str], str], path: str,
+           problems: Problems) -> Any:
+    """The tree with ${VAR}, ${VAR:-default} and ${file:PATH} replaced in its strings.
+
+    Values are expanded after parsing, never in the text, so that none can break out of its string.
+    """
+    if isinstance(tree, dict):
+        return {key: expand(value, env, read_file, join(path, key), problems)
+                for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [expand(value, env, read_file, f"{path}[{i}]", problems)
+                for i, value in enumerate(tree)]
+    if not isinstance(tree, str) or "$" not in tree:
+        return tree
+
+    def value_of(found: re.Match[str]) -> str:
+        braced, bare = found.groups()
+        if bare:
+            problems.error(path, f"write ${{{bare}}} for the environment variable, or $${bare} for "
+                                 "the text itself")
+            return ""
+        if braced is None:
+            return "$"
+        name, has_default, default = braced.partition(":-")
+        if braced.startswith("file:"):
+            return read_secret(braced[5:], read_file, path, problems)
+        if env.get(name) or (name in env and not has_default):
+            return env[name]
+        if not has_default:
+            problems.error(path, f"environment variable {name} is not set; set it, or write "
+                                 f"${{{name}:-}} if it may be empty")
+        return default
+
+    return VARIABLE.sub(value_of, tree)
+
+
+def read_secret(name: str, read_file: Callable[[str], str], path: str, problems: Problems) -> str:
+    try:
+        return read_file(name).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        problems.error(path, f"cannot read {name}: {reason}")
+        return ""
+
+
+def parse_config(text: str, where: str, env: Mapping[str, str],
+                 read_file: Callable[[str], str]) -> Config:
+    """A config file's text, checked as a whole; raises ConfigError with every problem."""
+    problems = Problems(where)
+    tree = parse_config_json(text, problems)
+    if not problems.errors:
+        tree = expand(tree, env, read_file, "", problems)
+    broken = len(problems.errors)
+    config: Optional[Config] = None
+    if tree is not None:
+        config = table_of(Config)(tree, "", problems)
+    if config is not None:
+        config = settle(config, problems)
+    del broken
+    if problems.errors or config is None:
+        raise ConfigError("", "\n".join(problems.errors + problems.warnings))
+    return dataclasses.replace(config, warnings=tuple(problems.warnings))
+
+
+YAML_HINT = ("this looks like YAML, and the config is JSON; convert it once: "
+             "yq -o=json {0} > config.json   (or: python3 -c 'import json, sys, yaml; "
+             "json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {0} > config.json)")
+
+
+def parse_config_json(text: str, problems: Problems) -> Any:
+    """The JSON tree, its comment lines left blank so that line numbers stay right."""
+    def unique(pairs: List[Tuple[str, Any]]) -> JSON:
+        for key, times in ((key, [name for name, _ in pairs].count(key)) for key in dict(pairs)):
+            if times > 1:
+                problems.error("", f"key {key!r} stands twice in one object")
+        return dict(pairs)
+
+    plain = COMMENT_LINE.sub("", text)
+    try:
+        return json.loads(plain, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        if not plain.lstrip().startswith(("{", "[", "\ufeff")) and ":" in plain:
+            problems.error("", YAML_HINT.format(problems.where))
+        else:
+            problems.error("", f"line {error.lineno}, column {error.colno}: {error.msg}")
+    except (ValueError, RecursionError) as error:
+        problems.error("", str(error) if isinstance(error, ValueError) else "nested too deeply")
+    return None
+
+
+def settle(config: Config, problems: Problems) -> Config:
+    """What one field cannot say alone: names that must fit, addresses, keys that must differ."""
+    try:
+        parse_listen(config.listen)
+    except ValueError as error:
+        problems.error("listen", str(error))
+    providers = {name: settled for name, settled in (
+        (name, settle_provider(name, provider, config.timeouts, problems))
+        for name, provider in config.providers.items() if provider is not None)
+        if settled is not None}
+    for alias, model in (config.models or {}).items():
+        if model is not None and model.provider not in config.providers:
+            problems.error(f"models.{alias}.provider",
+                           unknown_provider(model.provider, config.providers))
+    for i, rule in enumerate(config.routing):
+        if rule.provider and rule.provider not in config.providers:
+            problems.warn(f"routing[{i}].provider",
+                          unknown_provider(rule.provider, config.providers))
+        if [rule.prefix is not None, rule.match is not None, rule.default].count(True) != 1:
+            problems.error(f"routing[{i}]", 'needs one of "prefix", "match" and "default": true')
+    check_keys(config.api_keys, problems)
+    for i, name in enumerate(config.log_headers):
+        if not TOKEN.fullmatch(name) or name.lower() in SECRET_HEADERS:
+            problems.error(f"log_headers[{i}]", "is no header name, or one that carries secrets")
+    models = {alias: model for alias, model in (config.models or {}).items() if model is not None}
+    return dataclasses.replace(config, providers=providers, models=models)
+
+
+SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-api-key",
+                            "api-key", "x-goog-api-key", "x-gateway-key"])
+
+
+def unknown_provider(name: str, providers: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(providers), 1, 0.5)
+    return f"no provider {name!r} is configured" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
+                    problems: Problems) -> Optional[Provider]:
+    """The provider with its kind, address and deadlines filled in."""
+    path = f"providers.{name}"
+    kind = provider.kind or name
+    row = KINDS.get(kind)
+    if not TOKEN.fullmatch(name):
+        problems.error(path, "a provider's name is made of letters, digits and -_.")
+    if row is None:
+        problems.error(f"{path}.kind", f"is missing, and {name!r} is no known kind; set it to "
+                                       '"openai-compatible" and give base_url (known: '
+                                       + ", ".join(KINDS) + ")")
+        return None
+    base_url = provider.base_url or row.base_url
+    if base_url is None:
+        problems.error(f"{path}.base_url", f"is missing; kind {kind!r} has no address of its own")
+        return None
+    try:
+        base_url = settle_base_url(base_url, row.version)
+    except ValueError as error:
+        problems.error(f"{path}.base_url", str(error))
+    settled = dataclasses.replace(provider, name=name, kind=kind, base_url=base_url,
+                                  deadlines=merge_timeouts(timeouts, provider.timeouts))
+    if not settled.is_on:
+        problems.warn(f"{path}.api_key", "is absent or empty: the provider is off, its models "
+                                         "are not listed and answer 404")
+    return settled
+
+
+def merge_timeouts(timeouts: Timeouts, own: ProviderTimeouts) -> Timeouts:
+    given = {name: value for name, value in dataclasses.asdict(own).items() if value is not None}
+    return dataclasses.replace(timeouts, **given)
+
+
+def settle_base_url(url: str, version: str) -> str:
+    """The address without a trailing slash, with the version segment of its kind."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError('must start with "http://" or "https://" and name a host')
+    if parts.username or parts.password or parts.query or parts.fragment or " " in url:
+        raise ValueError("must be free of user names, queries, fragments and spaces")
+    _ = parts.port  # raises ValueError where it is no port
+    path = parts.path.rstrip("/")
+    if version and not re.search(r"/v\d+[a-z0-9]*(/|$)", path):
+        path += version
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def check_keys(keys: Sequence[ApiKey], problems: Problems) -> None:
+    first: Dict[str, int] = {}
+    for i, entry in enumerate(keys):
+        if entry.key is None:
+            continue
+        if len(entry.key) < MIN_KEY_CHARACTERS:
+            problems.error(f"api_keys[{i}].key", f"is shorter than {MIN_KEY_CHARACTERS} characters")
+        if not entry.key.isascii() or " " in entry.key:
+            problems.error(f"api_keys[{i}].key", "must be ASCII without spaces, for a header")
+        if entry.key in first:
+            problems.error(f"api_keys[{i}].key", f"is the key of api_keys[{first[entry.key]}] too")
+        first.setdefault(entry.key, i)
+    if not keys:
+        problems.warn("api_keys", "is empty: nobody may call")
+
+
+class Address(NamedTuple):
+    """Where to listen: a path for a unix socket, else a host ("" for all) and a port."""
+
+    path: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_listen(listen: str) -> Address:
+    """":8080", "host:port", "[::1]:8080" or "unix:/run/gw.sock"; raises ValueError."""
+    if listen.startswith("unix:"):
+        if not listen[5:]:
+            raise ValueError('needs a path after "unix:"')
+        return Address(listen[5:], "", 0)
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]]*)):(\d{1,5})", listen)
+    if not found or int(found[3]) > 65535:
+        raise ValueError('must be ":8080", "host:port", "[::1]:8080" or "unix:/path"')
+    return Address("", found[1] or found[2] or "", int(found[3]))
+
+
+# ==================================================================================================
+# 7. Policy
+#
+# Who may call, where a model's name leads, what a reply costs. Time comes in as an argument.
+# ==================================================================================================
+
+
+@dataclass(frozen=True)
+class App:
+    """A virtual key's holder, as a request meets it. The key itself is not kept."""
+
+    name: str
+    allowed: FrozenSet[str]
+    globs: Tuple[re.Pattern[str], ...]
+    disabled: bool
+    expires: float  # unix seconds; inf for never
+
+    def may_use(self, model: str) -> bool:
+        return model in self.allowed or any(glob.match(model) for glob in self.globs)
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class Keyring:
+    """The virtual keys, by digest: one look-up whatever the key, so that none can be guessed by
+    timing; wrong, disabled and expired keys answer alike."""
+
+    def __init__(self, keys: Iterable[ApiKey], parse_day: Callable[[str], float]) -> None:
+        self._apps = {digest(entry.key): make_app(entry, parse_day) for entry in keys}
+
+    def authenticate(self, headers: Mapping[str, str], now: float) -> App:
+        """The app whose key the request carries; `now` in unix seconds. Raises 401."""
+        presented = presented_keys(headers)
+        for key in presented:
+            app = self._apps.get(digest(key))
+            if app is not None and not app.disabled and now < app.expires:
+                return app
+        message = ("The API key is not valid." if presented else
+                   "An API key is missing: send it as 'Authorization: Bearer KEY'.")
+        raise GatewayError(401, message, code="invalid_api_key",
+                           headers=[("www-authenticate", "Bearer")])
+
+
+def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
+    globs = [name for name in entry.allowed_models if re.search(r"[*?[]", name)]
+    return App(entry.app, frozenset(entry.allowed_models),
+               tuple(re.compile(fnmatch.translate(glob)) for glob in globs), entry.disabled,
+               parse_day(entry.expires) + 86400 if entry.expires else float("inf"))
+
+
+def presented_keys(headers: Mapping[str, str]) -> List[str]:
+    """Every key that a request carries; x-gateway-key, where sent, is the only one judged."""
+    own = headers.get("x-gateway-key")
+    if own is not None:
+        return [own]
+    found = [headers.get(name) for name in ("x-api-key", "api-key", "x-goog-api-key")]
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        found.insert(0, token.strip())
+    return [key for key in found if key]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a model's tokens cost, in integer nano-dollars per million tokens: $0.15 is 150_000_000.
+
+    None: the model has no such price. Reading or writing the cache then costs what `input` does,
+    and an hour of cache what `cache_write` does; 0 is a price.
+    """
+
+    input: int
+    output: int
+    cache_read: Optional[int] = None
+    cache_write: Optional[int] = None
+    cache_write_1h: Optional[int] = None
+    tiers: Tuple[Tuple[int, Price], ...] = ()  # (tokens, price), ascending; each price is whole
+
+    def at(self, prompt_tokens: int) -> Price:
+        """The price of a request whose whole prompt, cached parts included, has so many tokens."""
+        price = self
+        for above, tier in self.tiers:
+            if prompt_tokens > above:
+                price = tier
+        return price
+
+
+def cost(price: Price, usage: Usage) -> int:
+    """What a reply costs, in nano-dollars."""
+    price = price.at(usage.input)
+    written = price.input if price.cache_write is None else price.cache_write
+    written_1h = written if price.cache_write_1h is None else price.cache_write_1h
+    read = price.input if price.cache_read is None else price.cache_read
+    plain = max(usage.input - usage.cache_read - usage.cache_write, 0)
+    short_lived = max(usage.cache_write - usage.cache_write_1h, 0)
+    total = (plain * price.input + usage.cache_read * read + short_lived * written
+             + usage.cache_write_1h * written_1h + usage.output * price.output)
+    return (total + 500_000) // 1_000_000
+
+
+NANO_DOLLARS = 10**9
+
+
+def nano_dollars(dollars: Union[int, float, Decimal]) -> int:
+    """Dollars per million tokens, as they stand in a config, exactly."""
+    return int(Decimal(str(dollars)) * NANO_DOLLARS)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a request goes. `model` is the provider's name for it, `alias` its bounded name in
+    metrics, or None where a rule found it and the upstream has yet to know it."""
+
+    provider: Provider
+    model: str
+    alias: Optional[str]
+    price: Optional[Price]
+    deadlines: Timeouts
+
+
+class Router:
+    """From a model's name to a route: an exact alias, else PROVIDER/model, else the first rule."""
+
+    def __init__(self, config: Config,
+                 find_price: Callable[[Provider, str], Optional[Price]]) -> None:
+        self._find_price = find_price
+        self._providers = {name: p for name, p in config.providers.items() if p.is_on}
+        self._aliases = {name: self._alias_route(name, alias)
+                         for name, alias in config.models.items()
+                         if alias.provider in self._providers}
+        self._rules = [rule for rule in config.routing if rule.provider in self._providers]
+
+    def _alias_route(self, name: str, alias: Alias) -> Route:
+        provider = self._providers[alias.provider]
+        model = alias.model or name
+        price = override_price(self._find_price(provider, model), alias)
+        return Route(provider, model, name, price,
+                     merge_timeouts(provider.deadlines, alias.timeouts))
+
+    def resolve(self, model: str) -> Route:
+        """Raises GatewayError(404)."""
+        route = self._aliases.get(model)
+        if route is not None:
+            return route
+        name, slash, rest = model.partition("/")
+        if slash and rest and name in self._providers:
+            return self._rule_route(name, rest)
+        for rule in self._rules:
+            if rule.fits(model):
+                return self._rule_route(rule.provider, model)
+        raise GatewayError(404, f"The model {clipped(model)!r} does not exist.", "model",
+                           "model_not_found")
+
+    def _rule_route(self, name: str, model: str) -> Route:
+        provider = self._providers[name]
+        return Route(provider, model, None, self._find_price(provider, model), provider.deadlines)
+
+    def aliases(self, app: App) -> List[Tuple[str, str]]:
+        """The aliases that an app may use, with their providers, in the config's order."""
+        return [(name, route.provider.name) for name, route in self._aliases.items()
+                if app.may_use(name)]
+
+
+def override_price(price: Optional[Price], alias: Alias) -> Optional[Price]:
+    """The price with what the config says in its place; a price of one's own has no tiers."""
+    own = {name: nano_dollars(value) for name, value in (
+        ("input", alias.cost_per_million_input), ("output", alias.cost_per_million_output),
+        ("cache_read", alias.cost_per_million_cache_read),
+        ("cache_write", alias.cost_per_million_cache_write)) if value is not None}
+    if not own:
+        return price
+    base = price or Price(0, 0)
+    if "input" in own:  # a cache price of the list's would not belong to it
+        base = Price(base.input, base.output)
+    return dataclasses.replace(base, tiers=(), **own)
+
+
+def clipped(text: str, limit: int = 128) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+class ModelNames:
+    """Bounds the `model` label: an alias is its own; another name counts as itself once an
+    upstream has answered 200 to it and while fewer than `cap` have, else as "other"."""
+
+    def __init__(self, cap: int = 100) -> None:
+        self._cap = cap
+        self._known: Set[str] = set()
+
+    def label(self, route: Route, answered: bool) -> str:
+        if route.alias is not None:
+            return route.alias
+        if answered and len(self._known) < self._cap:
+            self._known.add(route.model)
+        return route.model if route.model in self._known else "other"
+
+
+class Budget:
+    """Bytes that all requests together may hold."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> bool:
+        if self.held + size > self.limit:
+            return False
+        self.held += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
+# ==================================================================================================
+# 8. Metrics
+#
+# Counters are integers and exact; money is nano-dollars until it is rendered. One Metrics object is
+# made in main and handed on; a Meter per app and route binds label values once, so that recording
+# a request is a few additions.
+# ==================================================================================================
+
+Labels = Tuple[str, ...]
+DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0,
+                    600.0)
+OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0)
+
+
+class Counter:
+    """A family of counters; `scale` divides its integers when they are shown."""
+
+    type = "counter"
+
+    def __init__(self, name: str, about: str, labels: Labels = (), scale: int = 1) -> None:
+        self.name, self.about, self.labels, self.scale = name, about, labels, scale
+        self.values: Dict[Labels, int] = {} if labels else {(): 0}
+
+    def add(self, labels: Labels, amount: int = 1) -> None:
+        self.values[labels] = self.values.get(labels, 0) + amount
+
+    def samples(self) -> Iterator[Tuple[str, Labels, Labels, str]]:
+        """(suffix, extra label names, values, number) for each series."""
+        for values, number in self.values.items():
+            yield "", (), values, show_scaled(number, self.scale)
+
+
+class Gauge(Counter):
+    """A family of values that go up and down."""
+
+    type = "gauge"
+
+    def set(self, labels: Labels, value: int) -> None:
+        self.values[labels] = value
+
+
+class Histogram:
+    """A family of histograms over fixed buckets, in seconds."""
+
+    type = "histogram"
+
+    def __init__(self, name: str, about: str, labels: Labels, buckets: Tuple[float, ...]) -> None:
+        self.name, self.about, self.labels, self.buckets = name, about, labels, buckets
+        self.values: Dict[Labels, List[float]] = {}  # a count a bucket, one above, then the sum
+
+    def observe(self, labels: Labels, seconds: float) -> None:
+        cell = self.values.get(labels)
+        if cell is None:
+            cell = self.values[labels] = [0] * (len(self.buckets) + 1) + [0.0]
+        cell[bisect.bisect_left(self.buckets, seconds)] += 1
+        cell[-1] += seconds
+
+    def samples(self) -> Iterator[Tuple[str, Labels, Labels, str]]:
+        bounds = [repr(bound) for bound in self.buckets] + ["+Inf"]
+        for values, cell in self.values.items():
+            total = 0
+            for bound, number in zip(bounds, cell):
+                total += int(number)
+                yield "_bucket", ("le",), (*values, bound), str(total)
+            yield "_sum", (), values, repr(round(cell[-1], 9))
+            yield "_count", (), values, str(total)
+
+
+Family = Union[Counter, Gauge, Histogram]
+
+
+def show_scaled(number: int, scale: int) -> str:
+    """An integer divided by a power of ten, exactly."""
+    if scale == 1:
+        return str(number)
+    digits = len(str(scale)) - 1
+    whole, part = divmod(number, scale)
+    return f"{whole}.{part:0{digits}d}".rstrip("0").rstrip(".")
+
+
+ROUTE_LABELS = ("virtual_key", "provider", "model")
+
+
+class Metrics:
+    """Every metric of the gateway."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "llm_requests_total", "Requests by their final status.", (*ROUTE_LABELS, "status"))
+        self.durations = Histogram(
+            "llm_request_duration_seconds", "From a request's head to the end of its answer.",
+            (*ROUTE_LABELS, "stream"), DURATION_BUCKETS)
+        self.tokens = Counter(
+            "llm_tokens_total", "Tokens by direction: prompt and completion.",
+            (*ROUTE_LABELS, "direction"))
+        self.token_details = Counter(
+            "llm_token_details_total", "Parts of the tokens: cache_read, cache_write, reasoning.",
+            (*ROUTE_LABELS, "kind"))
+        self.first_byte = Histogram(
+            "llm_stream_first_byte_seconds", "From a request's head to its stream's first content.",
+            ROUTE_LABELS, DURATION_BUCKETS)
+        self.provider_errors = Counter(
+            "llm_provider_errors_total", f"Failures of providers: {', '.join(PROVIDER_ERRORS)}.",
+            ("provider", "error_type"))
+        self.cost = Counter(
+            "llm_cost_dollars_total", "Dollars, by the prices of the config or the built-in list.",
+            ROUTE_LABELS, scale=10**9)
+        self.estimated = Counter(
+            "llm_usage_estimated_total", "Requests whose tokens were estimated.",
+            ("provider", "model"))
+        self.unpriced = Counter(
+            "llm_unpriced_tokens_total", "Tokens of models without a price.", ("provider", "model"))
+        self.overhead = Histogram(
+            "llm_overhead_seconds", "The gateway's own part of the time to an answer's head.", (),
+            OVERHEAD_BUCKETS)
+        self.in_flight = Gauge("llm_requests_in_flight", "Requests being answered.")
+        self.lost_lines = Counter(
+            "llm_log_lines_lost_total", "Log lines that could not be written.")
+        self.build_info = Gauge("llm_build_info", "The gateway's version.", ("version", "python"))
+
+    def families(self) -> List[Family]:
+        return list(vars(self).values())
+
+
+@dataclass
+class Record:
+    """What is known of one exchange at its end."""
+
+    status: int
+    stream: bool
+    duration: float
+    overhead: float
+    ttft: Optional[float]
+    usage: Optional[Usage]
+    is_estimated: bool
+    cost: Optional[int]
+    provider_error: str
+
+
+class Meter:
+    """The metrics of one app on one route, their labels bound once."""
+
+    def __init__(self, metrics: Metrics, app: str, provider: str, model: str) -> None:
+        self._metrics = metrics
+        self._route = (app, provider, model)
+        self._model = (provider, model)
+        self.log_fields = tuple(zip(ROUTE_LABELS, self._route))
+
+    def record(self, record: Record) -> None:
+        metrics, route = self._metrics, self._route
+        metrics.requests.add((*route, str(record.status)))
+        metrics.durations.observe((*route, "true" if record.stream else "false"), record.duration)
+        metrics.overhead.observe((), record.overhead)
+        if record.ttft is not None:
+            metrics.first_byte.observe(route, record.ttft)
+        if record.provider_error:
+            metrics.provider_errors.add((route[1], record.provider_error))
+        if record.usage is not None:
+            self._record_usage(record, record.usage)
+
+    def _record_usage(self, record: Record, usage: Usage) -> None:
+        metrics, route = self._metrics, self._route
+        metrics.tokens.add((*route, "prompt"), usage.input)
+        metrics.tokens.add((*route, "completion"), usage.output)
+        for kind in ("cache_read", "cache_write", "reasoning"):
+            if getattr(usage, kind):
+                metrics.token_details.add((*route, kind), getattr(usage, kind))
+        if record.cost is not None:
+            metrics.cost.add(route, record.cost)
+        else:
+            metrics.unpriced.add(self._model, usage.input + usage.output)
+        if record.is_estimated:
+            metrics.estimated.add(self._model)
+
+
+def escape_label(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
+    """The text exposition format 0.0.4 of Prometheus, or OpenMetrics 1.0."""
+    lines = []
+    for family in families:
+        name = family.name
+        if openmetrics and family.type == "counter" and name.endswith("_total"):
+            name = name[:-len("_total")]
+        lines += [f"# HELP {name} {family.about}", f"# TYPE {name} {family.type}"]
+        for suffix, extra, values, number in family.samples():
+            labels = ",".join(f'{label}="{escape_label(value)}"'
+                              for label, value in zip((*family.labels, *extra), values))
+            braces = f"{{{labels}}}" if labels else ""
+            lines.append(f"{family.name}{suffix}{braces} {number}")
+    if openmetrics:
+        lines.append("# EOF")
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# Log lines. A value can hold anything a client sends, so it is quoted unless it is plain, and
+# nothing in it can end the line or forge another.
+# --------------------------------------------------------------------------------------------------
+
+PLAIN_LOG_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,\-]+")
+MAX_LOG_VALUE = 256
+
+
+def quote_log(value: str) -> str:
+    """A value of a key=value line; quotes, control characters and all beyond ASCII escaped."""
+    value = clipped(value, MAX_LOG_VALUE)
+    if PLAIN_LOG_VALUE.fullmatch(value):
+        return value
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def render_log(fields: Iterable[Tuple[str, object]], as_json: bool) -> str:
+    """One line, without its end."""
+    if as_json:
+        return json.dumps({key: clipped(value, MAX_LOG_VALUE) if isinstance(value, str) else value
+                           for key, value in fields})
+    return " ".join([f"{key}={quote_log(value) if isinstance(value, str) else show(value)}"
+                     for key, value in fields])
+
+
+def show(value: object) -> str:
+    return ("true" if value else "false") if isinstance(value, bool) else str(value)
+
+
+# ==================================================================================================
+# 9. HTTP
+#
+# HTTP/1.1 (RFC 9112) as bytes in and bytes out. Strict where smuggling lives: one regex judges a
+# head as a whole, so that the loop which reads it need not.
+# ==================================================================================================
+
+MAX_CHUNK_LINE_BYTES = 4096
+MAX_CHUNK_WASTE_BYTES = 16 << 10  # extensions and trailers of one body
+MAX_INFLATE_RATIO = 200
+FREE_INFLATED_BYTES = 1 << 20  # below it any ratio will do: short JSON repeats itself
+
+FIELD = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n"
+REQUEST_LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e]+ HTTP/1\.[01]\r\n"
+REQUEST_HEAD = re.compile(REQUEST_LINE + rb"(?:" + FIELD + rb")*\r\n")
+ANSWER_HEAD = re.compile(rb"HTTP/1\.[01] [1-5][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?\r\n(?:"
+                         + FIELD + rb")*\r\n")
+TRAILERS = re.compile(rb"(?:" + FIELD + rb")*\r\n")
+DIGITS = re.compile(r"[0-9]{1,15}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+
+# RFC 9110, section 7.6.1: these speak of one connection only.
+HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
+                        "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"])
+
+
+class RequestHead(NamedTuple):
+    """A request's head. `length` is its body's, None where the body is chunked; `headers` joins
+    repeated fields with commas, `fields` keeps them apart."""
+
+    method: str
+    target: str
+    path: str  # percent-decoded, without the query
+    query: str
+    is_http10: bool
+    fields: Fields
+    headers: Dict[str, str]
+    length: Optional[int]
+
+    @property
+    def keeps_alive(self) -> bool:
+        options = self.headers.get("connection", "").lower()
+        return "keep-alive" in options if self.is_http10 else "close" not in options
+
+
+def parse_fields(lines: Iterable[str]) -> Tuple[Fields, Dict[str, str]]:
+    fields: Fields = []
+    headers: Dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        fields.append((name, value))
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return fields, headers
+
+
+def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
+    """A request's head with its blank line. Raises GatewayError 400, 414 or 431."""
+    if not REQUEST_HEAD.fullmatch(head):
+        raise GatewayError(400, "The request's head is malformed.")
+    lines = head[:-4].decode("latin-1").split("\r\n")
+    method, target, version = lines[0].split(" ")
+    if len(target) > max_target:
+        raise GatewayError(414, f"The request's target is longer than {max_target} bytes.")
+    if len(lines) > max_fields + 1:
+        raise GatewayError(431, f"The request has more than {max_fields} header fields.")
+    fields, headers = parse_fields(lines[1:])
+    is_http10 = version == "HTTP/1.0"
+    if "," in headers.get("host", "" if is_http10 else ","):
+        raise GatewayError(400, "The request needs exactly one Host.")
+    path, _, query = origin_form(target).partition("?")
+    return RequestHead(method, target, urllib.parse.unquote(path) if "%" in path else path, query,
+                       is_http10, fields, headers, request_length(headers, is_http10))
+
+
+def origin_form(target: str) -> str:
+    """The target without the scheme and host that a client of a proxy puts before it."""
+    if target[:1] == "/" or "://" not in target:
+        return target
+    return "/" + target.split("://", 1)[1].partition("/")[2]
+
+
+def request_length(headers: Mapping[str, str], is_http10: bool) -> Optional[int]:
+    """The body's length, None for chunked; whatever two servers might read differently is 400."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None or is_http10:
+            raise GatewayError(400, "The request's Transfer-Encoding must be 'chunked', alone.")
+        return None
+    if length is None:
+        return 0
+    if not DIGITS.fullmatch(length):
+        raise GatewayError(400, "The request's Content-Length is not one number.")
+    return int(length)
+
+
+class AnswerHead(NamedTuple):
+    """The head of a provider's answer."""
+
+    status: int
+    is_http10: bool
+    fields: Fields
+    headers: Dict[str, str]
+
+
+def parse_answer_head(head: bytes) -> AnswerHead:
+    """Raises GatewayError(502)."""
+    if not ANSWER_HEAD.fullmatch(head):
+        raise upstream_error(502, "The provider's answer is not HTTP.", "bad_answer")
+    lines = head[:-4].decode("latin-1").split("\r\n")
+    return AnswerHead(int(lines[0][9:12]), lines[0][7] == "0", *parse_fields(lines[1:]))
+
+
+class Framing:
+    """Where a body ends. `feed` takes what came and returns what belongs to the body; `done` says
+    that it is whole, `rest` then holds what came after it. `end` is for EOF. Both raise ValueError
+    where the body is malformed or cut."""
+
+    done = False
+    rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        raise ValueError("it was cut")
+
+
+class LengthFraming(Framing):
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self._left:
+            data, self.rest = data[:self._left], data[self._left:]
+        self._left -= len(data)
+        self.done = self._left == 0
+        return data
+
+
+class CloseFraming(Framing):
+    """A body that ends with its connection: whether it is whole, only its content can tell."""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def end(self) -> None:
+        self.done = True
+
+
+class ChunkedFraming(Framing):
+    """RFC 9112, section 7.1. Extensions are skipped, trailers checked and dropped."""
+
+    def __init__(self) -> None:
+        self._kept = b""  # a line that is still arriving
+        self._left = 0  # bytes of the open chunk, its CRLF included
+        self._in_trailers = False
+        self._waste = 0
+
+    def feed(self, data: bytes) -> bytes:
+        data, at = self._kept + data if self._kept else data, 0
+        self._kept = b""
+        pieces: List[bytes] = []
+        while at < len(data) and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                at += len(piece)
+                pieces.append(self._take(piece))
+            else:
+                at = self._end_trailers(data, at) if self._in_trailers else \
+                    self._open_chunk(data, at)
+        self.rest = data[at:]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take(self, piece: bytes) -> bytes:
+        """Of a piece of the open chunk, the data without the CRLF behind it."""
+        before = self._left
+        self._left -= len(piece)
+        data = piece[:max(before - 2, 0)]
+        if not b"\r\n"[2 - min(before, 2):].startswith(piece[len(data):]):
+            raise ValueError("a chunk is longer than it says")
+        return data
+
+    def _open_chunk(self, data: bytes, at: int) -> int:
+        """Reads a size line; returns where the chunk starts."""
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            return self._keep(data, at, MAX_CHUNK_LINE_BYTES)
+        found = CHUNK_LINE.fullmatch(data, at, end)
+        size = int(found[1], 16) if found else 1 << 31
+        if size >= 1 << 31:
+            raise ValueError("a chunk's size is malformed")
+        self._waste += max(end - at - 16, 0)
+        if self._waste > MAX_CHUNK_WASTE_BYTES:
+            raise ValueError("its chunk extensions are endless")
+        self._left = size + 2 if size else 0
+        self._in_trailers = size == 0
+        return end + 2
+
+    def _end_trailers(self, data: bytes, at: int) -> int:
+        """Reads the trailers up to their blank line; returns where the body ends."""
+        end = at if data.startswith(b"\r\n", at) else data.find(b"\r\n\r\n", at) + 2
+        if end == 1:  # not found: -1 + 2
+            return self._keep(data, at, MAX_CHUNK_WASTE_BYTES)
+        if not TRAILERS.fullmatch(data, at, end + 2):
+            raise ValueError("its trailers are malformed")
+        self.done = True
+        return end + 2
+
+    def _keep(self, data: bytes, at: int, limit: int) -> int:
+        """Keeps a line that is still arriving, within its bound."""
+        self._kept = data[at:]
+        if len(self._kept) > limit:
+            raise ValueError("a chunk's size line or its trailers are endless")
+        return len(data)
+
+
+def answer_framing(head: AnswerHead) -> Framing:
+    """RFC 9112, section 6.3; two lengths or a bad one are a ValueError."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if head.status in (204, 304):
+        return LengthFraming(0)
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None or head.is_http10:
+            raise ValueError("its framing is ambiguous")
+        return ChunkedFraming()
+    if length is None:
+        return CloseFraming()
+    if not DIGITS.fullmatch(length):
+        raise ValueError("its length is malformed")
+    return LengthFraming(int(length))
+
+
+class TooLarge(ValueError):
+    """Decoded, a body outgrows its bound."""
+
+
+class Inflater:
+    """Decodes one content coding piece by piece; raises ValueError for bad data and for bombs:
+    more than `limit` bytes, or a ratio that no text has."""
+
+    def __init__(self, coding: str, limit: int) -> None:
+        self._limit = limit
+        self._make = CODINGS[coding]
+        self._coding = coding
+        self._decoder = self._make()
+        self._in = self.size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        pieces = []
+        self._in += len(data)
+        while data:
+            piece, data = self._step(data)
+            pieces.append(piece)
+            self.size += len(piece)
+            if self.size > self._limit:
+                raise TooLarge("it is too large when decoded")
+            if self.size > max(self._in * MAX_INFLATE_RATIO, FREE_INFLATED_BYTES):
+                raise TooLarge("it is a compression bomb")
+        return b"".join(pieces)
+
+    def _step(self, data: bytes) -> Tuple[bytes, bytes]:
+        """Decodes 64 KiB at the most; returns that and the input that is left."""
+        try:
+            if self._decoder.eof:  # gzip members may follow each other
+                self._decoder = self._make()
+            piece = self._decoder.decompress(data, 64 << 10)
+        except CODING_ERRORS as error:
+            if self._coding == "deflate" and self.size == 0 and self._make is CODINGS["deflate"]:
+                self._make = raw_deflate  # many senders leave the zlib header out
+                self._decoder = self._make()
+                return b"", data
+            raise ValueError(f"it is not valid {self._coding}") from error
+        if self._decoder.eof:
+            return piece, self._decoder.unused_data
+        return piece, getattr(self._decoder, "unconsumed_tail", b"")
+
+    def end(self) -> None:
+        if not self._decoder.eof:
+            raise ValueError(f"its {self._coding} is cut")
+
+
+def raw_deflate() -> Any:
+    return zlib.decompressobj(-15)
+
+
+CODINGS: Dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(31), "x-gzip": lambda: zlib.decompressobj(31),
+    "deflate": lambda: zlib.decompressobj(15),
+}
+CODING_ERRORS: Tuple[Type[Exception], ...] = (zlib.error, EOFError)
+try:
+    from compression import zstd  # type: ignore[import-not-found,unused-ignore]  # 3.14 and up
+except ImportError:
+    pass
+else:
+    CODINGS["zstd"] = zstd.ZstdDecompressor
+    CODING_ERRORS = (*CODING_ERRORS, zstd.ZstdError)
+
+
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def render_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
+    """An answer's head. Whatever becomes a field was checked for control characters before."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
+
+
+def render_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+# What a client's request keeps to itself (credentials, cookies, what only this hop means), and
+# what of a provider's answer stays here. Who pays is the config's to say, hence openai-*.
+REQUEST_ONLY_HERE = HOP_BY_HOP | SECRET_HEADERS | frozenset([
+    "host", "content-length", "content-encoding", "accept-encoding", "expect", "origin",
+    "forwarded", "openai-organization", "openai-project"])
+PREFIXES_ONLY_HERE = ("sec-", "x-forwarded-", "x-gateway-")
+ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
+    "content-length", "content-encoding", "set-cookie", "alt-svc", "server", "date",
+    "x-request-id", "x-gateway-id"])
+
+
+def passing_fields(head: RequestHead, replaced: FrozenSet[str]) -> str:
+    """The lines of a request's fields that go on to the provider; `replaced` are set anew."""
+    named = head.headers.get("connection", "").lower()
+    if named not in ("", "keep-alive", "close"):
+        replaced = replaced | frozenset(name.strip() for name in named.split(","))
+    return "".join([f"{name}: {value}\r\n" for name, value in head.fields
+                    if name not in REQUEST_ONLY_HERE and name not in replaced
+                    and not name.startswith(PREFIXES_ONLY_HERE)])
+
+
+# ==================================================================================================
+# 10. Prices
+#
+# What models cost: data, a row a model, and how lists of it are read.
+# ==================================================================================================
+
+MAX_DOLLARS_PER_TOKEN = Decimal("0.1")  # a dearer one was given for more than a token
+PRICE_FIELDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
+# -20250929, @20250929, -2025-08-07, -0613 or -2512, -10-2025, -001
+DATE_SUFFIX = re.compile(r"[-@]([0-9]{8}|[0-9]{4}(-[0-9]{2}-[0-9]{2})?|[0-9]{2}-[0-9]{4}|00[0-9])$")
+LITELLM_FIELDS = {
+    "input_cost_per_token": "input",
+    "output_cost_per_token": "output",
+    "cache_read_input_token_cost": "cache_read",
+    "cache_creation_input_token_cost": "cache_write",
+    "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
+}
+LITELLM_KEY = re.compile(f"({'|'.join(LITELLM_FIELDS)})(?:_above_([0-9]+)k_tokens)?")
+
+
+def find_price(prices: Mapping[str, Price], model: str) -> Optional[Price]:
+    """The price of `model`, which may have vendors before it (`a/b/model`) and a date behind it.
+
+    The exact name wins, so that a dated row or another vendor's row may differ.
+    """
+    names = (model, model.partition("/")[2], model.rpartition("/")[2])
+    for name in (*names, *(DATE_SUFFIX.sub("", name) for name in names)):
+        if name in prices:
+            return prices[name]
+    return None
+
+
+def parse_prices(table: str) -> Dict[str, Price]:
+    """Read a table like `PRICES`."""
+    prices = {}
+    for line in table.splitlines():
+        if line and not line.startswith("#"):
+            base, *tiers = line.split(">")
+            model, *cells = base.split()
+            steps = {0: _parse_cells(cells)}
+            for tier in tiers:
+                above, *cells = tier.split()
+                steps[int(above.rstrip("k")) * 1000] = _parse_cells(cells)
+            prices[model] = _build_price(steps)
+    return prices
+
+
+def _parse_cells(cells: List[str]) -> Dict[str, int]:
+    named = zip(PRICE_FIELDS, cells)
+    return {field: int(Decimal(cell) * NANO_DOLLARS) for field, cell in named if cell != "-"}
+
+
+def _build_price(steps: Dict[int, Dict[str, int]]) -> Price:
+    """Steps are the fields by threshold, 0 the base; what a tier leaves out stays as below it."""
+    prices = []
+    fields: Dict[str, int] = {}
+    for above in sorted(steps):
+        fields.update(steps[above])
+        read, write, write_1h = (fields.get(field) for field in PRICE_FIELDS[2:])
+        prices.append((above, Price(fields["input"], fields["output"], read, write, write_1h)))
+    return dataclasses.replace(prices[0][1], tiers=tuple(prices[1:]))
+
+
+def parse_litellm_prices(text: str) -> Dict[str, Price]:
+    """Read a price list in the format of LiteLLM's `model_prices_and_context_window.json`.
+
+    A model without a flat price for tokens in and out (by image, second, character, steps) is left
+    out, as are the prices of batches and other service tiers. Its names of models of one vendor
+    often start with it (`xai/grok-4.3`). Raises ValueError for what is not such a list.
+    """
+    rows = json.loads(text, parse_float=Decimal)  # int(3e-08 * 1e15) is 29_999_999
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise ValueError("a price list is an object that holds an object for each model")
+    prices = {}
+    for model, row in rows.items():
+        steps: Dict[int, Dict[str, int]] = {0: {}}
+        if row.get("mode") == "embedding":
+            steps[0]["output"] = 0  # often left out, and there is none
+        for key, value in row.items():
+            match = LITELLM_KEY.fullmatch(key)
+            if match and value is not None:
+                tier = steps.setdefault(int(match[2] or 0) * 1000, {})
+                tier[LITELLM_FIELDS[match[1]]] = _parse_token_cost(value, f"{model}.{key}")
+        if steps[0].keys() >= {"input", "output"}:
+            prices[model] = _build_price(steps)
+    return prices
+
+
+def _parse_token_cost(dollars: object, where: str) -> int:
+    """Dollars per token to nano-dollars per million tokens, to the nearest one."""
+    if not (isinstance(dollars, (int, Decimal)) and 0 <= dollars < MAX_DOLLARS_PER_TOKEN):
+        raise ValueError(f"{where}: {dollars!s:.40} is not a price in dollars per token")
+    return round(dollars * 10**6 * NANO_DOLLARS)
+
+
+# Public list prices of 2026-11-23 in dollars per million tokens: a row a model, sorted by
+# provider and name. `-`: there is no such price. Behind `>200k` are the prices of a request whose
+# prompt, cached parts included, is longer than that: they hold for all its tokens, the output's
+# too, and what is left out there stays as it was. A dated name that costs what its undated name
+# does has no row: `find_price` falls back.
+PRICES = """\
+# anthropic                 input  output  read  write  write_1h
+claude-3-7-sonnet-20250219      3      15   0.3   3.75         6
+claude-3-haiku-20240307      0.25    1.25  0.03    0.3         -
+claude-3-opus-20240229         15      75   1.5  18.75        30
+claude-4-opus-20250514         15      75   1.5  18.75        30
+claude-4-sonnet-20250514        3      15   0.3   3.75         6
+claude-fable-5                 10      50     1   12.5        20
+claude-fable-5-1               10      50  0.25   12.5        20
+claude-haiku-4-5                1       5   0.1   1.25         2
+claude-haiku-5-5              0.1     0.5  0.01  0.125       0.2
+claude-mythos-5                10      50     1   12.5        20
+claude-mythos-5-1              10      50  0.25   12.5        20
+claude-mythos-preview          10      50     1   12.5        20
+claude-opus-4-1                15      75   1.5  18.75        30
+claude-opus-4-20250514         15      75   1.5  18.75        30
+claude-opus-4-5                 5      25   0.5   6.25        10
+claude-opus-4-6                 5      25   0.5   6.25        10
+claude-opus-4-7                 5      25   0.5   6.25        10
+claude-opus-4-8                 5      25   0.5   6.25        10
+claude-opus-5                   5      25   0.5   6.25        10
+claude-opus-5-5                 4      20   0.2      5         8
+claude-sonnet-4-20250514        3      15   0.3   3.75         6
+claude-sonnet-4-5               3      15   0.3   3.75         6
+claude-sonnet-4-6               3      15   0.3   3.75         6
+claude-sonnet-5                 2      10   0.2    2.5         4
+claude-sonnet-5-5               2      10   0.1    2.5         4
+
+# deepseek                    input  output   read  write
+deepseek-chat                  0.28    0.42  0.028      -
+deepseek-coder                 0.14    0.28  0.014      -
+deepseek-flash                  0.3     1.2  0.006      0
+deepseek-r1                    0.55    2.19   0.14      -
+deepseek-reasoner              0.28    0.42  0.028      -
+deepseek-v3                    0.27     1.1   0.07      0
+deepseek-v3.2                  0.28     0.4  0.028      -
+deepseek-v4-flash               0.3     1.2  0.006      0
+deepseek-v4-flash-vision-exp    0.3     1.2  0.006      0
+deepseek-v4-pro                1.32    3.96  0.044      0
+
+# gemini                                 input  output   read  above  input  output  read
+deep-research-max-preview-04-2026            2      12      -
+deep-research-preview-04-2026                2      12      -
+deep-research-pro-preview-12-2025            2      12      -
+gemini-2.5-computer-use-preview-10-2025   1.25      10      -  >200k    2.5      15
+gemini-2.5-flash                           0.3     2.5   0.03
+gemini-2.5-flash-lite                      0.1     0.4   0.01
+gemini-2.5-pro                            1.25      10  0.125  >200k    2.5      15  0.25
+gemini-2.5-pro-preview-tts                   1      20  0.125
+gemini-3-flash-preview                     0.5       3   0.05
+gemini-3.1-flash-lite                     0.25     1.5  0.025
+gemini-3.1-flash-lite-preview             0.25     1.5  0.025
+gemini-3.1-pro-preview                       2      12    0.2  >200k      4      18   0.4
+gemini-3.1-pro-preview-customtools           2      12    0.2  >200k      4      18   0.4
+gemini-3.5-flash                           1.5       9   0.15
+gemini-3.5-flash-lite                      0.3     2.5   0.03
+gemini-3.6-flash                          0.75    3.75  0.075
+gemini-3.7-flash                          0.75    3.75  0.075
+gemini-3.8-flash                          0.75    3.75  0.075
+gemini-4-argon                               2      10    0.1
+gemini-embedding-001                      0.15       0      -
+gemini-embedding-2                         0.2       0      -
+gemini-embedding-2-preview                 0.2       0      -
+gemini-exp-1114                              0       0      -  >128k      0       0
+gemini-exp-1206                              0       0      -  >128k      0       0
+gemini-flash-latest                       0.75    3.75  0.075
+gemini-flash-lite-latest                   0.3     2.5   0.03
+gemini-gemma-2-27b-it                     0.35    1.05      -
+gemini-gemma-2-9b-it                      0.35    1.05      -
+gemini-omni-1.1-flash                      1.5       9      -
+gemini-omni-flash-preview                  1.5       9      -
+gemini-pro-latest                            2      12    0.2  >200k      4      18   0.4
+gemini-robotics-er-2-preview                 1       5    0.1
+gemini-robotics-er-2-streaming-preview       1       5      -
+gemma-3-27b-it                               0       0      -  >128k      0       0
+gemma-4-26b-a4b-it                           0       0      -
+gemma-4-31b-it                               0       0      -
+learnlm-1.5-pro-experimental                 0       0      -  >128k      0       0
+lyria-3-clip-preview                         0       0      -
+lyria-3-pro-preview                          0       0      -
+lyria-3.5                                    0       0      -
+lyria-3.5-clip-preview                       0       0      -
+lyria-3.5-pro-preview                        0       0      -
+lyria-realtime-exp                           0       0      -
+
+# groq                               input  output    read
+llama-guard-3-8b                       0.2     0.2       -
+meta-llama/llama-prompt-guard-2-22m   0.03    0.03       -
+meta-llama/llama-prompt-guard-2-86m   0.04    0.04       -
+openai/gpt-oss-120b                   0.15     0.6   0.075
+openai/gpt-oss-20b                   0.075     0.3  0.0375
+openai/gpt-oss-safeguard-20b         0.075     0.3   0.037
+qwen/qwen3.8-27b                       0.8       4       -
+
+# mistral                    input  output   read
+codestral-2508                 0.3     0.9   0.03
+codestral-embed               0.15       0  0.015
+codestral-latest               0.3     0.9   0.03
+codestral-mamba-latest        0.25    0.25  0.025
+devstral-latest                0.4       2   0.04
+devstral-medium-latest         0.4       2   0.04
+devstral-small-latest          0.1     0.3   0.01
+glm-5-2                        1.4     4.4   0.14
+labs-leanstral-1-5               0       0      -
+labs-leanstral-1-5-1             0       0      -
+magistral-medium-latest        1.5     7.5   0.15
+magistral-small-latest        0.15     0.6  0.015
+ministral-14b-2512             0.2     0.2   0.02
+ministral-14b-latest           0.2     0.2   0.02
+ministral-3-14b-2512           0.2     0.2   0.02
+ministral-3-3b-2512            0.1     0.1   0.01
+ministral-3-8b-2512           0.15    0.15  0.015
+ministral-3b-2512              0.1     0.1   0.01
+ministral-3b-latest            0.1     0.1   0.01
+ministral-8b-2512             0.15    0.15  0.015
+ministral-8b-latest           0.15    0.15  0.015
+mistral-code-agent-latest      0.4       2   0.04
+mistral-code-fim-latest        0.3     0.9   0.03
+mistral-code-latest            0.3     0.9   0.03
+mistral-embed                  0.1       0      -
+mistral-large-2512             0.5     1.5   0.05
+mistral-large-3                0.5     1.5   0.05
+mistral-large-4               0.68    2.09  0.068
+mistral-large-4-0             0.68    2.09  0.068
+mistral-large-latest           0.5     1.5   0.05
+mistral-medium                 1.5     7.5   0.15
+mistral-medium-3               1.5     7.5   0.15
+mistral-medium-3-5             1.5     7.5   0.15
+mistral-medium-3.5             1.5     7.5   0.15
+mistral-medium-latest          1.5     7.5   0.15
+mistral-small                  0.1     0.3   0.01
+mistral-small-2603            0.15     0.6  0.015
+mistral-small-latest          0.15     0.6  0.015
+mistral-tiny                  0.25    0.25  0.025
+mistral-vibe-cli-fast         0.15     0.6  0.015
+mistral-vibe-cli-latest        1.5     7.5   0.15
+mistral-vibe-cli-with-tools    1.5     7.5   0.15
+open-mistral-nemo              0.3     0.3   0.03
+pixtral-large-latest             2       6    0.2
+voxtral-small-2507             0.1     0.4   0.01
+voxtral-small-latest           0.1     0.4   0.01
+zai-glm-5                      1.4     4.4   0.14
+zai-glm-5-2                    1.4     4.4   0.14
+zai-glm-5-3                    1.4     4.4   0.14
+zai-glm-latest                 1.4     4.4   0.14
+
+# openai                      input  output   read   write  above  input  output  read
+chat-latest                       5      30    0.5       -
+chatgpt-4o-latest                 5      15      -       -
+computer-use-preview              3      12      -       -
+daybreak-blue-latest              4      20    0.4       5  >272k      8      30   0.8
+daybreak-red-latest            12.5      75   1.25  15.625  >272k     25   112.5   2.5
+gpt-3.5-turbo                   0.5     1.5      -       -
+gpt-3.5-turbo-1106                1       2      -       -
+gpt-3.5-turbo-16k                 3       4      -       -
+gpt-4                            30      60      -       -
+gpt-4-0125-preview               10      30      -       -
+gpt-4-1106-preview               10      30      -       -
+gpt-4-turbo                      10      30      -       -
+gpt-4-turbo-preview              10      30      -       -
+gpt-4.1                           2       8    0.5       -
+gpt-4.1-mini                    0.4     1.6    0.1       -
+gpt-4.1-nano                    0.1     0.4  0.025       -
+gpt-4o                          2.5      10   1.25       -
+gpt-4o-2024-05-13                 5      15      -       -
+gpt-4o-audio-preview            2.5      10      -       -
+gpt-4o-mini                    0.15     0.6  0.075       -
+gpt-4o-mini-audio-preview      0.15     0.6      -       -
+gpt-4o-mini-realtime-preview    0.6     2.4      -       -
+gpt-4o-mini-search-preview     0.15     0.6  0.075       -
+gpt-4o-realtime-preview           5      20      -       -
+gpt-4o-search-preview           2.5      10   1.25       -
+gpt-5                          1.25      10  0.125       -
+gpt-5-chat                     1.25      10  0.125       -
+gpt-5-chat-latest              1.25      10  0.125       -
+gpt-5-codex                    1.25      10  0.125       -
+gpt-5-mini                     0.25       2  0.025       -
+gpt-5-nano                     0.05     0.4  0.005       -
+gpt-5-pro                        15     120      -       -
+gpt-5-search-api               1.25      10  0.125       -
+gpt-5.1                        1.25      10  0.125       -
+gpt-5.1-chat-latest            1.25      10  0.125       -
+gpt-5.1-codex                  1.25      10  0.125       -
+gpt-5.1-codex-max              1.25      10  0.125       -
+gpt-5.1-codex-mini             0.25       2  0.025       -
+gpt-5.2                        1.75      14  0.175       -
+gpt-5.2-chat-latest            1.75      14  0.175       -
+gpt-5.2-codex                  1.75      14  0.175       -
+gpt-5.2-pro                      21     168      -       -
+gpt-5.3-chat-latest            1.75      14  0.175       -
+gpt-5.3-codex                  1.75      14  0.175       -
+gpt-5.4                         2.5      15   0.25       -  >272k      5    22.5   0.5
+gpt-5.4-mini                   0.75     4.5  0.075       -
+gpt-5.4-nano                    0.2    1.25   0.02       -
+gpt-5.4-pro                      30     180      -       -  >272k     60     270
+gpt-5.5                           5      30    0.5       -  >272k     10      45     1
+gpt-5.5-cyber                  12.5      75   1.25       -
+gpt-5.5-cyber-preview          12.5      75   1.25       -
+gpt-5.5-pro                      30     180      -       -  >272k     60     270
+gpt-5.6                           4      20    0.4       5  >272k      8      30   0.8
+gpt-5.6-cyber                  12.5      75   1.25  15.625  >272k     25   112.5   2.5
+gpt-5.6-luna                    0.2     1.2   0.02    0.25  >272k    0.4     1.8  0.04
+gpt-5.6-sol                       4      20    0.4       5  >272k      8      30   0.8
+gpt-5.6-terra                     2      12    0.2     2.5  >272k      4      18   0.4
+gpt-6-astra                      10      50      1    12.5  >272k     20      75     2
+gpt-6-luna                      0.1     0.5   0.01   0.125  >272k    0.2    0.75  0.02
+gpt-6-sol                         2      10    0.2     2.5  >272k      4      15   0.4
+gpt-6.1-sol                       2      10    0.1     2.5  >272k      4      15   0.2
+gpt-audio                       2.5      10      -       -
+gpt-audio-1.5                   2.5      10      -       -
+gpt-audio-mini                  0.6     2.4      -       -
+gpt-daybreak-blue-latest          4      20    0.4       5  >272k      8      30   0.8
+gpt-daybreak-red-latest        12.5      75   1.25  15.625  >272k     25   112.5   2.5
+gpt-realtime                      4      16      -       -
+gpt-realtime-1.5                  4      16      -       -
+gpt-realtime-mini               0.6     2.4      -       -
+gpt-rosalind-discovery            5      25    0.5       -
+gpt-rosalind-research             5      25    0.5       -
+o1                               15      60    7.5       -
+o1-pro                          150     600      -       -
+o3                                2       8    0.5       -
+o3-deep-research                 10      40    2.5       -
+o3-mini                         1.1     4.4   0.55       -
+o3-pro                           20      80      -       -
+o4-mini                         1.1     4.4  0.275       -
+o4-mini-deep-research             2       8    0.5       -
+text-embedding-3-large         0.13       0      -       -
+text-embedding-3-small         0.02       0      -       -
+text-embedding-ada-002          0.1       0      -       -
+text-embedding-ada-002-v2       0.1       0      -       -
+
+# xai                                             input  output  read  above  input  output  read
+grok-4.20                                          1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-0309-non-reasoning                       1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-0309-reasoning                           1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta                                     1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-0309-non-reasoning                  1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-0309-reasoning                      1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-latest                              1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-latest-non-reasoning                1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-latest-reasoning                    1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-non-reasoning                       1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-beta-reasoning                           1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-experimental-beta-0304                   1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-experimental-beta-0304-non-reasoning     1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-experimental-beta-0304-reasoning         1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-experimental-beta-latest                 1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-experimental-beta-non-reasoning-latest   1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-experimental-beta-reasoning-latest       1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-multi-agent                              1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-multi-agent-beta-0309                    1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-multi-agent-beta-latest                  1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-multi-agent-experimental-beta-0304       1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-multi-agent-experimental-beta-latest     1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-multi-agent-latest                       1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-non-reasoning                            1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-non-reasoning-gv2                        1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-non-reasoning-latest                     1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-reasoning                                1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-reasoning-gv2                            1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.20-reasoning-latest                         1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.3                                           1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.3-latest                                    1.25     2.5   0.2  >200k    2.5       5   0.4
+grok-4.5                                              2       6   0.3  >200k      4      12   0.6
+grok-4.5-latest                                       2       6   0.3  >200k      4      12   0.6
+grok-4.6                                              2       6   0.5  >200k      4      12     1
+grok-4.7                                              2       6   0.5  >200k      4      12     1
+grok-build-0.1                                        1       2   0.2  >200k      2       4   0.4
+grok-build-latest                                     2       6   0.3  >200k      4      12   0.6
+grok-code-fast                                        1       2   0.2  >200k      2       4   0.4
+grok-code-fast-1                                      1       2   0.2  >200k      2       4   0.4
+"""
+
+
+# ==================================================================================================
+# I/O starts here
+# ==================================================================================================
+
+
+# ==================================================================================================
+# 11. Upstream
+#
+# Connections to providers: made, kept alive, and dropped at the first doubt. Deadlines cost no
+# timers: each connection carries one, and the sweeper of section 13 looks at all of them several
+# times a second.
+# ==================================================================================================
+
+MAX_HEAD_BYTES = 64 << 10
+MAX_READ_BYTES = 64 << 10  # at once from a provider, so that a slow client makes us hold little
+MAX_IDLE_CONNECTIONS = 256  # kept per origin
+KEEP_IDLE_SECONDS = 55.0  # many servers close after 60
+SETTLE_SECONDS = 1.0  # for the end of a body whose content has ended
+RACE_SECONDS = 1.0  # a kept-alive connection that dies unanswered within it was closed in the race
+MAX_ERROR_BYTES = 1 << 20
+FOREVER = float("inf")
+
+
+class Reader(asyncio.StreamReader):
+    """A StreamReader that counts what came, and hands it to a `sink` at once where there is one:
+    a waiting read costs a future, a task step and a second turn of the loop for each piece."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit=limit, loop=asyncio.get_running_loop())
+        self.fed = 0
+        self.sink: Optional[Callable[[bytes], None]] = None
+        self._sleeper: Optional[asyncio.Future[None]] = None
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override,unused-ignore]
+        self.fed += len(data)
+        if self.sink is None:
+            super().feed_data(data)
+        else:
+            self.sink(data)
+
+    def feed_eof(self) -> None:
+        super().feed_eof()
+        self.wake()
+
+    def set_exception(self, exc: BaseException) -> None:
+        super().set_exception(exc)  # type: ignore[arg-type,unused-ignore]
+        self.wake()
+
+    async def until_woken(self) -> None:
+        """Waits for `wake`, which the end of the stream or an error call too."""
+        self._sleeper = asyncio.get_running_loop().create_future()
+        await self._sleeper
+
+    def wake(self) -> None:
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
+
+
+class Connection:
+    """A connection to a provider, and the deadline it is under."""
+
+    def __init__(self, origin: Origin, reader: Reader, writer: asyncio.StreamWriter) -> None:
+        self.origin = origin
+        self.reader = reader
+        self.writer = writer
+        self.socket_fd: int = writer.get_extra_info("socket").fileno()
+        self.is_reused = False
+        self.deadline = self.final = FOREVER
+        self.phase = ""  # the timeout that `deadline` stands for
+        self.renewal = 0.0  # seconds that each piece of data adds; 0 where none does
+        self._seen = 0
+
+    def expect(self, phase: str, now: float, seconds: float, renews: bool = False) -> None:
+        """Sets the deadline for what comes next."""
+        self.phase = phase
+        self.deadline = now + seconds
+        self.renewal = seconds if renews else 0.0
+
+    def is_late(self, now: float) -> bool:
+        if self.renewal and self.reader.fed != self._seen:
+            self._seen = self.reader.fed
+            self.deadline = now + self.renewal
+        return now >= min(self.deadline, self.final)
+
+    def fail_late(self, now: float) -> None:
+        phase = "total" if now >= self.final else self.phase
+        self.deadline = self.final = FOREVER
+        self.reader.set_exception(upstream_error(
+            504, f"The provider did not answer in time (timeouts.{phase}).", "timeout",
+            code=f"{phase}_timeout"))
+
+    def is_fit(self) -> bool:
+        """Whether it can carry another request: nothing may have come since the last answer. The
+        socket is asked, since the loop may not yet have seen what the kernel has."""
+        if self.reader.at_eof() or self.reader.exception() or self.writer.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(self.socket_fd, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+class Answer:
+    """A provider's answer: its head, and its body as it comes."""
+
+    def __init__(self, connection: Connection, head: AnswerHead, max_bytes: int) -> None:
+        self.connection = connection
+        self.status = head.status
+        self.fields = head.fields
+        self.headers = head.headers
+        self._max_bytes = max_bytes
+        self._inflater: Optional[Inflater] = None
+        self._late: List[bytes] = []  # came while nobody wanted more
+        self._wants_more = False
+        self._is_held = False
+        self._error: Optional[BaseException] = None
+        coding = head.headers.get("content-encoding", "identity").lower()
+        try:
+            self.framing = answer_framing(head)
+            if coding != "identity":
+                if coding not in CODINGS:
+                    raise ValueError(f"its content-encoding {clipped(coding, 20)!r} is unknown")
+                self._inflater = Inflater(coding, max_bytes)
+        except ValueError as error:
+            raise unusable(error) from error
+        self.is_persistent = not (head.is_http10 or isinstance(self.framing, CloseFraming)
+                                  or "close" in head.headers.get("connection", "").lower())
+
+    async def read_all(self) -> bytes:
+        """The whole body, decoded. Raises GatewayError 502 and 504."""
+        pieces: List[bytes] = []
+        size = 0
+
+        def take(piece: bytes) -> bool:
+            nonlocal size
+            pieces.append(piece)
+            size += len(piece)
+            if size > self._max_bytes:
+                raise ValueError(f"it is larger than {self._max_bytes} bytes")
+            return True
+
+        await self.pump(take)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def pump(self, sink: Callable[[bytes], bool]) -> None:
+        """Hands each piece of the body to `sink` as it comes, until the body is whole or `sink`
+        returns False; what comes then is kept for the next call. Raises GatewayError 502, 504."""
+        reader = self.connection.reader
+        self._sink = sink
+        self._wants_more = not self.framing.done
+        self._resume()
+        late, self._late = self._late, []
+        for data in late:
+            self._on_data(data)
+        if self._wants_more and reader.sink is None and not self._error:
+            self._on_data(await self._read_buffered())
+            reader.sink = self._on_data
+        while self._wants_more and not self._error and not reader.at_eof():
+            await reader.until_woken()
+            self._error = self._error or reader.exception()
+        self._finish()
+
+    async def _read_buffered(self) -> bytes:
+        """All that came with the head, or else the first piece; b"" at the end."""
+        try:
+            return await self.connection.reader.read(1 << 20)
+        except OSError as error:
+            self._error = error
+            return b""
+
+    def _on_data(self, data: bytes) -> None:
+        if not self._wants_more:
+            self._late.append(data)
+            return
+        try:
+            piece = self.framing.feed(data)
+            if self._inflater:
+                piece = self._inflater.feed(piece)
+            self._wants_more = (not piece or self._sink(piece)) and not self.framing.done
+        except Exception as error:  # raised where `pump` waits, not in the event loop
+            self._error = error
+        if self._error or not self._wants_more:
+            self.connection.reader.wake()
+
+    def _finish(self) -> None:
+        """Raises what went wrong, if anything did; at EOF asks whether the body is whole."""
+        try:
+            if self._wants_more and not self._error:
+                self.framing.end()
+            if self._inflater and self.framing.done and not self._error:
+                self._inflater.end()
+        except ValueError as error:
+            self._error = error
+        if isinstance(self._error, ValueError):
+            raise unusable(self._error) from self._error
+        if isinstance(self._error, OSError):
+            raise upstream_error(502, "The provider's connection broke.",
+                                 "stream_error") from self._error
+        if self._error:
+            raise self._error
+
+    def hold(self) -> None:
+        """Stops reading until the next `pump`; what the client takes its time for is no fault of
+        the provider's."""
+        self._is_held = True
+        self.connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        self.connection.deadline = FOREVER
+
+    def _resume(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self.connection.writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    def settle(self, data: bytes) -> bool:
+        """Takes what comes after the content has ended; False where that is more content."""
+        try:
+            return not self.framing.feed(data)
+        except ValueError:
+            return False
+
+    @property
+    def can_be_reused(self) -> bool:
+        return (self.is_persistent and self.framing.done and not self.framing.rest
+                and not self._error and not self.connection.reader.at_eof()
+                and not self.connection.writer.transport.get_write_buffer_size())
+
+    def take_late(self) -> List[bytes]:
+        late, self._late = self._late, []
+        return late
+
+
+def unusable(error: ValueError) -> GatewayError:
+    return upstream_error(502, f"The provider's answer is unusable: {error}.", "bad_answer")
+
+
+class Unanswered(Exception):
+    """A connection died before the first byte of an answer."""
+
+
+class Pool:
+    """Connections to providers. What is idle and what is open is decided in plain code; only
+    `send` and what it calls await."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._idle: Dict[Origin, List[Connection]] = {}
+        self._open: Set[Connection] = set()
+        self._tls: Optional[ssl.SSLContext] = None
+
+    async def send(self, provider: Provider, deadlines: Timeouts, payload: Sequence[bytes],
+                   is_stream: bool, max_bytes: int) -> Answer:
+        """Sends a request and awaits its answer's head. Raises GatewayError 502 and 504.
+
+        A kept-alive connection that dies unanswered at once was closed by the provider in the
+        race with our request, which is then sent again on a new one, once.
+        """
+        origin = provider.origin
+        connection = self._take_idle(origin)
+        started = self._clock()
+        if connection is not None:
+            try:
+                return await self._ask(connection, deadlines, payload, is_stream, max_bytes)
+            except Unanswered as error:
+                if self._clock() - started >= RACE_SECONDS:
+                    raise unreachable(provider) from error.__cause__
+        connection = await self._connect(provider, origin, deadlines.connect)
+        try:
+            return await self._ask(connection, deadlines, payload, is_stream, max_bytes)
+        except Unanswered as error:
+            raise unreachable(provider) from error.__cause__
+
+    def _take_idle(self, origin: Origin) -> Optional[Connection]:
+        kept = self._idle.get(origin, [])
+        while kept:
+            connection = kept.pop()  # the youngest: the others may grow old and go
+            if connection.is_fit():
+                connection.is_reused = True
+                return connection
+            self.drop(connection)
+        return None
+
+    async def _connect(self, provider: Provider, origin: Origin, seconds: float) -> Connection:
+        attempt = asyncio.ensure_future(self._open_connection(origin))
+        try:
+            await asyncio.wait({attempt}, timeout=seconds)
+            if not attempt.done():
+                raise upstream_error(504, f"Provider {provider.name!r} did not accept a connection "
+                                     "in time (timeouts.connect).", "timeout",
+                                     code="connect_timeout")
+            return attempt.result()
+        except (OSError, ValueError) as error:  # ssl's errors are OSErrors; a bad name a ValueError
+            raise unreachable(provider) from error
+        finally:
+            if not attempt.done():
+                attempt.add_done_callback(self._discard)
+                attempt.cancel()
+
+    def _discard(self, attempt: asyncio.Future[Connection]) -> None:
+        """Closes what a connection attempt brings that nobody waits for any more."""
+        if not attempt.cancelled() and not attempt.exception():
+            self.drop(attempt.result())
+
+    async def _open_connection(self, origin: Origin) -> Connection:
+        reader = Reader(MAX_HEAD_BYTES)
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.create_connection(
+            lambda: asyncio.StreamReaderProtocol(reader, loop=loop), origin.host, origin.port,
+            ssl=self.tls if origin.is_tls else None, happy_eyeballs_delay=0.25)
+        if hasattr(transport, "max_size"):
+            transport.max_size = MAX_READ_BYTES
+        connection = Connection(origin, reader,
+                                asyncio.StreamWriter(transport, protocol, reader, loop))
+        self._open.add(connection)
+        return connection
+
+    @property
+    def tls(self) -> ssl.SSLContext:
+        """Verifies against the system's store; made at its first use, since it takes megabytes."""
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+            self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
+            self._tls.set_alpn_protocols(["http/1.1"])
+            # From 3.11 on asyncio reads TLS through a buffer of 256 KiB for each connection.
+            if hasattr(asyncio.sslproto.SSLProtocol, "max_size"):
+                asyncio.sslproto.SSLProtocol.max_size = 32 << 10
+        return self._tls
+
+    async def _ask(self, connection: Connection, deadlines: Timeouts, payload: Sequence[bytes],
+                   is_stream: bool, max_bytes: int) -> Answer:
+        now = self._clock()
+        total = deadlines.total or (FOREVER if is_stream else 600.0)
+        connection.final = now + total
+        connection.expect("first_token", now, deadlines.first_token if is_stream else total)
+        try:
+            connection.writer.writelines(payload)  # not drained: the answer may come before
+            answer = Answer(connection, await read_answer_head(connection.reader), max_bytes)
+        except BaseException:
+            self.drop(connection)
+            raise
+        if not is_stream:
+            connection.expect("idle", self._clock(), deadlines.idle, renews=True)
+        return answer
+
+    def release(self, answer: Answer) -> None:
+        """Keeps the answer's connection where nothing speaks against it. A body whose content has
+        ended may lack its last chunk: that is awaited in passing."""
+        connection = answer.connection
+        connection.final = FOREVER
+        if not answer.is_persistent or not all(map(answer.settle, answer.take_late())):
+            self.drop(connection)
+        elif answer.framing.done:
+            self._settled(answer)
+        else:
+            connection.expect("settle", self._clock(), SETTLE_SECONDS)
+            connection.reader.sink = lambda data: self._settle(answer, data)
+
+    def _settle(self, answer: Answer, data: bytes) -> None:
+        if not answer.settle(data):
+            self.drop(answer.connection)
+        elif answer.framing.done:
+            self._settled(answer)
+
+    def _settled(self, answer: Answer) -> None:
+        answer.connection.reader.sink = None
+        if answer.can_be_reused:
+            self._keep(answer.connection)
+        else:
+            self.drop(answer.connection)
+
+    def _keep(self, connection: Connection) -> None:
+        kept = self._idle.setdefault(connection.origin, [])
+        if len(kept) >= MAX_IDLE_CONNECTIONS:
+            self.drop(connection)
+        else:
+            connection.expect("kept", self._clock(), KEEP_IDLE_SECONDS)
+            kept.append(connection)
+
+    def drop(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        connection.close()
+
+    def sweep(self, now: float) -> None:
+        """Ends what is past its deadline."""
+        for connection in list(self._open):
+            if connection.is_late(now):
+                if connection.phase in ("kept", "settle"):
+                    self.drop(connection)
+                else:
+                    connection.fail_late(now)
+        for origin, kept in list(self._idle.items()):
+            fit = [c for c in kept if c in self._open and not c.reader.at_eof()]
+            for connection in set(kept).difference(fit):
+                self.drop(connection)
+            self._idle[origin] = fit
+
+    def close(self) -> None:
+        for connection in list(self._open):
+            self.drop(connection)
+
+
+def unreachable(provider: Provider) -> GatewayError:
+    return upstream_error(502, f"Could not reach provider {provider.name!r}.", "request_error",
+                          type="upstream_unreachable")
+
+
+async def read_answer_head(reader: Reader) -> AnswerHead:
+    """The head of the final answer; interim ones (1xx) are passed over."""
+    before = reader.fed
+    try:
+        head = parse_answer_head(await reader.readuntil(b"\r\n\r\n"))
+        while head.status < 200 and head.status != 101:
+            head = parse_answer_head(await reader.readuntil(b"\r\n\r\n"))
+    except asyncio.LimitOverrunError as error:
+        raise upstream_error(502, "The head of the provider's answer is too large.",
+                             "bad_answer") from error
+    except (asyncio.IncompleteReadError, OSError) as error:
+        if reader.fed == before:
+            raise Unanswered from error
+        raise upstream_error(502, "The provider closed in the head of its answer.",
+                             "request_error") from error
+    if head.status == 101:
+        raise upstream_error(502, "The provider switched protocols.", "bad_answer")
+    return head
+
+
+# ==================================================================================================
+# 12. Gateway
+#
+# One exchange, from request to record. Handlers return a Response and write nothing; errors are
+# raised anywhere and rendered once; `record` runs once for each exchange and is the only place that
+# logs it and touches its metrics.
+# ==================================================================================================
+
+BAD_KEY = re.compile(rb"invalid_api_key|API_KEY_INVALID|authentication_error|unregistered caller"
+                     rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key not valid", re.IGNORECASE)
+CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+JSON_TYPE = ("content-type", "application/json")
+
+
+class Log:
+    """Lines on stdout. One that cannot be written at once is lost, and counted: a full disk or a
+    reader that sleeps must not stop the gateway."""
+
+    def __init__(self, fd: int, as_json: bool, clock: Callable[[], float],
+                 wall_clock: Callable[[], float]) -> None:
+        self._fd = fd
+        self._as_json = as_json
+        self.clock = clock  # monotonic, for durations and deadlines
+        self.wall_clock = wall_clock  # unix seconds
+        self.lost = 0
+
+    def line(self, level: str, message: str, fields: Iterable[Tuple[str, object]] = ()) -> None:
+        now = self.wall_clock()
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
+        self._write(render_log([("time", stamp), ("level", level), ("msg", message), *fields],
+                               self._as_json))
+
+    def crash(self, error: BaseException) -> None:
+        """An error that nobody foresaw: where it happened, but not its words, which may quote what
+        a client sent."""
+        frames = traceback.extract_tb(error.__traceback__)
+        places = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames[-4:]))
+        self.line("ERROR", "crash", [("error", type(error).__name__), ("at", places)])
+
+    def _write(self, line: str) -> None:
+        data = line.encode() + b"\n"
+        try:
+            if not self._is_ready() or os.write(self._fd, data) < len(data):
+                self.lost += 1
+        except OSError:
+            self.lost += 1
+
+    def _is_ready(self) -> bool:
+        """Whether a line can be written without waiting: a pipe that polls as writable takes 4 KiB,
+        and no line is longer."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return any(event & select.POLLOUT for _, event in poll.poll(0))
+
+
+class ClientLeft(Exception):
+    """The client closed before its request was whole."""
+
+
+class Request:
+    """A request as a handler sees it: its head, and a body that is read when it is asked for."""
+
+    def __init__(self, head: RequestHead, body: Callable[[], Awaitable[bytes]]) -> None:
+        self.head = head
+        self.headers = head.headers
+        self.body = body
+
+
+class Source(Protocol):
+    """Where a stream's pieces come from."""
+
+    async def pump(self, sink: Callable[[bytes], bool]) -> None: ...
+
+    def hold(self) -> None: ...
+
+
+class Stream:
+    """A streamed body. The server pumps `source` through `feed` and writes what that returns, one
+    write out for each piece in, until `ended`."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.first = b""  # goes out with the head
+        self.ended = False
+
+    def feed(self, piece: bytes) -> bytes:
+        return piece
+
+    def end(self) -> bytes:
+        """The source is at its end; returns what is left to write. May raise GatewayError."""
+        self.ended = True
+        return b""
+
+    def fail(self, error: GatewayError) -> bytes:
+        """The source failed after the head went out; returns the client's word of it."""
+        self.ended = True
+        return b""
+
+    def close(self) -> None:
+        """Called once, however the stream went."""
+
+
+class Response:
+    """What a handler returns: a whole body, or a stream."""
+
+    def __init__(self, status: int, fields: Sequence[Tuple[str, str]], body: bytes = b"",
+                 stream: Optional[Stream] = None) -> None:
+        self.status = status
+        self.fields = list(fields)
+        self.body = body
+        self.stream = stream
+
+
+@dataclass
+class Exchange:
+    """One request and what becomes of it. Times are the clock's seconds."""
+
+    id: str
+    started: float
+    method: str = ""
+    path: str = ""
+    app: str = ""
+    route: Optional[Route] = None
+    is_generation: bool = False
+    is_stream: bool = False
+    status: int = 0
+    error: str = ""
+    provider_error: str = ""
+    upstream_id: str = ""
+    usage: Optional[Usage] = None
+    usage_from: str = "none"
+    answered: bool = False  # the provider said 200
+    bytes_in: int = 0
+    bytes_out: int = 0
+    ttft: Optional[float] = None
+    waited: float = 0.0  # for the client's body and the provider's head
+    overhead: float = 0.0
+    logged_headers: Tuple[Tuple[str, str], ...] = ()
+
+    def fail(self, error: GatewayError) -> None:
+        """Notes an error: its words, unless they are the provider's, and what caused it."""
+        self.status = error.status
+        self.provider_error = error.provider_error
+        self.error = error.message
+        if error.is_quoted:
+            word = error.code or error.type
+            self.error = "The provider reported an error" + (
+                f": {word}" if CODE_WORD.fullmatch(word) else ".")
+        if error.__cause__ is not None:
+            self.error += f" ({type(error.__cause__).__name__}: {error.__cause__})"
+
+
+class Gateway:
+    """The application behind the server."""
+
+    def __init__(self, config: Config, router: Router, keyring: Keyring, pool: Pool,
+                 metrics: Metrics, log: Log) -> None:
+        self.config = config
+        self.router = router
+        self.keyring = keyring
+        self.pool = pool
+        self.metrics = metrics
+        self.log = log
+        self.clock = log.clock
+        self.is_draining = False
+        self._names = ModelNames()
+        self._meters: Dict[Tuple[str, str, str], Meter] = {}
+        self._log_headers = [name.lower() for name in config.log_headers]
+        self._lines = {(provider.name, wire): provider_lines(provider, wire)
+                       for provider in config.providers.values() for wire in provider.row.paths}
+
+    # ---- one exchange ----
+
+    async def handle(self, exchange: Exchange, request: Request) -> Response:
+        """Answers one request; every error becomes an answer here."""
+        exchange.method, exchange.path = request.head.method, request.head.path
+        exchange.logged_headers = tuple((name, request.headers[name]) for name in self._log_headers
+                                        if name in request.headers)
+        dialect = DIALECTS["chat"]
+        try:
+            handler, dialect = find_handler(request.head)
+            exchange.is_generation = handler == Gateway.generate
+            if exchange.is_generation:
+                self.metrics.in_flight.add((), 1)
+            response = await handler(self, exchange, request, dialect)
+        except GatewayError as error:
+            return self.refuse(exchange, error, dialect)
+        except (ConnectionError, ClientLeft):
+            raise
+        except Exception as error:
+            self.log.crash(error)
+            return self.refuse(exchange, GatewayError(500, "The gateway failed."), dialect)
+        exchange.status = exchange.status or response.status
+        return self.signed(exchange, response)
+
+    def refuse(self, exchange: Exchange, error: GatewayError,
+               dialect: Dialect = DIALECTS["chat"]) -> Response:
+        exchange.fail(error)
+        return self.signed(exchange, Response(error.status, [JSON_TYPE, *error.headers],
+                                              dialect.render_error(error, exchange.id)))
+
+    def signed(self, exchange: Exchange, response: Response) -> Response:
+        """The response with the ids that a client may name when it asks what went wrong."""
+        exchange.overhead = self.clock() - exchange.started - exchange.waited
+        response.fields += [("x-request-id", exchange.upstream_id or exchange.id),
+                            ("x-gateway-id", exchange.id)]
+        return response
+
+    async def generate(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+        """Answers one generation request; the order of the steps is what clients rely on."""
+        app = self.keyring.authenticate(request.headers, self.log.wall_clock())  # 401
+        exchange.app = app.name
+        document = Document(await self.read_body(exchange, request))  # 400, 408, 413, 415, 503
+        model, exchange.is_stream = read_call(document)  # 400
+        if not app.may_use(model):
+            raise GatewayError(403, "This API key may not use the requested model.", "model",
+                               "model_not_allowed")
+        route = exchange.route = self.router.resolve(model)  # 404
+        hides_usage = exchange.is_stream and not dialect.asks_for_usage(document)
+        payload = self.render_passed(request, route, document, dialect, hides_usage)
+        answer = await self.send(exchange, route, payload)  # 502, 504
+        if answer.status != 200:
+            return await self.pass_error(exchange, route, answer, dialect)
+        if exchange.is_stream:
+            watch = dialect.watch(hides_usage, route.provider.done)
+            return await self.pass_stream(exchange, route, answer, dialect, watch)
+        return await self.pass_answer(exchange, answer, dialect)
+
+    async def read_body(self, exchange: Exchange, request: Request) -> bytes:
+        waiting_since = self.clock()
+        body = await request.body()
+        exchange.waited += self.clock() - waiting_since
+        exchange.bytes_in = len(body)
+        return body
+
+    def render_passed(self, request: Request, route: Route, document: Document, dialect: Dialect,
+                      hides_usage: bool) -> List[bytes]:
+        """The request to the provider: the client's own bytes, but for what must differ."""
+        values: Dict[str, object] = {}
+        if document.get("model") != route.model:
+            values["model"] = route.model
+        if hides_usage and route.provider.row.takes_usage_option:
+            values.update(dialect.values_for_usage(document))
+        body = document.with_values(values)
+        own_lines, replaced = self._lines[route.provider.name, dialect.name]
+        head = (f"{own_lines}{passing_fields(request.head, replaced)}"
+                f"content-length: {len(body)}\r\n\r\n").encode("latin-1")
+        return [head + body] if len(body) < MAX_READ_BYTES else [head, body]
+
+    async def send(self, exchange: Exchange, route: Route, payload: Sequence[bytes]) -> Answer:
+        """Sends to the route's provider. One attempt today; others will follow here."""
+        waiting_since = self.clock()
+        try:
+            answer = await self.pool.send(route.provider, route.deadlines, payload,
+                                          exchange.is_stream, self.config.limits.answer)
+        finally:
+            exchange.waited += self.clock() - waiting_since
+        exchange.upstream_id = upstream_id(answer.headers)
+        exchange.answered = answer.status == 200
+        return answer
+
+    # ---- answers ----
+
+    async def pass_answer(self, exchange: Exchange, answer: Answer, dialect: Dialect) -> Response:
+        """A plain answer, as it came; one that is no JSON object is none."""
+        body = await self.read_answer(exchange, answer)
+        try:
+            reply = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise upstream_error(502, "The provider's answer is not JSON.", "bad_answer") from error
+        if not isinstance(reply, dict):
+            raise upstream_error(502, "The provider's answer is not a JSON object.", "bad_answer")
+        exchange.usage = dialect.parse_usage(reply.get("usage"))
+        exchange.usage_from = "reported"
+        if exchange.usage is None:
+            self.estimate(exchange, dialect.count_content(reply))
+        return Response(200, answer_fields(answer), body)
+
+    async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
+        waiting_since = self.clock()
+        try:
+            body = await answer.read_all()
+        except BaseException:
+            self.pool.drop(answer.connection)
+            raise
+        finally:
+            exchange.waited += self.clock() - waiting_since
+        self.pool.release(answer)
+        return body
+
+    async def pass_stream(self, exchange: Exchange, route: Route, answer: Answer, dialect: Dialect,
+                          watch: Watch) -> Response:
+        """A stream, passed event by event; its first event is awaited while the status can still
+        be told honestly."""
+        stream = PassedStream(self, exchange, route, answer, dialect, watch)
+        waiting_since = self.clock()
+        try:
+            check_event_stream(answer)
+            await answer.pump(stream.feed_first)
+            if not stream.first and not stream.ended:
+                stream.first = stream.end()
+            if watch.failure:
+                raise as_refusal(watch.failure)
+        except BaseException:
+            stream.close()
+            raise
+        finally:
+            exchange.waited += self.clock() - waiting_since
+        return Response(200, answer_fields(answer), stream=stream)
+
+    async def pass_error(self, exchange: Exchange, route: Route, answer: Answer,
+                         dialect: Dialect) -> Response:
+        """A provider's error: status, words and retry-after are kept, unless they are about our
+        key, which is no fault of the client's."""
+        status = answer.status
+        body = await self.read_answer(exchange, answer)
+        if not 400 <= status < 600:
+            raise upstream_error(502, f"The provider answered {status}; only 200 is an answer.",
+                                 "bad_answer")
+        if status in (401, 402) or (status == 403 and BAD_KEY.search(body)):
+            raise key_refused(status)
+        exchange.status, exchange.provider_error = status, error_label(status)
+        exchange.error = f"The provider answered {status}."
+        if not is_json_object(body):
+            words = body[:200].decode("utf-8", "replace")
+            error = GatewayError(status, f"The provider answered {status}: {words}")
+            body = dialect.render_error(error, exchange.id)
+            fields = [JSON_TYPE, *((name, value) for name, value in answer_fields(answer)
+                                   if name != "content-type")]
+        else:
+            fields = answer_fields(answer)
+        return Response(status, fields, mask(body, route.provider))
+
+    def estimate(self, exchange: Exchange, content_bytes: int) -> None:
+        """Usage that the provider did not tell: the prompt as its bytes / 3, where it told
+        nothing of it, the output as the bytes of content seen / 4."""
+        known = exchange.usage or Usage()
+        exchange.usage = dataclasses.replace(
+            known, input=known.input or -(-exchange.bytes_in // 3),
+            output=max(known.output, -(-content_bytes // 4)))
+        exchange.usage_from = "estimated"
+
+    # ---- other endpoints ----
+
+    async def list_models(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+        app = self.keyring.authenticate(request.headers, self.log.wall_clock())
+        exchange.app = app.name
+        models = [model_object(name, owner) for name, owner in self.router.aliases(app)]
+        return Response(200, [JSON_TYPE], dump_json({"object": "list", "data": models}))
+
+    async def show_model(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+        app = self.keyring.authenticate(request.headers, self.log.wall_clock())
+        exchange.app = app.name
+        asked = request.head.path[len("/v1/models/"):]
+        if not app.may_use(asked):
+            raise GatewayError(403, "This API key may not use the requested model.", "model",
+                               "model_not_allowed")
+        owner = self.router.resolve(asked).provider.name
+        return Response(200, [JSON_TYPE], dump_json(model_object(asked, owner)))
+
+    async def health(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+        if self.is_draining and request.head.path == "/health":
+            return Response(503, [JSON_TYPE], b'{"status":"draining"}')
+        return Response(200, [JSON_TYPE], b'{"status":"ok"}')
+
+    async def show_metrics(self, exchange: Exchange, request: Request,
+                           dialect: Dialect) -> Response:
+        openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+        self.metrics.lost_lines.values[()] = self.log.lost
+        text = render_metrics([*self.metrics.families(), *process_metrics()], openmetrics)
+        kind = ("application/openmetrics-text; version=1.0.0; charset=utf-8" if openmetrics
+                else "text/plain; version=0.0.4; charset=utf-8")
+        return Response(200, [("content-type", kind)], text.encode())
+
+    async def show_page(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+        text = f"gateway.py {__version__}\n\n" + "".join(
+            f"{' '.join(methods):5} {path}\n" for path, methods in sorted(ROUTES.items()))
+        return Response(200, [("content-type", "text/plain; charset=utf-8")], text.encode())
+
+    # ---- the record ----
+
+    def record(self, exchange: Exchange) -> None:
+        """Logs an exchange and counts it; called once, at its end."""
+        duration = self.clock() - exchange.started
+        meter = self.meter(exchange)
+        money = None
+        if exchange.usage is not None and exchange.route is not None and exchange.route.price:
+            money = cost(exchange.route.price, exchange.usage)
+        if exchange.is_generation:
+            self.metrics.in_flight.add((), -1)
+            meter.record(Record(
+                exchange.status, exchange.is_stream, duration, exchange.overhead, exchange.ttft,
+                exchange.usage, exchange.usage_from == "estimated", money,
+                exchange.provider_error))
+        if exchange.path in PROBES and exchange.status == 200 and not self.config.log_probes:
+            return
+        self.log.line("INFO", "access", [
+            ("request_id", exchange.id), ("method", exchange.method), ("path", exchange.path),
+            ("status", exchange.status), ("duration_ms", round(duration * 1000, 1)),
+            *meter.log_fields, *access_fields(exchange, money)])
+
+    def meter(self, exchange: Exchange) -> Meter:
+        route = exchange.route
+        key = (exchange.app, route.provider.name if route else "",
+               self._names.label(route, exchange.answered) if route else "")
+        meter = self._meters.get(key)
+        if meter is None:
+            meter = self._meters[key] = Meter(self.metrics, *key)
+        return meter
+
+
+class PassedStream(Stream):
+    """A provider's stream on its way to a client of the same dialect."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
+                 dialect: Dialect, watch: Watch) -> None:
+        super().__init__(answer)
+        self._gateway = gateway
+        self._exchange = exchange
+        self._route = route
+        self._answer = answer
+        self._dialect = dialect
+        self._watch = watch
+        self._cutter = EventCutter(gateway.config.limits.event)
+
+    def feed_first(self, piece: bytes) -> bool:
+        self.first += self.feed(piece)
+        return not self.first and not self.ended
+
+    def feed(self, piece: bytes) -> bytes:
+        block = self._cutter.feed(piece)
+        return self._watched(block) if block else b""
+
+    def _watched(self, block: bytes) -> bytes:
+        watch = self._watch
+        out = watch.feed(block)
+        if watch.has_content and self._exchange.ttft is None:
+            self._note_first_content()
+        if watch.failure:
+            self._exchange.fail(watch.failure)
+            out = mask(out, self._route.provider)
+        self.ended = watch.ended or watch.failure is not None
+        return out
+
+    def _note_first_content(self) -> None:
+        now = self._gateway.clock()
+        self._exchange.ttft = now - self._exchange.started
+        self._answer.connection.expect("idle", now, self._route.deadlines.idle, renews=True)
+
+    def end(self) -> bytes:
+        rest = self._cutter.rest()
+        out = self._watched(rest + b"\n\n") if rest else b""
+        if not self.ended:
+            out += self._watch.end()
+            if self._watch.failure:
+                out += self.fail(self._watch.failure)
+            self.ended = True
+        return out
+
+    def fail(self, error: GatewayError) -> bytes:
+        self._watch.failure = error
+        self._exchange.fail(error)
+        self._exchange.provider_error = "timeout" if error.status == 504 else "stream_error"
+        self.ended = True
+        return self._dialect.render_stream_error(error, self._exchange.id)
+
+    def close(self) -> None:
+        """Keeps or drops the connection, and settles the usage."""
+        watch, gateway, exchange = self._watch, self._gateway, self._exchange
+        if watch.ended and not watch.failure:
+            gateway.pool.release(self._answer)
+        else:
+            gateway.pool.drop(self._answer.connection)
+        exchange.usage = watch.usage
+        exchange.usage_from = "reported"
+        if not (watch.ended and watch.usage) and exchange.answered:
+            gateway.estimate(exchange, watch.content_bytes)
+
+
+Handler = Callable[[Gateway, Exchange, Request, Dialect], Awaitable[Response]]
+
+# Every endpoint: its path, and a handler for each method. A path that ends in "/" stands for all
+# below it.
+ROUTES: Dict[str, Dict[str, Tuple[Handler, str]]] = {
+    "/": {"GET": (Gateway.show_page, "chat")},
+    "/health": {"GET": (Gateway.health, "chat")},
+    "/health/live": {"GET": (Gateway.health, "chat")},
+    "/metrics": {"GET": (Gateway.show_metrics, "chat")},
+    "/v1/chat/completions": {"POST": (Gateway.generate, "chat")},
+    "/v1/models": {"GET": (Gateway.list_models, "chat")},
+    "/v1/models/": {"GET": (Gateway.show_model, "chat")},
+}
+PROBES = frozenset(["/health", "/health/live", "/metrics"])
+
+
+def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
+    """Raises GatewayError 404, 405 and 426."""
+    methods = ROUTES.get(head.path)
+    if methods is None and head.path.startswith("/v1/models/"):
+        methods = ROUTES["/v1/models/"]
+    if methods is None:
+        raise GatewayError(404, "There is no such endpoint.", code="not_found")
+    if head.headers.get("upgrade", "").lower() == "websocket":
+        raise GatewayError(426, "WebSockets are not spoken here; use HTTP.",
+                           headers=[("upgrade", "HTTP/1.1"), ("connection", "upgrade")])
+    method = "GET" if head.method == "HEAD" else head.method
+    if method not in methods:
+        allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
+        raise GatewayError(405, f"This endpoint takes {allowed}.", code="method_not_allowed",
+                           headers=[("allow", allowed)])
+    handler, dialect = methods[method]
+    return handler, DIALECTS[dialect]
+
+
+def read_call(document: Document) -> Tuple[str, bool]:
+    """The model that a request names, and whether it wants a stream. Raises GatewayError(400)."""
+    model, stream = document.get("model"), document.get("stream")
+    if not isinstance(model, str) or not model:
+        raise GatewayError(400, "'model' must be a non-empty string.", "model")
+    if stream is not None and not isinstance(stream, bool):
+        raise GatewayError(400, "'stream' must be true or false.", "stream")
+    return model, bool(stream)
+
+
+def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
+    """The request line and the fields that are the same in every request to a provider, and the
+    names that they replace."""
+    url = urllib.parse.urlsplit(provider.base_url + provider.row.paths[wire])
+    name, form = provider.row.auth
+    fields = {"host": url.netloc, "accept-encoding": "identity", "content-type": "application/json",
+              **dict(provider.row.headers)}
+    if provider.api_key:
+        fields[name] = form.format(provider.api_key)
+    fields.update(provider.headers)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST {url.path} HTTP/1.1\r\n{lines}", frozenset(fields)
+
+
+def upstream_id(headers: Mapping[str, str]) -> str:
+    return clipped(headers.get("x-request-id") or headers.get("request-id") or "")
+
+
+def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
+    """What of the provider's head goes back to the client."""
+    named = {name.strip() for name in answer.headers.get("connection", "").lower().split(",")}
+    return [(name, value) for name, value in answer.fields
+            if name not in ANSWER_ONLY_HERE and name not in named]
+
+
+def check_event_stream(answer: Answer) -> None:
+    """A stream that is none would end in silence at the client."""
+    kind = answer.headers.get("content-type", "text/event-stream").partition(";")[0].strip()
+    if not kind.lower().startswith("text/") or kind.lower() == "text/html":
+        raise upstream_error(502, "The provider did not answer with a stream "
+                                  f"but with {clipped(kind, 60)!r}.", "bad_answer")
+
+
+def as_refusal(error: GatewayError) -> GatewayError:
+    """An error that was a stream's first event, as the answer that it should have been."""
+    return key_refused(error.status) if error.status in (401, 402) else error
+
+
+def key_refused(status: int) -> GatewayError:
+    """The provider refused our key, or our account is out of money. The client's key is fine, and
+    to try again is no help; both SDKs obey x-should-retry."""
+    what, kind = (("has no money left for it", "upstream_billing_error") if status == 402 else
+                  ("refused the gateway's key", "upstream_auth_error"))
+    return upstream_error(502, f"The provider {what}; its operator must act.", "auth", type=kind,
+                          headers=[("x-should-retry", "false")])
+
+
+def mask(body: bytes, provider: Provider) -> bytes:
+    """The provider's words with our key masked, should it stand in them."""
+    key = provider.api_key.encode()
+    return body.replace(key, b"***") if key else body
+
+
+def is_json_object(body: bytes) -> bool:
+    try:
+        return isinstance(json.loads(body), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def model_object(name: str, owner: str) -> JSON:
+    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+
+
+def access_fields(exchange: Exchange, money: Optional[int]) -> List[Tuple[str, object]]:
+    """What follows the route in an access line."""
+    fields: List[Tuple[str, object]] = [("stream", exchange.is_stream)]
+    if exchange.usage is not None:
+        usage = exchange.usage
+        fields += [("prompt_tokens", usage.input), ("completion_tokens", usage.output)]
+        fields += [(name, value) for name, value in (
+            ("cache_read_tokens", usage.cache_read), ("cache_write_tokens", usage.cache_write),
+            ("reasoning_tokens", usage.reasoning)) if value]
+        if money is not None:
+            fields.append(("cost", float(show_scaled(money, 10**9))))
+    if exchange.is_generation:
+        fields.append(("usage", exchange.usage_from if exchange.usage else "none"))
+    fields += [("bytes_in", exchange.bytes_in), ("bytes_out", exchange.bytes_out)]
+    if exchange.ttft is not None:
+        fields.append(("ttft_ms", round(exchange.ttft * 1000, 1)))
+    if exchange.upstream_id:
+        fields.append(("upstream_request_id", exchange.upstream_id))
+    if exchange.error:
+        fields.append(("error", exchange.error))
+    fields += exchange.logged_headers
+    return fields
+
+
+def process_metrics() -> List[Family]:
+    """What Prometheus' own clients tell of a process, where the system tells it."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = Counter("process_cpu_seconds_total", "CPU time of the process.", scale=10**6)
+    cpu.add((), int((usage.ru_utime + usage.ru_stime) * 10**6))
+    families: List[Family] = [cpu]
+    for name, about, value in process_readings():
+        gauge = Gauge(name, about)
+        gauge.set((), value)
+        families.append(gauge)
+    return families
+
+
+def process_readings() -> Iterator[Tuple[str, str, int]]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        yield "process_max_fds", "Most file descriptors that may be open.", soft
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            stat = file.read().rpartition(")")[2].split()
+        with open("/proc/stat", encoding="ascii") as file:
+            booted = next(int(line.split()[1]) for line in file if line.startswith("btime"))
+        open_fds = len(os.listdir("/proc/self/fd"))
+    except OSError:  # not Linux
+        return
+    yield "process_open_fds", "File descriptors that are open.", open_fds
+    yield "process_virtual_memory_bytes", "Virtual memory.", int(stat[20])
+    yield ("process_resident_memory_bytes", "Resident memory.",
+           int(stat[21]) * os.sysconf("SC_PAGE_SIZE"))
+    yield ("process_start_time_seconds", "When the process started, in unix seconds.",
+           booted + int(stat[19]) // os.sysconf("SC_CLK_TCK"))
+
+
+# ==================================================================================================
+# 13. Server
+#
+# Connections from clients. A connection cannot hang: whenever its task waits, it is for one of
+#   a head     deadline `keep_alive` while nothing of it is there, `head` from its first byte on
+#   a body     deadline `body`, renewed by every byte
+#   the answer the provider's deadlines (section 11), and the client itself: one that leaves is
+#              noticed by the sweeper, and its exchange is cancelled (499)
+#   a write    deadline `write`, renewed by progress
+# and `sweep` looks at every connection several times a second.
+# ==================================================================================================
+
+SWEEP_SECONDS = 0.25
+HIGH_WATER_BYTES = 64 << 10
+SMALL_REST_BYTES = 64 << 10  # of a refused request's body: read and dropped, else we close
+LINGER_SECONDS = 2.0
+BACKLOG = 1024
+
+
+class Client:
+    """A connection from a client, and the deadline it is under."""
+
+    def __init__(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.transport: asyncio.WriteTransport = writer.transport
+        self.task = asyncio.current_task()
+        self.exchange: Optional[Exchange] = None  # while one is open
+        self.has_left = False
+        self.deadline = FOREVER
+        self.phase = ""
+        self.renewal = 0.0
+        self.consumed = 0  # bytes taken from the reader
+        self.written = 0
+        self._seen = 0
+        self._sent = 0
+        self._write_deadline = FOREVER
+
+    def expect(self, phase: str, now: float, seconds: float, renews: bool = False) -> None:
+        self.phase, self.deadline = phase, now + seconds
+        self.renewal = seconds if renews else 0.0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self.transport.write(data)
+
+    def sweep(self, now: float, timeouts: Timeouts) -> None:
+        """Ends what waits too long."""
+        reader = self.reader
+        if self.phase == "keep_alive" and reader.fed > self.consumed:
+            self.expect("head", now, timeouts.head)
+        if self.renewal and reader.fed != self._seen:
+            self._seen, self.deadline = reader.fed, now + self.renewal
+        if now >= self.deadline:
+            self._end_waiting()
+        if self.phase == "answer" and (reader.at_eof() or reader.exception()):
+            self.leave()
+        self._sweep_writes(now, timeouts.write)
+
+    def _end_waiting(self) -> None:
+        self.deadline = FOREVER
+        if self.phase == "keep_alive":
+            self.transport.abort()
+        else:
+            self.reader.set_exception(GatewayError(
+                408, f"The request's {self.phase} did not arrive in time."))
+
+    def _sweep_writes(self, now: float, seconds: float) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent:
+            self._write_deadline = FOREVER
+        elif self.written - unsent != self._sent or self._write_deadline == FOREVER:
+            self._sent, self._write_deadline = self.written - unsent, now + seconds
+        elif now >= self._write_deadline:
+            self.transport.abort()
+            self.leave()
+
+    def leave(self) -> None:
+        """Cancels the open exchange: nobody will read its answer."""
+        if not self.has_left and self.task is not None and self.exchange is not None:
+            self.has_left = True
+            self.task.cancel()
+
+
+class Application(Protocol):
+    """What a server serves: the gateway, or the demo's upstream."""
+
+    async def handle(self, exchange: Exchange, request: Request) -> Response: ...
+
+    def refuse(self, exchange: Exchange, error: GatewayError) -> Response: ...
+
+    def record(self, exchange: Exchange) -> None: ...
+
+
+class BodyReader:
+    """Reads a request's body when a handler asks for it, so that nobody without a valid key makes
+    us hold one."""
+
+    def __init__(self, server: Server, client: Client, head: RequestHead) -> None:
+        self._server = server
+        self._client = client
+        self._head = head
+        self._is_read = head.length == 0
+        self._taken = 0
+
+    async def read(self) -> bytes:
+        """The whole body, decoded. Raises GatewayError 400, 408, 413, 415, 503."""
+        coding = self._head.headers.get("content-encoding", "identity").lower()
+        if coding != "identity" and coding not in CODINGS:
+            known = ", ".join(CODINGS)
+            raise GatewayError(415, f"The content-encoding must be one of: {known}.",
+                               headers=[("accept-encoding", known)])
+        self._check_size(self._head.length or 0)
+        if self._is_read:
+            return b""
+        client, server = self._client, self._server
+        client.expect("body", server.clock(), server.timeouts.body, renews=True)
+        if "100-continue" in self._head.headers.get("expect", "").lower():
+            client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await self._read_raw()
+        self._is_read = True
+        client.expect("answer", 0.0, FOREVER)
+        return body if coding == "identity" else self._inflate(body, coding)
+
+    async def _read_raw(self) -> bytes:
+        length = self._head.length
+        if length is None:
+            return await self._read_chunked()
+        self._take(length)
+        try:
+            body = await self._client.reader.readexactly(length)
+        except asyncio.IncompleteReadError as error:
+            raise ClientLeft from error
+        self._client.consumed += length
+        return body
+
+    async def _read_chunked(self) -> bytes:
+        reader, framing = self._client.reader, ChunkedFraming()
+        pieces: List[bytes] = []
+        size = 0
+        while not framing.done:
+            data = await reader.read(1 << 20)
+            if not data:
+                raise ClientLeft
+            self._client.consumed += len(data)
+            try:
+                pieces.append(framing.feed(data))
+            except ValueError as error:
+                raise GatewayError(400, f"The request's body is malformed: {error}.") from error
+            size += len(pieces[-1])
+            self._check_size(size)
+            self._take(len(pieces[-1]))
+        if framing.rest and not reader.at_eof():
+            reader.feed_data(framing.rest)  # the buffer is empty: `read` took all there was
+        return b"".join(pieces)
+
+    def _inflate(self, body: bytes, coding: str) -> bytes:
+        inflater = Inflater(coding, self._server.limits.body)
+        pieces: List[bytes] = []
+        try:
+            for at in range(0, len(body), MAX_READ_BYTES):
+                pieces.append(inflater.feed(body[at:at + MAX_READ_BYTES]))
+                self._take(len(pieces[-1]))
+            inflater.end()
+        except TooLarge as error:
+            raise GatewayError(413, f"The request's body is refused: {error}.") from error
+        except ValueError as error:
+            raise GatewayError(400, f"The request's body is malformed: {error}.") from error
+        return b"".join(pieces)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._server.limits.body:
+            raise GatewayError(413, "The request's body is larger than "
+                                    f"{self._server.limits.body} bytes.")
+
+    def _take(self, size: int) -> None:
+        if not self._server.bodies.take(size):
+            raise GatewayError(503, "Too many request bodies are in memory; try again.",
+                               headers=[("retry-after", "1")])
+        self._taken += size
+
+    def give_back(self) -> None:
+        self._server.bodies.give_back(self._taken)
+        self._taken = 0
+
+    @property
+    def can_be_skipped(self) -> bool:
+        """Whether another request may follow: what was not read is little, and surely comes."""
+        return self._is_read or (self._head.length is not None and not self._taken
+                                 and self._head.length <= SMALL_REST_BYTES
+                                 and "expect" not in self._head.headers)
+
+    async def skip(self) -> None:
+        if not self._is_read:
+            self._client.expect("body", self._server.clock(), self._server.timeouts.body)
+            await self._client.reader.readexactly(self._head.length or 0)
+            self._client.consumed += self._head.length or 0
+
+
+class Server:
+    """Accepts connections and serves each in a task of its own."""
+
+    def __init__(self, app: Application, limits: Limits, timeouts: Timeouts,
+                 new_id: Callable[[], str], clock: Callable[[], float],
+                 wall_clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self.timeouts = timeouts
+        self.clock = clock
+        self.bodies = Budget(limits.bodies)
+        self.is_draining = False
+        self._app = app
+        self._new_id = new_id
+        self._wall_clock = wall_clock
+        self._clients: Set[Client] = set()
+        self._listeners: List[asyncio.base_events.Server] = []
+        self._date = (0, "")
+        self._timer: Optional[asyncio.TimerHandle] = None
+
+    async def listen(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._listeners.append(await loop.create_server(
+            lambda: asyncio.StreamReaderProtocol(
+                Reader(self.limits.head), self.serve_connection, loop=loop),
+            sock=sock, backlog=BACKLOG))
+
+    # ---- one connection ----
+
+    async def serve_connection(self, reader: asyncio.StreamReader,
+                               writer: asyncio.StreamWriter) -> None:
+        assert isinstance(reader, Reader)
+        client = Client(reader, writer)
+        client.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
+        self._clients.add(client)
+        try:
+            if len(self._clients) > self.limits.connections:
+                await self.refuse(client, GatewayError(503, "Too many connections."))
+            else:
+                while await self.serve_request(client):
+                    pass
+            await self.close(client)
+        except (ConnectionError, GatewayError, ClientLeft, asyncio.IncompleteReadError,
+                asyncio.CancelledError):
+            pass  # the client left; a task that ends cancelled would print noise before 3.12
+        finally:
+            client.transport.abort()
+            self._clients.discard(client)
+
+    async def serve_request(self, client: Client) -> bool:
+        """Serves one request; returns whether another may follow on this connection."""
+        try:
+            raw = await self.read_head(client)
+            if raw is None:
+                return False
+            head = parse_head(raw, self.limits.target, self.limits.fields)
+        except GatewayError as error:
+            await self.refuse(client, error)
+            return False
+        client.expect("answer", 0.0, FOREVER)
+        client.exchange = exchange = Exchange(self._new_id(), self.clock())
+        body = BodyReader(self, client, head)
+        try:
+            response = await self._app.handle(exchange, Request(head, body.read))
+            body.give_back()
+            stays = head.keeps_alive and not self.is_draining and body.can_be_skipped
+            await self.write_response(client, head, response, stays)
+        except (ConnectionError, ClientLeft, asyncio.CancelledError):
+            exchange.status, exchange.error = 499, "The client left."
+            raise
+        finally:
+            body.give_back()
+            client.exchange = None
+            self._app.record(exchange)
+        if stays:
+            await body.skip()
+        return stays and not client.transport.is_closing()
+
+    async def read_head(self, client: Client) -> Optional[bytes]:
+        """A request's head, or None where the client is done. Raises GatewayError 400, 408, 431."""
+        client.expect("keep_alive", self.clock(), self.timeouts.keep_alive)
+        raw = b"\r\n"
+        while raw == b"\r\n":  # RFC 9112, section 2.2: an empty line before the head is passed over
+            try:
+                raw = await client.reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                return None
+            except asyncio.LimitOverrunError as error:
+                raise GatewayError(431, "The request's head is larger than "
+                                        f"{self.limits.head} bytes.") from error
+            client.consumed += len(raw)
+            raw = raw[2:] if raw[:2] == b"\r\n" else raw
+        return raw
+
+    async def refuse(self, client: Client, error: GatewayError) -> None:
+        """Answers what is no request, or one too many; the connection closes after it."""
+        exchange = Exchange(self._new_id(), self.clock())
+        head = RequestHead("", "", "", "", False, [], {}, 0)
+        try:
+            await self.write_response(client, head, self._app.refuse(exchange, error), False)
+        finally:
+            self._app.record(exchange)
+
+    async def close(self, client: Client) -> None:
+        """Closes so that the last answer arrives: what the client may still send would make the
+        kernel answer with a reset, and the client lose what it has not read."""
+        client.transport.set_write_buffer_limits(0)
+        await client.writer.drain()
+        if client.transport.can_write_eof() and not client.transport.is_closing():
+            client.transport.write_eof()
+            client.expect("linger", self.clock(), LINGER_SECONDS)
+            while await client.reader.read(MAX_READ_BYTES):
+                pass
+
+    # ---- answers ----
+
+    async def write_response(self, client: Client, head: RequestHead, response: Response,
+                             stays: bool) -> None:
+        fields = [("date", self.date()), *response.fields]
+        if not stays:
+            fields.append(("connection", "close"))
+        elif head.is_http10:
+            fields.append(("connection", "keep-alive"))
+        before = client.written
+        try:
+            if response.stream is not None:
+                await self.write_stream(client, head, response.status, fields, response.stream)
+            else:
+                fields.append(("content-length", str(len(response.body))))
+                data = render_head(response.status, fields)
+                if head.method != "HEAD":
+                    data += response.body
+                client.write(data)
+            await client.writer.drain()
+        finally:
+            if client.exchange is not None:
+                client.exchange.bytes_out = client.written - before
+
+    async def write_stream(self, client: Client, head: RequestHead, status: int,
+                           fields: List[Tuple[str, str]], stream: Stream) -> None:
+        is_chunked = not head.is_http10
+        is_full = False
+
+        def framed(data: bytes) -> bytes:
+            if not is_chunked:
+                return data
+            return render_chunk(data) + LAST_CHUNK if stream.ended else render_chunk(data)
+
+        def sink(piece: bytes) -> bool:
+            nonlocal is_full
+            data = framed(stream.feed(piece))
+            if data:
+                client.write(data)
+            is_full = client.transport.get_write_buffer_size() > HIGH_WATER_BYTES
+            return not (stream.ended or is_full or client.transport.is_closing())
+
+        fields.append(("transfer-encoding", "chunked") if is_chunked else ("connection", "close"))
+        try:
+            client.write(render_head(status, fields) + framed(stream.first))
+            stream.first = b""
+            while not stream.ended:
+                await client.writer.drain()
+                is_full = False
+                await stream.source.pump(sink)
+                if client.transport.is_closing():
+                    raise ConnectionResetError
+                if is_full and not stream.ended:
+                    stream.source.hold()
+                elif not stream.ended:
+                    client.write(framed(stream.end()))
+        except GatewayError as error:
+            client.write(framed(stream.fail(error)))
+        finally:
+            stream.close()
+
+    def date(self) -> str:
+        """The time as HTTP writes it (RFC 9110, section 5.6.7), made once a second."""
+        now = int(self._wall_clock())
+        if now != self._date[0]:
+            day = time.gmtime(now)
+            names = DAYS[day.tm_wday], MONTHS[day.tm_mon - 1]  # strftime's are the locale's
+            self._date = now, time.strftime("{}, %d {} %Y %H:%M:%S GMT".format(*names), day)
+        return self._date[1]
+
+    # ---- all connections ----
+
+    def sweep(self, others: Callable[[float], None]) -> None:
+        """Looks at every deadline, now and from now on; `others` are the pool's."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(SWEEP_SECONDS, self.sweep, others)
+        now = self.clock()
+        for client in list(self._clients):
+            client.sweep(now, self.timeouts)
+        others(now)
+
+    async def drain(self) -> None:
+        """Stops accepting, closes what is idle, and waits for what is not, for `grace` seconds."""
+        self.is_draining = True
+        for listener in self._listeners:
+            listener.close()
+        for client in self._clients:
+            if client.phase == "keep_alive" and client.reader.fed == client.consumed:
+                client.transport.abort()
+        tasks = {client.task for client in self._clients if client.task is not None}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self.limits.grace)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=1.0)
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+# ==================================================================================================
+# 14. Demo
+#
+# The upstream behind -demo: a real HTTP server on loopback that speaks OpenAI's and Anthropic's
+# wires. It is deterministic: it says back what it heard, calls the first tool that it is offered,
+# and counts a token for four characters.
+# ==================================================================================================
+
+DEMO_DELAY_SECONDS = 0.03  # between the words of a stream
+DEMO_KEY = "demo-key-0123456789"
+DEMO_UPSTREAM_KEY = "demo-upstream-key"
+
+
+class DemoReply(NamedTuple):
+    """What the demo answers: text, or a tool call where `tool` is not empty."""
+
+    text: str
+    tool: str
+    arguments: JSON
+    prompt_tokens: int
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.text or json.dumps(self.arguments)) // 4 + 1
+
+    def words(self) -> List[str]:
+        return re.findall(r"\S+\s*", self.text)
+
+
+class DemoSource:
+    """Events at the pace of somebody who types."""
+
+    def __init__(self, events: List[bytes]) -> None:
+        self._events = events
+
+    async def pump(self, sink: Callable[[bytes], bool]) -> None:
+        while self._events:
+            await asyncio.sleep(DEMO_DELAY_SECONDS)
+            if not sink(self._events.pop(0)):
+                return
+
+    def hold(self) -> None:
+        pass
+
+
+class DemoUpstream:
+    """An Application that plays the provider."""
+
+    async def handle(self, exchange: Exchange, request: Request) -> Response:
+        wire = DEMO_WIRES.get(request.head.path)
+        if wire is None:
+            return self.refuse(exchange, GatewayError(404, "There is no such endpoint."))
+        try:
+            body = Document(await request.body()).tree()
+        except GatewayError as error:
+            return self.refuse(exchange, error)
+        body_of, events_of, tool_of = wire
+        reply = demo_reply(body, tool_of)
+        if body.get("stream"):
+            return Response(200, [("content-type", "text/event-stream")],
+                            stream=Stream(DemoSource(events_of(body, reply))))
+        return Response(200, [JSON_TYPE], dump_json(body_of(body, reply)))
+
+    def refuse(self, exchange: Exchange, error: GatewayError) -> Response:
+        return Response(error.status, [JSON_TYPE],
+                        DIALECTS["chat"].render_error(error, exchange.id))
+
+    def record(self, exchange: Exchange) -> None:
+        """The gateway in front of it keeps the records."""
+
+
+def demo_reply(body: JSON, tool_of: Callable[[JSON], Tuple[str, JSON]]) -> DemoReply:
+    """Calls the first tool on offer, unless the last message is its result; else says it back."""
+    messages = [m for m in body.get("messages") or [] if isinstance(m, dict)]
+    last = messages[-1] if messages else {}
+    heard = demo_text(last.get("content"))
+    has_result = last.get("role") == "tool" or '"tool_result"' in json.dumps(last)
+    tokens = len(json.dumps(messages)) // 4 + 1
+    tools = [tool for tool in body.get("tools") or [] if isinstance(tool, dict)]
+    if tools and not has_result and body.get("tool_choice") not in ("none", {"type": "none"}):
+        name, schema = tool_of(tools[0])
+        return DemoReply("", name, demo_arguments(schema), tokens)
+    text = f"Hello from the demo upstream. {'The tool' if has_result else 'You'} said: "
+    return DemoReply(text + (heard or "(nothing)"), "", {}, tokens)
+
+
+def demo_text(content: object) -> str:
+    """The text of a message, whichever form it has."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return " ".join(demo_text(part.get("text") or part.get("content")) for part in parts
+                    if isinstance(part, dict)).strip()
+
+
+def demo_arguments(schema: JSON) -> JSON:
+    """Arguments that fit a simple schema."""
+    samples = {"string": "demo", "number": 1.5, "integer": 1, "boolean": True, "array": [],
+               "object": {}, "null": None}
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return {name: (about.get("enum") or [samples.get(str(about.get("type")), "demo")])[0]
+            for name, about in (properties or {}).items() if isinstance(about, dict)}
+
+
+def demo_chat_body(body: JSON, reply: DemoReply) -> JSON:
+    message: JSON = {"role": "assistant", "content": reply.text or None, "refusal": None}
+    if reply.tool:
+        message["tool_calls"] = [demo_chat_call(reply)]
+    return {"id": "chatcmpl-demo", "object": "chat.completion", "created": 0,
+            "model": body.get("model"), "usage": demo_chat_usage(reply),
+            "choices": [{"index": 0, "message": message, "logprobs": None,
+                         "finish_reason": "tool_calls" if reply.tool else "stop"}]}
+
+
+def demo_chat_call(reply: DemoReply) -> JSON:
+    return {"id": "call_demo", "type": "function",
+            "function": {"name": reply.tool, "arguments": json.dumps(reply.arguments)}}
+
+
+def demo_chat_usage(reply: DemoReply) -> JSON:
+    return {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens,
+            "total_tokens": reply.prompt_tokens + reply.completion_tokens}
+
+
+def demo_chat_events(body: JSON, reply: DemoReply) -> List[bytes]:
+    def chunk(delta: JSON, finish: Optional[str] = None) -> bytes:
+        return sse(dump_json({**base, "choices": [{"index": 0, "delta": delta,
+                                                   "finish_reason": finish}]}))
+
+    base = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": 0,
+            "model": body.get("model")}
+    events = [chunk({"role": "assistant", "content": ""})]
+    events += [chunk({"content": word}) for word in reply.words()]
+    if reply.tool:
+        events.append(chunk({"tool_calls": [{"index": 0, **demo_chat_call(reply)}]}))
+    events.append(chunk({}, "tool_calls" if reply.tool else "stop"))
+    options = body.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage"):
+        events.append(sse(dump_json({**base, "choices": [], "usage": demo_chat_usage(reply)})))
+    return [*events, sse(b"[DONE]")]
+
+
+def demo_messages_body(body: JSON, reply: DemoReply) -> JSON:
+    content: JSON = ({"type": "tool_use", "id": "toolu_demo", "name": reply.tool,
+                      "input": reply.arguments} if reply.tool else
+                     {"type": "text", "text": reply.text})
+    return {"id": "msg_demo", "type": "message", "role": "assistant", "model": body.get("model"),
+            "content": [content], "stop_reason": "tool_use" if reply.tool else "end_turn",
+            "stop_sequence": None, "usage": {"input_tokens": reply.prompt_tokens,
+                                             "output_tokens": reply.completion_tokens}}
+
+
+def demo_messages_events(body: JSON, reply: DemoReply) -> List[bytes]:
+    def event(name: str, **data: object) -> bytes:
+        return sse(dump_json({"type": name, **data}), name)
+
+    whole = demo_messages_body(body, reply)
+    block = {**whole["content"][0], **({"input": {}} if reply.tool else {"text": ""})}
+    deltas = ([{"type": "input_json_delta", "partial_json": json.dumps(reply.arguments)}]
+              if reply.tool else [{"type": "text_delta", "text": word} for word in reply.words()])
+    start = {**whole, "content": [], "stop_reason": None,
+             "usage": {"input_tokens": reply.prompt_tokens, "output_tokens": 1}}
+    return [event("message_start", message=start),
+            event("content_block_start", index=0, content_block=block),
+            *(event("content_block_delta", index=0, delta=delta) for delta in deltas),
+            event("content_block_stop", index=0),
+            event("message_delta", usage={"output_tokens": reply.completion_tokens},
+                  delta={"stop_reason": whole["stop_reason"], "stop_sequence": None}),
+            event("message_stop")]
+
+
+def demo_chat_tool(tool: JSON) -> Tuple[str, JSON]:
+    function = tool.get("function") or {}
+    return str(function.get("name", "")), function.get("parameters") or {}
+
+
+def demo_messages_tool(tool: JSON) -> Tuple[str, JSON]:
+    return str(tool.get("name", "")), tool.get("input_schema") or {}
+
+
+DEMO_WIRES: Dict[str, Tuple[Callable[[JSON, DemoReply], JSON],
+                            Callable[[JSON, DemoReply], List[bytes]],
+                            Callable[[JSON], Tuple[str, JSON]]]] = {
+    "/v1/chat/completions": (demo_chat_body, demo_chat_events, demo_chat_tool),
+    "/v1/messages": (demo_messages_body, demo_messages_events, demo_messages_tool),
+}
+
+
+def demo_config(upstream_port: int, listen: str) -> str:
+    """The config that -demo serves."""
+    return dump_json({
+        "listen": listen,
+        "providers": {"openai": {"api_key": DEMO_UPSTREAM_KEY,
+                                 "base_url": f"http://127.0.0.1:{upstream_port}"}},
+        "models": {"gpt-demo": {"provider": "openai", "cost_per_million_input": 1,
+                                "cost_per_million_output": 2}},
+        "api_keys": [{"key": DEMO_KEY, "app": "demo"}],
+    }).decode()
+
+
+# ==================================================================================================
+# 15. Page
+#
+# What a person sees who opens the gateway in a browser: the version and the endpoints, in plain
+# text, by `Gateway.show_page`. Nothing of it depends on a key, so it tells nothing of the config.
+# ==================================================================================================
+
+
+# ==================================================================================================
+# 16. Workers
+#
+# Sockets, signals, the life of the process. One process serves today.
+# ==================================================================================================
+
+
+def open_socket(address: Address) -> socket.socket:
+    """A bound socket; raises OSError."""
+    if address.path:
+        return open_unix_socket(address.path)
+    if not address.host and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", address.port), family=socket.AF_INET6,
+                                        dualstack_ipv6=True, backlog=BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    if address.host and family == socket.AF_INET:
+        family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
+
+
+def open_unix_socket(path: str) -> socket.socket:
+    """A socket that a dead process left behind is replaced; one that answers is in use."""
+    sock = socket.socket(socket.AF_UNIX)
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            pass
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    sock.bind(path)
+    return sock
+
+
+def bound_address(sock: socket.socket, address: Address) -> Address:
+    """The address with the port that the system chose, where it was 0."""
+    return address if address.path else address._replace(port=sock.getsockname()[1])
+
+
+def raise_descriptor_limit(wanted: int) -> int:
+    """Raises the soft limit of descriptors as far as it goes; returns how many client connections
+    it carries, each with one to a provider."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * wanted + SPARE_DESCRIPTORS
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (ValueError, OSError):
+            pass  # macOS refuses what is above its kern.maxfilesperproc
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(min(wanted, (soft - SPARE_DESCRIPTORS) // 2), 1)
+
+
+SPARE_DESCRIPTORS = 64
+
+
+class PriceLists(NamedTuple):
+    """The built-in list, and the config's own, which comes first."""
+
+    built_in: Mapping[str, Price]
+    own: Mapping[str, Price]
+
+    def find(self, provider: Provider, model: str) -> Optional[Price]:
+        name = f"{provider.kind}/{model}"
+        price = find_price(self.own, name)
+        if price is None and provider.row.has_list_prices:
+            price = find_price(self.built_in, name)
+        return price
+
+
+def make_gateway(config: Config, prices: PriceLists, metrics: Metrics, log: Log) -> Gateway:
+    return Gateway(config, Router(config, prices.find), Keyring(config.api_keys, day_start),
+                   Pool(log.clock), metrics, log)
+
+
+def day_start(day: str) -> float:
+    """Unix seconds at which a day begins, UTC."""
+    return float(calendar.timegm(time.strptime(day, "%Y-%m-%d")))
+
+
+def id_maker() -> Callable[[], str]:
+    """Ids that are unique among all processes: a random part, and a count."""
+    start = os.urandom(6).hex()
+    number = itertools.count(1)
+    return lambda: f"gw-{start}-{next(number):06x}"
+
+
+async def serve(config: Config, prices: PriceLists, sock: socket.socket,
+                log: Log, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: log.line(
+        "ERROR", "loop", [("error", str(context.get("message", "")))]))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
+    address = bound_address(sock, parse_listen(config.listen))
+    connections = raise_descriptor_limit(config.limits.connections)
+    if connections < config.limits.connections:
+        log.line("WARN", "fewer connections than limits.connections: raise `ulimit -n`",
+                 [("connections", connections)])
+    limits = dataclasses.replace(config.limits, connections=connections)
+    metrics = Metrics()
+    metrics.build_info.set((__version__, ".".join(map(str, sys.version_info[:3]))), 1)
+    gateway = make_gateway(config, prices, metrics, log)
+    server = Server(gateway, limits, config.timeouts, id_maker(), log.clock, log.wall_clock)
+    await server.listen(sock)
+    server.sweep(gateway.pool.sweep)
+    log.line("INFO", "starting server", [("addr", str(address)), ("version", __version__)])
+    on_ready()
+    await stop.wait()
+    gateway.is_draining = True
+    log.line("INFO", "draining", [("grace", config.limits.grace)])
+    await server.drain()
+    gateway.pool.close()
+    log.line("INFO", "stopped")
+
+
+async def serve_demo(listen: str, log: Log) -> None:
+    """Starts the demo's upstream, and the gateway in front of it."""
+    upstream_socket = socket.create_server(("127.0.0.1", 0))
+    upstream = Server(DemoUpstream(), Limits(), Timeouts(), id_maker(), log.clock, log.wall_clock)
+    await upstream.listen(upstream_socket)
+    try:
+        sock = open_socket(parse_listen(listen))
+    except OSError:
+        sock = open_socket(parse_listen("127.0.0.1:0"))
+    port = sock.getsockname()[1]
+    config = parse_config(demo_config(upstream_socket.getsockname()[1], f"127.0.0.1:{port}"),
+                          "-demo", {}, read_text)
+    await serve(config, PriceLists(parse_prices(PRICES), {}), sock, log,
+                lambda: print(DEMO_HINT.format(port=port, key=DEMO_KEY), flush=True))
+
+
+DEMO_HINT = """
+Try it from another terminal:
+
+  curl -N http://127.0.0.1:{port}/v1/chat/completions -H 'Authorization: Bearer {key}' \\
+    -H 'Content-Type: application/json' \\
+    -d '{{"model": "gpt-demo", "stream": true, "messages": [{{"role": "user", "content": "Hi!"}}]}}'
+
+  curl http://127.0.0.1:{port}/metrics
+"""
+
+
+# ==================================================================================================
+# 17. Command line
+# ==================================================================================================
+
+USAGE_TEXT = """\
+usage: gateway.py [-config FILE] [-check | -health | -demo | -version | -help]
+
+An LLM gateway in one file: apps call it with a virtual key each, it calls the providers.
+
+  -config FILE   the config (default: config.json, else config.yaml if it holds JSON)
+  -check         validate the config and print what it would serve
+  -health        ask a running gateway's /health; exit 0 if it is well, else 1
+  -demo          serve an embedded upstream, no config and no key needed
+  -version       print the version
+  -help          print this
+
+Endpoints: POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
+Exit status: 0 after a drained stop, 1 for a port in use, 2 for a bad command line or config.
+SIGTERM drains: what is in flight finishes, within `limits.grace` seconds."""
+
+NO_CONFIG = """\
+gateway.py: no config.json here; write one (see config.example.yaml.json) or name it: -config FILE
+To try it without: python3 gateway.py -demo"""
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood."""
+
+
+def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str]:
+    """(command, config file); the command is "serve" by default. Raises UsageError."""
+    command, config = "serve", ""
+    rest = list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        name = flag[2:] if flag.startswith("--") else flag[1:] if flag.startswith("-") else ""
+        if name == "config":
+            if not equals and not rest:
+                raise UsageError("-config needs a file")
+            config = value if equals else rest.pop(0)
+        elif name in COMMANDS and not equals:
+            if command not in ("serve", name):
+                raise UsageError(f"-{command} and -{name} do not go together")
+            command = name
+        else:
+            near = difflib.get_close_matches(name, [*COMMANDS, "config"], 1)
+            raise UsageError(f"unknown argument {flag!r}" + (
+                f"; did you mean -{near[0]}?" if near else "; see -help"))
+    return command, config
+
+
+def read_text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def find_config(named: str) -> str:
+    """The config's path. Raises ConfigError with the hint where there is none."""
+    for path in [named] if named else ["config.json", "config.yaml"]:
+        if named or os.path.exists(path):
+            return path
+    raise ConfigError("", NO_CONFIG)
+
+
+def read_config_text(path: str) -> str:
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(path, f"cannot be read: {reason}") from error
+
+
+def load_config(named: str) -> Config:
+    path = find_config(named)
+    return parse_config(read_config_text(path), path, os.environ, read_text)
+
+
+def load_prices(config: Config) -> PriceLists:
+    """The built-in list, and the config's own. Raises ConfigError."""
+    built_in = parse_prices(PRICES)
+    if not config.prices:
+        return PriceLists(built_in, {})
+    try:
+        return PriceLists(built_in, parse_litellm_prices(read_text(config.prices)))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError("prices", f"{config.prices}: {reason}") from error
+
+
+def print_warnings(config: Config) -> None:
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def command_serve(named: str) -> int:
+    config = load_config(named)
+    prices = load_prices(config)
+    print_warnings(config)
+    warn_of_missing_store(config)
+    try:
+        sock = open_socket(parse_listen(config.listen))
+    except OSError as error:
+        print(f"gateway.py: cannot listen on {config.listen}: {error.strerror}", file=sys.stderr)
+        return 1
+    log = Log(1, config.log == "json", time.monotonic, time.time)
+    asyncio.run(serve(config, prices, sock, log))
+    return 0
+
+
+def warn_of_missing_store(config: Config) -> None:
+    """Without the system's certificates no provider over https can be verified."""
+    paths = ssl.get_default_verify_paths()
+    has_store = bool(paths.cafile) or bool(paths.capath and os.listdir(paths.capath))
+    if not has_store and any(p.origin.is_tls for p in config.providers.values() if p.is_on):
+        print("warning: this system has no certificate store, so every provider over https will be "
+              "refused; install the package `ca-certificates`, or set SSL_CERT_FILE",
+              file=sys.stderr)
+
+
+def command_demo(named: str) -> int:
+    log = Log(1, False, time.monotonic, time.time)
+    asyncio.run(serve_demo("127.0.0.1:8080", log))
+    return 0
+
+
+def command_check(named: str) -> int:
+    config = load_config(named)
+    load_prices(config)
+    print_warnings(config)
+    print(f"listen     {config.listen}")
+    for provider in config.providers.values():
+        state = "" if provider.is_on else "   off: no api_key"
+        print(f"provider   {provider.name}: {provider.kind} at {provider.base_url}{state}")
+    for name, alias in config.models.items():
+        print(f"model      {name} -> {alias.provider}/{alias.model or name}")
+    for rule in config.routing:
+        what = ("everything else" if rule.default else
+                f"{rule.prefix}*" if rule.prefix is not None else rule.match)
+        print(f"route      {what} -> {rule.provider}")
+    for entry in config.api_keys:
+        print(f"app        {entry.app}: {', '.join(entry.allowed_models)}")
+    print("The config is good.")
+    return 0
+
+
+def command_health(named: str) -> int:
+    """Reads `listen` alone, so that it needs none of the config's secrets."""
+    path = find_config(named)
+    problems = Problems(path)
+    tree = parse_config_json(read_config_text(path), problems)
+    listen = tree.get("listen", ":8080") if isinstance(tree, dict) else None
+    listen = expand(listen, os.environ, read_text, "listen", problems)
+    if problems.errors or not isinstance(listen, str):
+        raise ConfigError("", "\n".join(problems.errors) or f"{path}: must be an object")
+    try:
+        status = ask_health(parse_listen(listen))
+    except (OSError, ValueError) as error:
+        print(f"gateway.py: {listen} does not answer: {error}", file=sys.stderr)
+        return 1
+    if status != 200:
+        print(f"gateway.py: {listen} answers {status}", file=sys.stderr)
+    return 0 if status == 200 else 1
+
+
+def ask_health(address: Address) -> int:
+    """The status of GET /health; a wildcard is asked on loopback."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    if address.path:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(5.0)
+        connection.connect(address.path)
+    else:
+        connection = socket.create_connection((host, address.port), 5.0)
+    with connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        answer = connection.makefile("rb").readline()
+    found = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
+    if not found:
+        raise ValueError("the answer is not HTTP")
+    return int(found[1])
+
+
+def command_version(named: str) -> int:
+    print(f"gateway.py {__version__}")
+    return 0
+
+
+def command_help(named: str) -> int:
+    print(USAGE_TEXT)
+    return 0
+
+
+COMMANDS: Dict[str, Callable[[str], int]] = {
+    "serve": command_serve, "check": command_check, "health": command_health,
+    "demo": command_demo, "version": command_version, "help": command_help,
+}
+
+
+def hold_standard_descriptors() -> None:
+    """Opens /dev/null where stdin, stdout or stderr are closed, lest a socket take their place and
+    be written log lines."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit status."""
+    hold_standard_descriptors()
+    try:
+        command, config = parse_arguments(arguments)
+        return COMMANDS[command](config)
+    except UsageError as error:
+        print(f"gateway.py: {error}", file=sys.stderr)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
