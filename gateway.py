@@ -63,7 +63,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 9):
-    sys.exit("gateway.py needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
+    sys.exit("gateway.py needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
 import asyncio
 import asyncio.sslproto
@@ -85,6 +85,7 @@ import select
 import signal
 import socket
 import ssl
+import stat
 import time
 import traceback
 import urllib.parse
@@ -99,7 +100,7 @@ from typing import (
 __version__ = "1.0.0"
 
 JSON = Dict[str, Any]
-Fields = List[Tuple[str, str]]  # header fields in order, names in lower case
+Headers = Dict[str, str]  # names in lower case; repeated fields are joined with commas
 
 
 # ==================================================================================================
@@ -190,11 +191,11 @@ def count(value: object) -> int:
 # value can be replaced with every other byte left as it came.
 # --------------------------------------------------------------------------------------------------
 
-MAX_INT_DIGITS = 4300  # Python's own bound where it has one; before 3.9.14 it has none
+MAX_INT_DIGITS = 4300  # where int() has no bound of its own, 10 MB of digits take it minutes
 
 
 def bounded_int(digits: str) -> int:
-    if len(digits) > MAX_INT_DIGITS:  # int() is quadratic: 10 MB of digits would take minutes
+    if len(digits) > MAX_INT_DIGITS:
         raise ValueError("a number is too long")
     return int(digits)
 
@@ -203,9 +204,10 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_int=bounded_int, parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(
+    parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int,
+    parse_constant=refuse_constant)
 encode_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def dump_json(value: object) -> bytes:
@@ -269,34 +271,32 @@ class Document:
         return b"".join([*pieces, body[at:]])
 
 
+OPENING = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\})?[ \t\n\r]*")
+KEY = re.compile(r'("(?:[^"\\\x00-\x1f]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
+AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+
+
 def scan_members(text: str) -> Dict[str, Member]:
     """The members of the JSON object in `text`; raises ValueError or RecursionError."""
-    skip: Callable[[str, int], re.Match[str]] = WHITE_SPACE.match  # type: ignore[assignment]
     members: Dict[str, Member] = {}
-    at = skip(text, 0).end()
-    if text[at:at + 1] != "{":
+    found = OPENING.match(text)
+    if not found:
         raise ValueError("it does not start with '{'")
-    at = skip(text, at + 1).end()
-    closed = text[at:at + 1] == "}"
-    while not closed:
-        if text[at:at + 1] != '"':
-            raise ValueError(f"a key is missing at character {at}")
-        key, at = DECODER.raw_decode(text, at)
-        at = skip(text, at).end()
-        if text[at:at + 1] != ":":
-            raise ValueError(f"a ':' is missing at character {at}")
-        if key in members:
+    at, ends = found.end(), found[1]
+    while not ends:
+        key = KEY.match(text, at)
+        if not key:
+            raise ValueError(f"a key and its ':' are missing at character {at}")
+        name = key[1][1:-1] if "\\" not in key[1] else DECODER.decode(key[1])
+        if name in members:
             raise ValueError("a top-level key stands twice")
-        start = skip(text, at + 1).end()
-        value, end = DECODER.raw_decode(text, start)
-        members[key] = Member(value, start, end)
-        at = skip(text, end).end()
-        closed = text[at:at + 1] == "}"
-        if not closed:
-            if text[at:at + 1] != ",":
-                raise ValueError(f"a ',' is missing at character {at}")
-            at = skip(text, at + 1).end()
-    if skip(text, at + 1).end() != len(text):
+        value, end = DECODER.raw_decode(text, key.end())
+        members[name] = Member(value, key.end(), end)
+        found = AFTER_VALUE.match(text, end)
+        if not found:
+            raise ValueError(f"a ',' or '}}' is missing at character {end}")
+        at, ends = found.end(), found[1] == "}"
+    if at != len(text):
         raise ValueError("more text follows it")
     return members
 
@@ -349,15 +349,14 @@ def parse_event(raw: bytes) -> Event:
 BLANK_LINE = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r\n?")
 
 
-def split_events(block: bytes) -> List[bytes]:
+def split_events(block: bytes) -> Iterator[bytes]:
     """A block of whole events, cut after each blank line."""
-    events, at = [], 0
+    at = 0
     for blank in BLANK_LINE.finditer(block):
-        events.append(block[at:blank.end()])
+        yield block[at:blank.end()]
         at = blank.end()
     if at < len(block):
-        events.append(block[at:])
-    return events
+        yield block[at:]
 
 
 def last_blank_line(block: bytes, before: int) -> int:
@@ -550,8 +549,29 @@ def error_label(status: int) -> str:
 
 
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
-DONE = re.compile(rb"^data:[ \t]*\[DONE\]", re.MULTILINE)
+DONE = re.compile(rb"data:[ \t]*\[DONE\]")
 COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)*")
+
+
+def find_usage(block: bytes, start: int = 0) -> int:
+    """Where a usage object starts, or -1. Real chunks hold "usage":null, through which a regex
+    would crawl; hence it is the last resort, for unusual white space."""
+    for mark in (b'"usage":{', b'"usage": {'):
+        at = block.find(mark, start)
+        if at >= 0:
+            return at
+    nulls = block.count(b'"usage":null', start) + block.count(b'"usage": null', start)
+    if block.count(b'"usage"', start) == nulls:
+        return -1
+    found = USAGE.search(block, start)
+    return found.start() if found else -1
+
+
+def find_done(block: bytes) -> int:
+    """Where the [DONE] of a stream's last event ends, or -1; the word in a text is none."""
+    at = block.rfind(b"[DONE]")
+    line = max(block.rfind(b"\n", 0, at), block.rfind(b"\r", 0, at)) + 1
+    return at + len(b"[DONE]") if DONE.match(block, line) else -1
 
 
 class ChatWatch(Watch):
@@ -578,10 +598,10 @@ class ChatWatch(Watch):
         if b'"error"' in block:
             block = self._cut_at_error(block)
         if b"[DONE]" in block:
-            done = DONE.search(block)
-            if done:
+            done = find_done(block)
+            if done >= 0:
                 self.ended = True
-                block = block[:event_around(block, done.end())[1]]
+                block = block[:event_around(block, done)[1]]
         if self._held:
             block = self._settle_held(block)
         if b'"usage"' in block:
@@ -597,18 +617,18 @@ class ChatWatch(Watch):
         return held + super().end()
 
     def _look_at_each(self, block: bytes) -> None:
-        """Finds the first content, and with it what an event of this stream weighs without."""
+        """Finds the first content, and what an event of this stream weighs without; where no
+        [DONE] is to come, goes on to watch which choices are still open."""
         for raw in split_events(block):
             for choice in chunk_choices(raw):
-                if self._needs_done is False:
-                    self._open_choices[choice.get("index")] = not choice.get("finish_reason")
-                if self.has_content:
-                    continue
+                self._open_choices[choice.get("index")] = not choice.get("finish_reason")
                 said = [value for key, value in (choice.get("delta") or {}).items()
                         if key != "role" and value]
-                if said or choice.get("finish_reason"):
+                if not self.has_content and (said or choice.get("finish_reason")):
                     self.has_content = True
                     self._envelope = len(raw) - sum(len(dump_json(value)) - 2 for value in said)
+            if self.has_content and self._needs_done:
+                return
 
     def _cut_at_error(self, block: bytes) -> bytes:
         """An event with an error is the last; the word alone, in a text, is none."""
@@ -623,15 +643,15 @@ class ChatWatch(Watch):
 
     def _take_usage(self, block: bytes) -> bytes:
         """Reads the usage, and holds the chunk that carries nothing else."""
-        found = USAGE.search(block)
-        while found:
-            start, end = event_around(block, found.start())
+        at = find_usage(block)
+        while at >= 0:
+            start, end = event_around(block, at)
             chunk = parse_chunk(block[start:end])
             self.usage = self._dialect.parse_usage(chunk.get("usage")) or self.usage
             if self._hide_usage and chunk.get("choices") == [] and not chunk.get("moderation"):
                 self._held = block[start:end]
                 return block[:start] + self._settle_held(block[end:])
-            found = USAGE.search(block, end)
+            at = find_usage(block, end)
         return block
 
     def _settle_held(self, block: bytes) -> bytes:
@@ -1218,11 +1238,13 @@ class App:
     expires: float  # unix seconds; inf for never
 
     def may_use(self, model: str) -> bool:
-        return model in self.allowed or any(glob.match(model) for glob in self.globs)
+        if model in self.allowed or "*" in self.allowed:
+            return True
+        return any(glob.match(model) for glob in self.globs)
 
 
 def digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=32).digest()
 
 
 class Keyring:
@@ -1254,14 +1276,16 @@ def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
 
 def presented_keys(headers: Mapping[str, str]) -> List[str]:
     """Every key that a request carries; x-gateway-key, where sent, is the only one judged."""
-    own = headers.get("x-gateway-key")
-    if own is not None:
-        return [own]
-    found = [headers.get(name) for name in ("x-api-key", "api-key", "x-goog-api-key")]
+    if "x-gateway-key" in headers:
+        return [headers["x-gateway-key"]]
+    found = []
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        found.insert(0, token.strip())
-    return [key for key in found if key]
+    if scheme.lower() == "bearer" and token:
+        found.append(token.strip())
+    return found + [headers[name] for name in KEY_HEADERS if headers.get(name)]
+
+
+KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 
 
 @dataclass(frozen=True)
@@ -1539,19 +1563,19 @@ class Metrics:
         return list(vars(self).values())
 
 
-@dataclass
 class Record:
-    """What is known of one exchange at its end."""
+    """What is known of an exchange at its end. Plain class attributes are its defaults: to set
+    each one for each request costs more than to count it."""
 
-    status: int
-    stream: bool
-    duration: float
-    overhead: float
-    ttft: Optional[float]
-    usage: Optional[Usage]
-    is_estimated: bool
-    cost: Optional[int]
-    provider_error: str
+    status = 0
+    is_stream = False
+    duration = 0.0  # seconds
+    overhead = 0.0  # seconds of it that were the gateway's own, up to the answer's head
+    ttft: Optional[float] = None  # seconds to a stream's first content
+    usage: Optional[Usage] = None
+    usage_from = "none"  # or "reported", or "estimated"
+    cost: Optional[int] = None  # nano-dollars
+    provider_error = ""  # one of PROVIDER_ERRORS
 
 
 class Meter:
@@ -1559,14 +1583,17 @@ class Meter:
 
     def __init__(self, metrics: Metrics, app: str, provider: str, model: str) -> None:
         self._metrics = metrics
-        self._route = (app, provider, model)
-        self._model = (provider, model)
-        self.log_fields = tuple(zip(ROUTE_LABELS, self._route))
+        self._route = route = (app, provider, model)
+        self._prompt, self._completion = (*route, "prompt"), (*route, "completion")
+        self._plain, self._stream = (*route, "false"), (*route, "true")
+        self.log_fields = list(zip(ROUTE_LABELS, route))
+        self.log_text = "".join(f" {name}={quote_log(value)}" for name, value in self.log_fields)
 
     def record(self, record: Record) -> None:
         metrics, route = self._metrics, self._route
         metrics.requests.add((*route, str(record.status)))
-        metrics.durations.observe((*route, "true" if record.stream else "false"), record.duration)
+        metrics.durations.observe(self._stream if record.is_stream else self._plain,
+                                  record.duration)
         metrics.overhead.observe((), record.overhead)
         if record.ttft is not None:
             metrics.first_byte.observe(route, record.ttft)
@@ -1577,17 +1604,17 @@ class Meter:
 
     def _record_usage(self, record: Record, usage: Usage) -> None:
         metrics, route = self._metrics, self._route
-        metrics.tokens.add((*route, "prompt"), usage.input)
-        metrics.tokens.add((*route, "completion"), usage.output)
-        for kind in ("cache_read", "cache_write", "reasoning"):
-            if getattr(usage, kind):
+        metrics.tokens.add(self._prompt, usage.input)
+        metrics.tokens.add(self._completion, usage.output)
+        if usage.cache_read or usage.cache_write or usage.reasoning:
+            for kind in ("cache_read", "cache_write", "reasoning"):
                 metrics.token_details.add((*route, kind), getattr(usage, kind))
         if record.cost is not None:
             metrics.cost.add(route, record.cost)
         else:
-            metrics.unpriced.add(self._model, usage.input + usage.output)
-        if record.is_estimated:
-            metrics.estimated.add(self._model)
+            metrics.unpriced.add(route[1:], usage.input + usage.output)
+        if record.usage_from == "estimated":
+            metrics.estimated.add(route[1:])
 
 
 def escape_label(value: str) -> str:
@@ -1617,29 +1644,30 @@ def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
 # nothing in it can end the line or forge another.
 # --------------------------------------------------------------------------------------------------
 
-PLAIN_LOG_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,\-]+")
+PLAIN_LOG_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,\-]{1,256}")
 MAX_LOG_VALUE = 256
 
 
 def quote_log(value: str) -> str:
     """A value of a key=value line; quotes, control characters and all beyond ASCII escaped."""
-    value = clipped(value, MAX_LOG_VALUE)
     if PLAIN_LOG_VALUE.fullmatch(value):
         return value
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    return json.dumps(clipped(value, MAX_LOG_VALUE)).replace("\x7f", "\\u007f")
 
 
-def render_log(fields: Iterable[Tuple[str, object]], as_json: bool) -> str:
-    """One line, without its end."""
-    if as_json:
-        return json.dumps({key: clipped(value, MAX_LOG_VALUE) if isinstance(value, str) else value
-                           for key, value in fields})
-    return " ".join([f"{key}={quote_log(value) if isinstance(value, str) else show(value)}"
-                     for key, value in fields])
+def render_log(fields: Iterable[Tuple[str, object]]) -> str:
+    """The part of a key=value line that these fields make, a space before each."""
+    return "".join([f" {key}={SHOW.get(value.__class__, str)(value)}" for key, value in fields])
 
 
-def show(value: object) -> str:
-    return ("true" if value else "false") if isinstance(value, bool) else str(value)
+def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
+    return json.dumps({key: clipped(value, MAX_LOG_VALUE) if isinstance(value, str) else value
+                       for key, value in fields})
+
+
+SHOW: Dict[type, Callable[[Any], str]] = {
+    str: quote_log, bool: lambda value: "true" if value else "false",
+}
 
 
 # ==================================================================================================
@@ -1669,16 +1697,13 @@ HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy
 
 
 class RequestHead(NamedTuple):
-    """A request's head. `length` is its body's, None where the body is chunked; `headers` joins
-    repeated fields with commas, `fields` keeps them apart."""
+    """A request's head. `length` is its body's, None where the body is chunked."""
 
     method: str
-    target: str
     path: str  # percent-decoded, without the query
     query: str
     is_http10: bool
-    fields: Fields
-    headers: Dict[str, str]
+    headers: Headers
     length: Optional[int]
 
     @property
@@ -1687,15 +1712,17 @@ class RequestHead(NamedTuple):
         return "keep-alive" in options if self.is_http10 else "close" not in options
 
 
-def parse_fields(lines: Iterable[str]) -> Tuple[Fields, Dict[str, str]]:
-    fields: Fields = []
-    headers: Dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        fields.append((name, value))
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return fields, headers
+def parse_fields(lines: List[str]) -> Headers:
+    """The fields by name, in order; repeated ones are one list (RFC 9110, section 5.3)."""
+    headers = {name.lower(): value.strip(" \t") for name, _, value in
+               [line.partition(":") for line in lines]}
+    if len(headers) < len(lines):
+        headers = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
@@ -1703,32 +1730,30 @@ def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
     if not REQUEST_HEAD.fullmatch(head):
         raise GatewayError(400, "The request's head is malformed.")
     lines = head[:-4].decode("latin-1").split("\r\n")
-    method, target, version = lines[0].split(" ")
+    method, target, version = lines.pop(0).split(" ")
     if len(target) > max_target:
         raise GatewayError(414, f"The request's target is longer than {max_target} bytes.")
-    if len(lines) > max_fields + 1:
+    if len(lines) > max_fields:
         raise GatewayError(431, f"The request has more than {max_fields} header fields.")
-    fields, headers = parse_fields(lines[1:])
+    headers = parse_fields(lines)
     is_http10 = version == "HTTP/1.0"
     if "," in headers.get("host", "" if is_http10 else ","):
         raise GatewayError(400, "The request needs exactly one Host.")
-    path, _, query = origin_form(target).partition("?")
-    return RequestHead(method, target, urllib.parse.unquote(path) if "%" in path else path, query,
-                       is_http10, fields, headers, request_length(headers, is_http10))
+    path, _, query = (target if target[0] == "/" else origin_form(target)).partition("?")
+    return RequestHead(method, urllib.parse.unquote(path) if "%" in path else path, query,
+                       is_http10, headers, request_length(headers, is_http10))
 
 
 def origin_form(target: str) -> str:
     """The target without the scheme and host that a client of a proxy puts before it."""
-    if target[:1] == "/" or "://" not in target:
-        return target
-    return "/" + target.split("://", 1)[1].partition("/")[2]
+    return "/" + target.split("://", 1)[1].partition("/")[2] if "://" in target else target
 
 
-def request_length(headers: Mapping[str, str], is_http10: bool) -> Optional[int]:
+def request_length(headers: Headers, is_http10: bool) -> Optional[int]:
     """The body's length, None for chunked; whatever two servers might read differently is 400."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is not None:
-        if coding.lower() != "chunked" or length is not None or is_http10:
+    length = headers.get("content-length")
+    if "transfer-encoding" in headers:
+        if headers["transfer-encoding"].lower() != "chunked" or length is not None or is_http10:
             raise GatewayError(400, "The request's Transfer-Encoding must be 'chunked', alone.")
         return None
     if length is None:
@@ -1743,8 +1768,7 @@ class AnswerHead(NamedTuple):
 
     status: int
     is_http10: bool
-    fields: Fields
-    headers: Dict[str, str]
+    headers: Headers
 
 
 def parse_answer_head(head: bytes) -> AnswerHead:
@@ -1752,7 +1776,8 @@ def parse_answer_head(head: bytes) -> AnswerHead:
     if not ANSWER_HEAD.fullmatch(head):
         raise upstream_error(502, "The provider's answer is not HTTP.", "bad_answer")
     lines = head[:-4].decode("latin-1").split("\r\n")
-    return AnswerHead(int(lines[0][9:12]), lines[0][7] == "0", *parse_fields(lines[1:]))
+    status = lines.pop(0)
+    return AnswerHead(int(status[9:12]), status[7] == "0", parse_fields(lines))
 
 
 class Framing:
@@ -1772,14 +1797,14 @@ class Framing:
 
 class LengthFraming(Framing):
     def __init__(self, length: int) -> None:
-        self._left = length
+        self.left = length
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        if len(data) > self._left:
-            data, self.rest = data[:self._left], data[self._left:]
-        self._left -= len(data)
-        self.done = self._left == 0
+        if len(data) > self.left:
+            data, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        self.done = self.left == 0
         return data
 
 
@@ -1925,6 +1950,15 @@ class Inflater:
             raise ValueError(f"its {self._coding} is cut")
 
 
+def make_inflater(coding: str, limit: int) -> Optional[Inflater]:
+    """None where there is nothing to decode; raises ValueError for an unknown coding."""
+    if coding == "identity":
+        return None
+    if coding not in CODINGS:
+        raise ValueError(f"its content-encoding {clipped(coding, 20)!r} is unknown")
+    return Inflater(coding, limit)
+
+
 def raw_deflate() -> Any:
     return zlib.decompressobj(-15)
 
@@ -1948,7 +1982,7 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 def render_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     """An answer's head. Whatever becomes a field was checked for control characters before."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
 
 
@@ -1970,14 +2004,13 @@ ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
     "x-request-id", "x-gateway-id"])
 
 
-def passing_fields(head: RequestHead, replaced: FrozenSet[str]) -> str:
-    """The lines of a request's fields that go on to the provider; `replaced` are set anew."""
+def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
+    """The lines of a request's fields that go on to the provider."""
     named = head.headers.get("connection", "").lower()
     if named not in ("", "keep-alive", "close"):
-        replaced = replaced | frozenset(name.strip() for name in named.split(","))
-    return "".join([f"{name}: {value}\r\n" for name, value in head.fields
-                    if name not in REQUEST_ONLY_HERE and name not in replaced
-                    and not name.startswith(PREFIXES_ONLY_HERE)])
+        dropped = dropped | frozenset(name.strip() for name in named.split(","))
+    return "".join([f"{name}: {value}\r\n" for name, value in head.headers.items()
+                    if name not in dropped and not name.startswith(PREFIXES_ONLY_HERE)])
 
 
 # ==================================================================================================
@@ -2419,7 +2452,8 @@ class Connection:
         self.origin = origin
         self.reader = reader
         self.writer = writer
-        self.socket_fd: int = writer.get_extra_info("socket").fileno()
+        self._poll = select.poll()
+        self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLIN)
         self.is_reused = False
         self.deadline = self.final = FOREVER
         self.phase = ""  # the timeout that `deadline` stands for
@@ -2450,9 +2484,7 @@ class Connection:
         socket is asked, since the loop may not yet have seen what the kernel has."""
         if self.reader.at_eof() or self.reader.exception() or self.writer.is_closing():
             return False
-        poll = select.poll()
-        poll.register(self.socket_fd, select.POLLIN)
-        return not poll.poll(0)
+        return not self._poll.poll(0)
 
     def close(self) -> None:
         self.writer.transport.abort()
@@ -2464,7 +2496,6 @@ class Answer:
     def __init__(self, connection: Connection, head: AnswerHead, max_bytes: int) -> None:
         self.connection = connection
         self.status = head.status
-        self.fields = head.fields
         self.headers = head.headers
         self._max_bytes = max_bytes
         self._inflater: Optional[Inflater] = None
@@ -2472,13 +2503,10 @@ class Answer:
         self._wants_more = False
         self._is_held = False
         self._error: Optional[BaseException] = None
-        coding = head.headers.get("content-encoding", "identity").lower()
         try:
             self.framing = answer_framing(head)
-            if coding != "identity":
-                if coding not in CODINGS:
-                    raise ValueError(f"its content-encoding {clipped(coding, 20)!r} is unknown")
-                self._inflater = Inflater(coding, max_bytes)
+            if "content-encoding" in head.headers:
+                self._inflater = make_inflater(head.headers["content-encoding"].lower(), max_bytes)
         except ValueError as error:
             raise unusable(error) from error
         self.is_persistent = not (head.is_http10 or isinstance(self.framing, CloseFraming)
@@ -2486,6 +2514,8 @@ class Answer:
 
     async def read_all(self) -> bytes:
         """The whole body, decoded. Raises GatewayError 502 and 504."""
+        if isinstance(self.framing, LengthFraming) and not self._inflater:
+            return await self._read_plain(self.framing)
         pieces: List[bytes] = []
         size = 0
 
@@ -2499,6 +2529,17 @@ class Answer:
 
         await self.pump(take)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _read_plain(self, framing: LengthFraming) -> bytes:
+        """The common case, without a pump."""
+        if framing.left > self._max_bytes:
+            raise unusable(ValueError(f"it is larger than {self._max_bytes} bytes"))
+        try:
+            body = await self.connection.reader.readexactly(framing.left)
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise upstream_error(502, "The provider cut its answer.", "bad_answer") from error
+        framing.feed(body)
+        return body
 
     async def pump(self, sink: Callable[[bytes], bool]) -> None:
         """Hands each piece of the body to `sink` as it comes, until the body is whole or `sink`
@@ -2690,7 +2731,8 @@ class Pool:
         connection.final = now + total
         connection.expect("first_token", now, deadlines.first_token if is_stream else total)
         try:
-            connection.writer.writelines(payload)  # not drained: the answer may come before
+            for piece in payload:  # not drained: the answer may come before all is sent
+                connection.writer.transport.write(piece)  # type: ignore[attr-defined,unused-ignore]
             answer = Answer(connection, await read_answer_head(connection.reader), max_bytes)
         except BaseException:
             self.drop(connection)
@@ -2704,7 +2746,7 @@ class Pool:
         ended may lack its last chunk: that is awaited in passing."""
         connection = answer.connection
         connection.final = FOREVER
-        if not answer.is_persistent or not all(map(answer.settle, answer.take_late())):
+        if not (answer.is_persistent and all(map(answer.settle, answer.take_late()))):
             self.drop(connection)
         elif answer.framing.done:
             self._settled(answer)
@@ -2803,15 +2845,40 @@ class Log:
                  wall_clock: Callable[[], float]) -> None:
         self._fd = fd
         self._as_json = as_json
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._may_block = not stat.S_ISREG(os.fstat(fd).st_mode)
         self.clock = clock  # monotonic, for durations and deadlines
         self.wall_clock = wall_clock  # unix seconds
         self.lost = 0
+        self._second = (0, "")
 
-    def line(self, level: str, message: str, fields: Iterable[Tuple[str, object]] = ()) -> None:
+    def line(self, level: str, message: str, fields: Sequence[Tuple[str, object]] = ()) -> None:
+        head = [("time", self._now()), ("level", level), ("msg", message)]
+        self._write(render_json_log([*head, *fields]) if self._as_json else
+                    render_log([*head, *fields])[1:])
+
+    def access(self, exchange: Exchange, meter: Meter) -> None:
+        """The line of one exchange. Its head is rendered in one go, since it is in every one."""
+        fields = access_fields(exchange)
+        milliseconds = round(exchange.duration * 1000, 1)
+        if self._as_json:
+            return self.line("INFO", "access", [
+                ("request_id", exchange.id), ("method", exchange.method), ("path", exchange.path),
+                ("status", exchange.status), ("duration_ms", milliseconds), *meter.log_fields,
+                *fields])
+        return self._write(
+            f"time={self._now()} level=INFO msg=access request_id={exchange.id} "
+            f"method={quote_log(exchange.method)} path={quote_log(exchange.path)} "
+            f"status={exchange.status} duration_ms={milliseconds}"
+            f"{meter.log_text}{render_log(fields)}")
+
+    def _now(self) -> str:
+        """The time as RFC 3339 writes it, in milliseconds; the second is rendered once."""
         now = self.wall_clock()
-        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}Z"
-        self._write(render_log([("time", stamp), ("level", level), ("msg", message), *fields],
-                               self._as_json))
+        if int(now) != self._second[0]:
+            self._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        return f"{self._second[1]}.{int(now % 1 * 1000):03}Z"
 
     def crash(self, error: BaseException) -> None:
         """An error that nobody foresaw: where it happened, but not its words, which may quote what
@@ -2831,9 +2898,9 @@ class Log:
     def _is_ready(self) -> bool:
         """Whether a line can be written without waiting: a pipe that polls as writable takes 4 KiB,
         and no line is longer."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        return any(event & select.POLLOUT for _, event in poll.poll(0))
+        if not self._may_block:
+            return True
+        return any(event & select.POLLOUT for _, event in self._poll.poll(0))
 
 
 class ClientLeft(Exception):
@@ -2894,31 +2961,25 @@ class Response:
         self.stream = stream
 
 
-@dataclass
-class Exchange:
-    """One request and what becomes of it. Times are the clock's seconds."""
+class Exchange(Record):
+    """One request and what becomes of it."""
 
-    id: str
-    started: float
-    method: str = ""
-    path: str = ""
-    app: str = ""
+    method = ""
+    path = ""
+    app = ""
     route: Optional[Route] = None
-    is_generation: bool = False
-    is_stream: bool = False
-    status: int = 0
-    error: str = ""
-    provider_error: str = ""
-    upstream_id: str = ""
-    usage: Optional[Usage] = None
-    usage_from: str = "none"
-    answered: bool = False  # the provider said 200
-    bytes_in: int = 0
-    bytes_out: int = 0
-    ttft: Optional[float] = None
-    waited: float = 0.0  # for the client's body and the provider's head
-    overhead: float = 0.0
-    logged_headers: Tuple[Tuple[str, str], ...] = ()
+    is_generation = False
+    error = ""
+    upstream_id = ""
+    answered = False  # the provider said 200
+    bytes_in = 0
+    bytes_out = 0
+    waited = 0.0  # seconds, for the client's body and the provider
+    logged_headers: Sequence[Tuple[str, str]] = ()
+
+    def __init__(self, id_: str, started: float) -> None:
+        self.id = id_
+        self.started = started  # the clock's seconds
 
     def fail(self, error: GatewayError) -> None:
         """Notes an error: its words, unless they are the provider's, and what caused it."""
@@ -2957,8 +3018,9 @@ class Gateway:
     async def handle(self, exchange: Exchange, request: Request) -> Response:
         """Answers one request; every error becomes an answer here."""
         exchange.method, exchange.path = request.head.method, request.head.path
-        exchange.logged_headers = tuple((name, request.headers[name]) for name in self._log_headers
-                                        if name in request.headers)
+        if self._log_headers:
+            exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
+                                       if name in request.headers]
         dialect = DIALECTS["chat"]
         try:
             handler, dialect = find_handler(request.head)
@@ -3025,8 +3087,8 @@ class Gateway:
         if hides_usage and route.provider.row.takes_usage_option:
             values.update(dialect.values_for_usage(document))
         body = document.with_values(values)
-        own_lines, replaced = self._lines[route.provider.name, dialect.name]
-        head = (f"{own_lines}{passing_fields(request.head, replaced)}"
+        own_lines, dropped = self._lines[route.provider.name, dialect.name]
+        head = (f"{own_lines}{passing_fields(request.head, dropped)}"
                 f"content-length: {len(body)}\r\n\r\n").encode("latin-1")
         return [head + body] if len(body) < MAX_READ_BYTES else [head, body]
 
@@ -3164,23 +3226,16 @@ class Gateway:
 
     def record(self, exchange: Exchange) -> None:
         """Logs an exchange and counts it; called once, at its end."""
-        duration = self.clock() - exchange.started
+        exchange.duration = self.clock() - exchange.started
         meter = self.meter(exchange)
-        money = None
-        if exchange.usage is not None and exchange.route is not None and exchange.route.price:
-            money = cost(exchange.route.price, exchange.usage)
+        route = exchange.route
+        if exchange.usage is not None and route is not None and route.price is not None:
+            exchange.cost = cost(route.price, exchange.usage)
         if exchange.is_generation:
             self.metrics.in_flight.add((), -1)
-            meter.record(Record(
-                exchange.status, exchange.is_stream, duration, exchange.overhead, exchange.ttft,
-                exchange.usage, exchange.usage_from == "estimated", money,
-                exchange.provider_error))
-        if exchange.path in PROBES and exchange.status == 200 and not self.config.log_probes:
-            return
-        self.log.line("INFO", "access", [
-            ("request_id", exchange.id), ("method", exchange.method), ("path", exchange.path),
-            ("status", exchange.status), ("duration_ms", round(duration * 1000, 1)),
-            *meter.log_fields, *access_fields(exchange, money)])
+            meter.record(exchange)
+        if exchange.path not in PROBES or exchange.status != 200 or self.config.log_probes:
+            self.log.access(exchange, meter)
 
     def meter(self, exchange: Exchange) -> Meter:
         route = exchange.route
@@ -3307,7 +3362,7 @@ def read_call(document: Document) -> Tuple[str, bool]:
 
 def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
     """The request line and the fields that are the same in every request to a provider, and the
-    names that they replace."""
+    names of a client's fields that do not go to it."""
     url = urllib.parse.urlsplit(provider.base_url + provider.row.paths[wire])
     name, form = provider.row.auth
     fields = {"host": url.netloc, "accept-encoding": "identity", "content-type": "application/json",
@@ -3316,7 +3371,7 @@ def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
         fields[name] = form.format(provider.api_key)
     fields.update(provider.headers)
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"POST {url.path} HTTP/1.1\r\n{lines}", frozenset(fields)
+    return f"POST {url.path} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
 
 
 def upstream_id(headers: Mapping[str, str]) -> str:
@@ -3325,9 +3380,11 @@ def upstream_id(headers: Mapping[str, str]) -> str:
 
 def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
     """What of the provider's head goes back to the client."""
-    named = {name.strip() for name in answer.headers.get("connection", "").lower().split(",")}
-    return [(name, value) for name, value in answer.fields
-            if name not in ANSWER_ONLY_HERE and name not in named]
+    dropped = ANSWER_ONLY_HERE
+    named = answer.headers.get("connection", "").lower()
+    if named not in ("", "keep-alive", "close"):
+        dropped = dropped | frozenset(name.strip() for name in named.split(","))
+    return [field for field in answer.headers.items() if field[0] not in dropped]
 
 
 def check_event_stream(answer: Answer) -> None:
@@ -3369,20 +3426,26 @@ def model_object(name: str, owner: str) -> JSON:
     return {"id": name, "object": "model", "created": 0, "owned_by": owner}
 
 
-def access_fields(exchange: Exchange, money: Optional[int]) -> List[Tuple[str, object]]:
+class Dollars(float):
+    """Dollars in a log line, which would otherwise come out as 3.2e-05."""
+
+    def __str__(self) -> str:
+        return f"{self:.9f}".rstrip("0").rstrip(".")
+
+
+def access_fields(exchange: Exchange) -> List[Tuple[str, object]]:
     """What follows the route in an access line."""
     fields: List[Tuple[str, object]] = [("stream", exchange.is_stream)]
-    if exchange.usage is not None:
-        usage = exchange.usage
+    usage = exchange.usage
+    if usage is not None:
         fields += [("prompt_tokens", usage.input), ("completion_tokens", usage.output)]
         fields += [(name, value) for name, value in (
             ("cache_read_tokens", usage.cache_read), ("cache_write_tokens", usage.cache_write),
             ("reasoning_tokens", usage.reasoning)) if value]
-        if money is not None:
-            fields.append(("cost", float(show_scaled(money, 10**9))))
-    if exchange.is_generation:
-        fields.append(("usage", exchange.usage_from if exchange.usage else "none"))
-    fields += [("bytes_in", exchange.bytes_in), ("bytes_out", exchange.bytes_out)]
+    if exchange.cost is not None:
+        fields.append(("cost", Dollars(exchange.cost / 10**9)))
+    fields += [("usage", exchange.usage_from), ("bytes_in", exchange.bytes_in),
+               ("bytes_out", exchange.bytes_out)]
     if exchange.ttft is not None:
         fields.append(("ttft_ms", round(exchange.ttft * 1000, 1)))
     if exchange.upstream_id:
@@ -3412,18 +3475,18 @@ def process_readings() -> Iterator[Tuple[str, str, int]]:
         yield "process_max_fds", "Most file descriptors that may be open.", soft
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            stat = file.read().rpartition(")")[2].split()
+            fields = file.read().rpartition(")")[2].split()
         with open("/proc/stat", encoding="ascii") as file:
             booted = next(int(line.split()[1]) for line in file if line.startswith("btime"))
         open_fds = len(os.listdir("/proc/self/fd"))
     except OSError:  # not Linux
         return
     yield "process_open_fds", "File descriptors that are open.", open_fds
-    yield "process_virtual_memory_bytes", "Virtual memory.", int(stat[20])
+    yield "process_virtual_memory_bytes", "Virtual memory.", int(fields[20])
     yield ("process_resident_memory_bytes", "Resident memory.",
-           int(stat[21]) * os.sysconf("SC_PAGE_SIZE"))
+           int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
     yield ("process_start_time_seconds", "When the process started, in unix seconds.",
-           booted + int(stat[19]) // os.sysconf("SC_CLK_TCK"))
+           booted + int(fields[19]) // os.sysconf("SC_CLK_TCK"))
 
 
 # ==================================================================================================
@@ -3533,7 +3596,8 @@ class BodyReader:
 
     async def read(self) -> bytes:
         """The whole body, decoded. Raises GatewayError 400, 408, 413, 415, 503."""
-        coding = self._head.headers.get("content-encoding", "identity").lower()
+        headers = self._head.headers
+        coding = headers.get("content-encoding", "identity").lower()
         if coding != "identity" and coding not in CODINGS:
             known = ", ".join(CODINGS)
             raise GatewayError(415, f"The content-encoding must be one of: {known}.",
@@ -3543,7 +3607,7 @@ class BodyReader:
             return b""
         client, server = self._client, self._server
         client.expect("body", server.clock(), server.timeouts.body, renews=True)
-        if "100-continue" in self._head.headers.get("expect", "").lower():
+        if "100-continue" in headers.get("expect", "").lower():
             client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await self._read_raw()
         self._is_read = True
@@ -3721,7 +3785,7 @@ class Server:
     async def refuse(self, client: Client, error: GatewayError) -> None:
         """Answers what is no request, or one too many; the connection closes after it."""
         exchange = Exchange(self._new_id(), self.clock())
-        head = RequestHead("", "", "", "", False, [], {}, 0)
+        head = RequestHead("", "", "", False, {}, 0)
         try:
             await self.write_response(client, head, self._app.refuse(exchange, error), False)
         finally:
@@ -3757,7 +3821,8 @@ class Server:
                 if head.method != "HEAD":
                     data += response.body
                 client.write(data)
-            await client.writer.drain()
+            if client.transport.get_write_buffer_size():
+                await client.writer.drain()
         finally:
             if client.exchange is not None:
                 client.exchange.bytes_out = client.written - before
@@ -3785,7 +3850,8 @@ class Server:
             client.write(render_head(status, fields) + framed(stream.first))
             stream.first = b""
             while not stream.ended:
-                await client.writer.drain()
+                if is_full:
+                    await client.writer.drain()
                 is_full = False
                 await stream.source.pump(sink)
                 if client.transport.is_closing():
