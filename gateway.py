@@ -69,6 +69,7 @@ import asyncio
 import asyncio.sslproto
 import bisect
 import calendar
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -374,10 +375,11 @@ def event_around(block: bytes, at: int) -> Tuple[int, int]:
 class EventCutter:
     """Cuts a stream of bytes after its last whole event: `feed` returns whole events, byte for
     byte as they came, and keeps the one that is still arriving. Raises GatewayError(502) where
-    that one outgrows `limit` bytes."""
+    that one outgrows `limit` bytes, or all that are kept together what `reserve` grants."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, reserve: Callable[[int], bool] = lambda size: True) -> None:
         self._limit = limit
+        self._reserve = reserve
         self._held: List[bytes] = []
         self._seam = b""
         self.held_bytes = 0
@@ -398,16 +400,19 @@ class EventCutter:
         return whole
 
     def _hold(self, piece: bytes) -> None:
-        if piece:
-            self._held.append(piece)
-            self._seam = (self._seam + piece[-3:])[-3:]
-            self.held_bytes += len(piece)
-        if self.held_bytes > self._limit:
+        if not piece:
+            return
+        self._held.append(piece)
+        self._seam = (self._seam + piece[-3:])[-3:]
+        self.held_bytes += len(piece)
+        if self.held_bytes > self._limit or not self._reserve(len(piece)):
+            self.held_bytes -= len(piece)
             raise upstream_error(502, "The provider sent an event that is too large.",
                                  "bad_answer")
 
     def rest(self) -> bytes:
         """What is left at the end of the stream: an event without its blank line, or nothing."""
+        self._reserve(-self.held_bytes)
         rest, self._held, self._seam, self.held_bytes = b"".join(self._held), [], b"", 0
         return rest
 
@@ -748,7 +753,7 @@ class Problems:
                            else f"{self.where}: {message}")
 
     def warn(self, path: str, message: str) -> None:
-        self.warnings.append(f"{self.where}: {path}: {message}")
+        self.warnings.append(f"warning: {self.where}: {path}: {message}")
 
 
 Read = Callable[[Any, str, Problems], Any]
@@ -1000,7 +1005,7 @@ class Config:
     log: str = setting(one_of("text", "json"), "the access log's form", "text")
     log_headers: Tuple[str, ...] = setting(list_of(TEXT), "request headers to log", ())
     log_probes: bool = setting(FLAG, "log good answers to /health and /metrics too", False)
-    prices: str = setting(TEXT, "a price file in LiteLLM's format", "")
+    prices: str = setting(OPTIONAL_TEXT, "a price file in LiteLLM's format", "")
     warnings: Tuple[str, ...] = ()
 
 
@@ -2435,6 +2440,11 @@ class Reader(asyncio.StreamReader):
         super().set_exception(exc)  # type: ignore[arg-type,unused-ignore]
         self.wake()
 
+    def has_bare_head(self) -> bool:
+        """Whether what waits here ends a head with bare LFs, which `readuntil` would never find."""
+        waiting = bytes(getattr(self, "_buffer", b""))
+        return b"\n\n" in waiting or b"\n\r\n" in waiting.replace(b"\r\n\r\n", b"")
+
     async def until_woken(self) -> None:
         """Waits for `wake`, which the end of the stream or an error call too."""
         self._sleeper = asyncio.get_running_loop().create_future()
@@ -3010,6 +3020,7 @@ class Gateway:
         self._names = ModelNames()
         self._meters: Dict[Tuple[str, str, str], Meter] = {}
         self._log_headers = [name.lower() for name in config.log_headers]
+        self.events = Budget(config.limits.events)
         self._lines = {(provider.name, wire): provider_lines(provider, wire)
                        for provider in config.providers.values() for wire in provider.row.paths}
 
@@ -3259,7 +3270,7 @@ class PassedStream(Stream):
         self._answer = answer
         self._dialect = dialect
         self._watch = watch
-        self._cutter = EventCutter(gateway.config.limits.event)
+        self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
 
     def feed_first(self, piece: bytes) -> bool:
         self.first += self.feed(piece)
@@ -3305,6 +3316,7 @@ class PassedStream(Stream):
     def close(self) -> None:
         """Keeps or drops the connection, and settles the usage."""
         watch, gateway, exchange = self._watch, self._gateway, self._exchange
+        self._cutter.rest()
         if watch.ended and not watch.failure:
             gateway.pool.release(self._answer)
         else:
@@ -3542,6 +3554,9 @@ class Client:
             self.expect("head", now, timeouts.head)
         if self.renewal and reader.fed != self._seen:
             self._seen, self.deadline = reader.fed, now + self.renewal
+        if self.phase == "head" and reader.has_bare_head():
+            self.deadline = FOREVER
+            reader.set_exception(GatewayError(400, "The request's head is malformed."))
         if now >= self.deadline:
             self._end_waiting()
         if self.phase == "answer" and (reader.at_eof() or reader.exception()):
@@ -4161,6 +4176,18 @@ def bound_address(sock: socket.socket, address: Address) -> Address:
     return address if address.path else address._replace(port=sock.getsockname()[1])
 
 
+def return_large_memory() -> None:
+    """Tells glibc to give every large block back when it is freed. By default the first one raises
+    its threshold for that, and a body of 10 MB leaves 10 MB behind."""
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
+M_MMAP_THRESHOLD = -3
+
+
 def raise_descriptor_limit(wanted: int) -> int:
     """Raises the soft limit of descriptors as far as it goes; returns how many client connections
     it carries, each with one to a provider."""
@@ -4215,6 +4242,7 @@ def id_maker() -> Callable[[], str]:
 async def serve(config: Config, prices: PriceLists, sock: socket.socket,
                 log: Log, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once."""
+    return_large_memory()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: log.line(
         "ERROR", "loop", [("error", str(context.get("message", "")))]))
@@ -4361,7 +4389,7 @@ def load_prices(config: Config) -> PriceLists:
 
 def print_warnings(config: Config) -> None:
     for warning in config.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(warning, file=sys.stderr)
 
 
 def command_serve(named: str) -> int:

@@ -1,0 +1,89 @@
+"""What is sent and what is answered: one chat request and its canned answers, of real size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Dict
+
+JSON = Dict[str, Any]
+
+VIRTUAL_KEY = "vk-bench-0123456789abcdef"
+MODEL = "gpt-5.2"
+PROMPT_TOKENS, COMPLETION_TOKENS = 187, 48
+# Stands once in every event that a client must see, and nowhere else: one byte cannot be split
+# between two reads, so counting it counts events, without a parser that costs as much as the proxy.
+MARK = b"~"
+
+# What the official SDK sends with each request.
+REQUEST_HEADERS = {
+    "authorization": f"Bearer {VIRTUAL_KEY}",
+    "content-type": "application/json",
+    "accept": "application/json",
+    "user-agent": "OpenAI/Python 2.8.0",
+    "x-stainless-lang": "python",
+    "x-stainless-package-version": "2.8.0",
+    "x-stainless-runtime": "CPython",
+    "x-stainless-runtime-version": "3.11.2",
+    "x-stainless-retry-count": "0",
+}
+ANSWER_HEADERS = {
+    "x-request-id": "req_0123456789abcdef0123456789abcdef",
+    "openai-organization": "org-bench",
+    "openai-processing-ms": "412",
+    "openai-version": "2020-10-01",
+    "x-ratelimit-limit-requests": "10000",
+    "x-ratelimit-remaining-requests": "9999",
+    "x-ratelimit-limit-tokens": "2000000",
+    "x-ratelimit-remaining-tokens": "1999813",
+}
+USAGE: JSON = {
+    "prompt_tokens": PROMPT_TOKENS,
+    "completion_tokens": COMPLETION_TOKENS,
+    "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS,
+    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+}
+SENTENCE = "The committee reads the report, asks what it costs, and writes down who does what. "
+
+
+def request_body(stream: bool, prompt: str = SENTENCE * 9) -> bytes:
+    """A chat request of about 1 kB. Like most clients it does not ask for the stream's usage."""
+    body: JSON = {
+        "model": MODEL,
+        "stream": stream,
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant. Answer in one paragraph."},
+            {"role": "user", "content": "Summarise this for a newcomer:\n" + prompt},
+        ],
+        "temperature": 0.2,
+        "max_completion_tokens": 512,
+    }
+    return json.dumps(body, ensure_ascii=False).encode()
+
+
+def chat_body() -> bytes:
+    """A chat completion of about 1 kB."""
+    message: JSON = {"role": "assistant", "content": SENTENCE * 4, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    body: JSON = {**_common("chat.completion"), "choices": [choice], "usage": USAGE}
+    return json.dumps(body, indent=2).encode()
+
+
+def stream_events(count: int) -> list[bytes]:
+    """`count` marked events as OpenAI spells them, then the usage chunk, then [DONE]."""
+    deltas: list[JSON] = [{"content": word} for word in (SENTENCE * (count // 15 + 1)).split(" ")]
+    deltas = [{"role": "assistant", "content": "", "refusal": None}, *deltas[: count - 2], {}]
+    marked: list[JSON] = []
+    for delta in deltas:
+        finish = None if delta else "stop"
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        tail = {"choices": [choice], "usage": None, "obfuscation": MARK.decode() + "aB3xK9"}
+        marked.append({**_common("chat.completion.chunk"), **tail})
+    usage: JSON = {**_common("chat.completion.chunk"), "choices": [], "usage": USAGE}
+    texts = [json.dumps(event, separators=(",", ":")) for event in [*marked, usage]]
+    return [b"data: %s\n\n" % text.encode() for text in [*texts, "[DONE]"]]
+
+
+def _common(kind: str) -> JSON:
+    identity = {"id": "chatcmpl-BxT9QwErTyUiOpAsDfGhJkLzXcVbNm", "object": kind}
+    return {**identity, "created": 1765432100, "model": MODEL + "-2025-12-11"}

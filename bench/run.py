@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Measure the gateway beside nginx: python3 bench/run.py [--smoke] [--only WORD] [--python PATH].
+
+A full run prints a table and writes it to bench/RESULTS.md; it ends with 1 if a bar is missed.
+--smoke runs all of it tiny and fails only where something does not work. Machines are noisy and
+differ, so CPU time is never given alone: nginx and the gateway take turns, several rounds, in
+front of the same upstream under the same load, and the median of the rounds' ratios counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import canned
+import load
+import servers
+from load import WrongAnswer
+from servers import Process, running
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+ROUNDS = 5
+MB = 1024  # kB, as /proc counts
+
+
+@dataclass
+class Row:
+    """One line of the table; `bar` is the most that is allowed."""
+
+    what: str
+    value: float
+    bar: float
+    unit: str
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.bar
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "**over**"
+        measured, bar = f"{self.value:.3g} {self.unit}", f"{self.bar:.3g}"
+        return f"| {self.what} | {measured} | {bar} | {verdict} | {self.detail} |"
+
+
+@dataclass
+class Bench:
+    """What every scenario needs: a directory, the gateway's build, and whether to be quick."""
+
+    home: Path
+    build: servers.Build
+    smoke: bool
+
+    def pick(self, full: int, smoke: int) -> int:
+        return smoke if self.smoke else full
+
+    @contextlib.contextmanager
+    def side_by_side(self, upstream: Process, base: str, stream: bool) -> Iterator[list[Process]]:
+        """nginx and the gateway in front of the same upstream."""
+        url = f"http://127.0.0.1:{upstream.port}{base}"
+        with running(servers.nginx_proxy(self.home, upstream, base, stream)) as nginx:
+            with running(self.build.gateway(url), "/health") as gateway:
+                yield [nginx, gateway]
+
+    def compare(self, what: str, bar: float, unit: str, pair: list[Process],
+                work: Callable[[Process], int]) -> Row:  # fmt: skip
+        """CPU time for each unit that `work` counts, the gateway's over nginx's."""
+        rounds = []
+        for number in range(self.pick(ROUNDS, 1) + 1):
+            costs = []
+            for server in pair:
+                before = server.cpu_ns()
+                units = work(server)
+                costs.append((server.cpu_ns() - before) / units / 1000)
+            if number:  # the first is the warm-up
+                rounds.append(costs)
+        nginx, gateway = (statistics.median(costs) for costs in zip(*rounds))
+        ratios = [costs[1] / costs[0] for costs in rounds]
+        spread = f"rounds {min(ratios):.2f} to {max(ratios):.2f}"
+        detail = f"{gateway:.1f} us, nginx {nginx:.1f}; {spread}"
+        return Row(f"{what}, CPU per {unit}", statistics.median(ratios), bar, "x nginx", detail)
+
+
+def chat(bench: Bench) -> Iterator[Row]:
+    """Plain completions of 1 kB."""
+    body = canned.request_body(stream=False)
+
+    def work(server: Process) -> int:
+        return load.wrk(server, body, bench.home, bench.pick(3, 1))
+
+    with running(servers.canned_upstream(bench.home)) as upstream:
+        with bench.side_by_side(upstream, "/chat/v1", stream=False) as pair:
+            for server in pair:
+                if load.post(server, body) != canned.chat_body():
+                    raise WrongAnswer(f"{server.name} changed the answer's bytes")
+            yield bench.compare("chat", 5, "request", pair, work)
+
+
+def stream(bench: Bench) -> Iterator[Row]:
+    """50 events as fast as they go."""
+    body = canned.request_body(stream=True)
+
+    def work(server: Process) -> int:
+        return load.wrk(server, body, bench.home, bench.pick(3, 1))
+
+    with running(servers.canned_upstream(bench.home)) as upstream:
+        with bench.side_by_side(upstream, "/stream/v1", stream=True) as pair:
+            for server in pair:
+                load.streams(server, body, 1, 50)
+            yield bench.compare("stream of 50 events, unpaced", 2.5, "request", pair, work)
+
+
+def paced(bench: Bench) -> Iterator[Row]:
+    """Many streams at a model's pace: what one event costs when it comes alone."""
+    count, events = bench.pick(250, 20), bench.pick(200, 20)
+    body = canned.request_body(stream=True)
+
+    def work(server: Process) -> int:
+        return load.streams(server, body, count, events).events
+
+    with running(servers.paced_upstream(bench.home, events)) as upstream:
+        with bench.side_by_side(upstream, "/v1", stream=True) as pair:
+            yield bench.compare(f"{count} streams, an event each 20 ms", 3, "event", pair, work)
+
+
+def crowd(bench: Bench) -> Iterator[Row]:
+    """More streams than one core carries at that pace: none may fail, all must be counted."""
+    yield _crowd(bench, "http", 60)
+    yield _crowd(bench, "https", 150)
+
+
+def _crowd(bench: Bench, scheme: str, bar: float) -> Row:
+    count, events = bench.pick(1000, 20), bench.pick(250, 20)
+    pem = servers.make_certificate(bench.home) if scheme == "https" else None
+    with running(servers.paced_upstream(bench.home, events, pem)) as upstream:
+        url = f"{scheme}://127.0.0.1:{upstream.port}/v1"
+        with running(bench.build.gateway(url, ca=pem), "/health") as gateway:
+            began = time.monotonic()
+            seen = load.streams(gateway, canned.request_body(stream=True), count, events)
+            seconds, peak = time.monotonic() - began, gateway.peak_kb() / MB
+            check_counters(gateway, count)
+    detail = f"{seen.most:,} at once, {seen.events:,} events in {seconds:.0f} s, no error"
+    return Row(f"{count:,} such streams, {scheme} upstream, peak RSS", peak, bar, "MB", detail)
+
+
+def check_counters(gateway: Process, requests: int) -> None:
+    """The gateway's own count of what it served must be exact."""
+    text = gateway.fetch("/metrics")[1].decode()
+    for name, label, each in (
+        ("llm_requests_total", 'status="200"', 1),
+        ("llm_tokens_total", 'direction="prompt"', canned.PROMPT_TOKENS),
+        ("llm_tokens_total", 'direction="completion"', canned.COMPLETION_TOKENS),
+    ):
+        values = re.findall(rf"^{name}{{[^}}\n]*{label}[^}}\n]*}} (\S+)", text, re.M)
+        if sum(map(float, values)) != requests * each:
+            raise WrongAnswer(f"{name}{{{label}}}: {values}, not {requests} x {each}")
+
+
+def idle(bench: Bench) -> Iterator[Row]:
+    """How fast a gateway starts, and what it takes while nobody has asked it anything."""
+    for how, script, bar in (("from bytecode", False, 26), ("as a script", True, 36)):
+        seconds, memory = [], []
+        for _ in range(bench.pick(9, 1)):
+            gateway = bench.build.gateway(None, script=script)
+            with running(gateway, "/health"):
+                seconds.append(gateway.ready_seconds)
+                memory.append(gateway.rss_kb() / MB)
+        yield Row(f"idle RSS, {how}", statistics.median(memory), bar, "MB")
+        worst = f"slowest of {len(seconds)}: {max(seconds):.2f} s"
+        yield Row(f"exec to first /health, {how}", statistics.median(seconds), 0.25, "s", worst)
+
+
+def connections(bench: Bench) -> Iterator[Row]:
+    """Idle kept-alive clients."""
+    count = bench.pick(2000, 50)
+    with running(bench.build.gateway(None), "/health") as gateway:
+        before = gateway.rss_kb()
+        clients = load.idle_connections(gateway, count)
+        each = (gateway.rss_kb() - before) / count
+        if gateway.fetch("/health")[0] != 200:
+            raise WrongAnswer("not served beside idle connections")
+        for client in clients:
+            client.close()
+    yield Row(f"{count:,} idle connections, RSS for each", each, 10, "kB")
+
+
+def large_body(bench: Bench) -> Iterator[Row]:
+    """A body that the upstream reads to its end; streamed, so that the gateway must splice it."""
+    size = bench.pick(10, 1) * 1024 * MB
+    large = canned.request_body(True, canned.SENTENCE * (size // len(canned.SENTENCE)))
+    with running(servers.paced_upstream(bench.home, 2)) as upstream:
+        url = f"http://127.0.0.1:{upstream.port}/v1"
+        with running(bench.build.gateway(url), "/health") as gateway:
+            load.post(gateway, canned.request_body(stream=True))
+            before = gateway.rss_kb()
+            gateway.reset_peak()
+            for _ in range(3):
+                load.post(gateway, large)
+            peak, after = gateway.peak_kb() - before, gateway.rss_kb() - before
+    what = f"body of {size // MB // 1024} MB, three times"
+    yield Row(f"{what}: peak RSS", peak * 1024 / size, 5, "x its size")
+    yield Row(f"{what}: RSS left behind", after / MB, 4, "MB")
+
+
+# A new row is yielded by a scenario; a new scenario is a function and its name here.
+SCENARIOS: list[Callable[[Bench], Iterator[Row]]] = [
+    chat, stream, paced, crowd, idle, connections, large_body,
+]  # fmt: skip
+
+
+def machine(python: str) -> str:
+    """Where the figures come from."""
+    ask = [python, "-c", "import sys; print(sys.version.split()[0])"]
+    version = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    ask = [str(servers.NGINX), "-v"]
+    nginx = subprocess.run(ask, check=True, capture_output=True, text=True).stderr
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    parts = [f"gateway on {python} {version}", nginx.strip().split(": ")[-1]]
+    parts += [f"{cpu[1] if cpu else 'CPU'} ({platform.machine()})", f"Linux {platform.release()}"]
+    parts.append(f"load {os.getloadavg()[0]:.1f} at the start")
+    return ", ".join(parts)
+
+
+def missing(python: str) -> str | None:
+    """What is not installed, with the command that installs it."""
+    needs = {"nginx-light": servers.NGINX, "wrk": load.WRK, "openssl": servers.OPENSSL}
+    absent = [package for package, found in needs.items() if not found]
+    if absent:
+        return f"bench/run.py needs more than there is: apt-get install {' '.join(absent)}"
+    if not Path(python).exists():
+        return f"bench/run.py measures on Debian's {python}, which is not here; see --python"
+    return None
+
+
+def run(bench: Bench, only: str) -> Iterator[Row | None]:
+    """All rows; None for a scenario that does not work, which must not hide the others."""
+    for scenario in SCENARIOS:
+        if only in scenario.__name__:
+            try:
+                yield from scenario(bench)
+            except Exception as error:
+                print(f"{scenario.__name__} does not work: {error!r}", file=sys.stderr)
+                yield None
+
+
+def main() -> int:
+    names = ", ".join(scenario.__name__ for scenario in SCENARIOS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="does it work? nothing about speed")
+    parser.add_argument("--only", default="", metavar="WORD", help=f"of {names}")
+    parser.add_argument("--python", default="/usr/bin/python3", help="runs the gateway")
+    args = parser.parse_args()
+    problem = missing(args.python)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # for the servers too
+
+    lines = [machine(args.python), "", "| | measured | at most | | |", "|---|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    failed = False
+    with tempfile.TemporaryDirectory() as home:
+        bench = Bench(Path(home), servers.Build(args.python, Path(home)), args.smoke)
+        for row in run(bench, args.only):
+            failed |= row is None or not (row.ok or args.smoke)
+            if row:
+                lines.append(str(row))
+                print(row, flush=True)
+    if not (args.smoke or args.only):
+        RESULTS.write_text("\n".join(lines) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
