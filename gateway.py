@@ -67,6 +67,7 @@ if sys.version_info < (3, 9):
 
 import asyncio
 import asyncio.sslproto
+import base64
 import bisect
 import calendar
 import ctypes
@@ -209,14 +210,21 @@ DECODER = json.JSONDecoder(
     parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int,
     parse_constant=refuse_constant)
 encode_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+encode_string = json.encoder.encode_basestring
 
 
 def dump_json(value: object) -> bytes:
     """Compact JSON in UTF-8; a lone surrogate falls back to an escape."""
+    return utf8(encode_json(value))
+
+
+def utf8(text: str) -> bytes:
+    """JSON text as bytes; a lone surrogate as its escape."""
     try:
-        return encode_json(value).encode()
+        return text.encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return "".join(c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}"
+                       for c in text).encode()
 
 
 class Member(NamedTuple):
@@ -227,7 +235,7 @@ class Member(NamedTuple):
     end: int
 
 
-class Document:
+class Body:
     """A JSON object as it came, whose top-level values can be replaced one by one.
 
     Raises GatewayError(400) for what is not UTF-8, not JSON, not an object, nested deeper than the
@@ -260,10 +268,10 @@ class Document:
         body = memoryview(self.body)  # slices of it are no copies
         pieces: List[Union[bytes, memoryview]] = []
         at = 0
-        for start, end, key in sorted((member.start, member.end, key)
-                                      for key, member in self.members.items() if key in values):
-            pieces += [body[at:start], dump_json(values[key])]
-            at = end
+        for key, member in self.members.items():
+            if key in values:
+                pieces += [body[at:member.start], dump_json(values[key])]
+                at = member.end
         new = {key: value for key, value in values.items() if key not in self.members}
         if new:
             brace = self.body.rindex(b"}")
@@ -315,6 +323,390 @@ def in_bytes(text: str, members: Dict[str, Member]) -> Dict[str, Member]:
     return counted
 
 
+# --------------------------------------------------------------------------------------------------
+# A conversation. Turns hold ordered blocks; system turns stand in the list, where they were said.
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """What every block may carry: `cache` is a cache mark as it came, `signature` an opaque proof
+    that only its `issuer` can check."""
+
+    cache: Optional[JSON] = None
+    signature: str = ""
+    issuer: str = ""
+
+
+@dataclass
+class Text(Block):
+    text: str = ""
+    is_refusal: bool = False
+    citations: List[JSON] = field(default_factory=list)  # {"url", "title"}
+
+
+@dataclass
+class Image(Block):
+    """By `url`, or as base64 `data` of `media_type`."""
+
+    url: str = ""
+    media_type: str = ""
+    data: str = ""
+    detail: str = ""
+
+
+@dataclass
+class Document(Block):
+    """A file: by `url`, as base64 `data`, or as plain `text`."""
+
+    url: str = ""
+    media_type: str = ""
+    data: str = ""
+    text: str = ""
+    title: str = ""
+
+
+@dataclass
+class Audio(Block):
+    data: str = ""
+    format: str = ""
+
+
+@dataclass
+class Thinking(Block):
+    """Reasoning. What its issuer keeps closed (`is_redacted`) is all signature."""
+
+    text: str = ""
+    is_redacted: bool = False
+
+
+@dataclass
+class ToolCall(Block):
+    """A call with JSON `arguments`, or with freeform `input` where the tool is custom."""
+
+    id: str = ""
+    name: str = ""
+    arguments: JSON = field(default_factory=dict)
+    is_custom: bool = False
+    input: str = ""
+
+
+@dataclass
+class ToolResult(Block):
+    id: str = ""
+    content: List[Block] = field(default_factory=list)
+    is_error: bool = False
+
+
+@dataclass
+class Opaque(Block):
+    """A block that only its own dialect understands."""
+
+    dialect: str = ""
+    wire: JSON = field(default_factory=dict)
+
+
+@dataclass
+class Turn:
+    role: str  # system, user or assistant
+    blocks: List[Block]
+
+
+@dataclass
+class Tool:
+    """`schema` of its arguments; a custom tool takes freeform text, described by `grammar`."""
+
+    name: str
+    description: str = ""
+    schema: Optional[JSON] = None
+    strict: Optional[bool] = None
+    is_custom: bool = False
+    grammar: str = ""
+    cache: Optional[JSON] = None
+
+
+@dataclass
+class ToolChoice:
+    """`mode` is auto, required, none or tool; `name` the one tool, `allowed` those on offer."""
+
+    mode: str
+    name: str = ""
+    allowed: Optional[List[str]] = None
+
+
+@dataclass
+class Format:
+    """The form that the answer must have: any JSON object, or one by a schema."""
+
+    schema: Optional[JSON] = None
+    name: str = ""
+    description: str = ""
+    strict: Optional[bool] = None
+
+
+@dataclass
+class Chat:
+    """One request. `options` are the fields that ask for no more than a word in the target: its
+    renderer takes those that it knows and names the others as losses."""
+
+    model: str
+    turns: List[Turn]
+    tools: List[Tool] = field(default_factory=list)
+    choice: Optional[ToolChoice] = None
+    parallel: Optional[bool] = None
+    max_tokens: Optional[int] = None
+    temperature: Optional[float] = None
+    top_p: Optional[float] = None
+    top_k: Optional[int] = None
+    stop: List[str] = field(default_factory=list)
+    effort: Optional[str] = None
+    thinking: Optional[JSON] = None  # Anthropic's own form, which goes before effort
+    format: Optional[Format] = None
+    user: Optional[str] = None
+    logprobs: Optional[int] = None  # how many alternatives
+    web_search: Optional[JSON] = None
+    stream: bool = False
+    include_usage: bool = False
+    legacy_functions: bool = False  # asked for by `functions`, to be answered alike
+    options: JSON = field(default_factory=dict)
+
+
+@dataclass
+class Reply:
+    """One whole answer. `finish` is stop, stop_sequence, length, context, tool_calls, refusal,
+    filter or pause; `refusal` the provider's explanation."""
+
+    id: str
+    model: str
+    blocks: List[Block]
+    finish: str
+    usage: Usage
+    refusal: str = ""
+    service_tier: str = ""
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What a model takes. Merged from the kind's row, the model's rows and the config."""
+
+    sampling: str = "both"  # temperature and top_p: "both" together, "one" of them, "none"
+    thinking: str = "none"  # "budget", "both", "adaptive" or "none"
+    can_disable_thinking: bool = False
+    efforts: Tuple[str, ...] = ()
+    forced_tools: str = "yes"  # "refused" is passed on all the same; "auto" asks for no more
+    mid_system: bool = False  # system messages after the first turn
+    json_schema: bool = True
+    max_output: int = 128_000
+
+
+class Target(NamedTuple):
+    """Where a request is rendered for."""
+
+    model: str
+    caps: Caps
+    default_max_tokens: int = 8192
+    max_output_tokens: Optional[int] = None  # a ceiling of the config's
+
+
+class Rewrites:
+    """What rendering changed and parsing the answer must change back."""
+
+    def __init__(self) -> None:
+        self.names: Dict[str, str] = {}  # by the name that went out, the client's own
+        self.custom: Set[str] = set()  # custom tools that went out as functions
+        self.json_tool = ""  # a hidden tool whose arguments are the answer
+
+
+class Losses:
+    """What the target cannot say, by name. Hints are told but never refused."""
+
+    def __init__(self) -> None:
+        self.names: Dict[str, bool] = {}  # name -> whether it is but a hint
+
+    def drop(self, name: str) -> None:
+        self.names[name] = False
+
+    def hint(self, name: str) -> None:
+        self.names.setdefault(name, True)
+
+    def refuse(self) -> None:
+        """Raises GatewayError(400) that names all but the hints, under strict."""
+        names = [name for name, is_hint in self.names.items() if not is_hint]
+        if names:
+            raise unsupported(names[0], "The model's provider cannot be told: "
+                                        f"{', '.join(names)} (strict).")
+
+
+def unsupported(param: str, what: str = "") -> GatewayError:
+    """What would make the answer wrong is refused."""
+    return GatewayError(400, what or f"'{param}' is not supported by the model's provider.", param,
+                        "unsupported_parameter")
+
+
+def canonical(turns: Iterable[Turn]) -> List[Turn]:
+    """Turns as every parser leaves them: no empty text, neighbours of one role merged, and in a
+    user's turn the tool results first, in the order of their calls."""
+    merged: List[Turn] = []
+    for turn in turns:
+        blocks = [block for block in turn.blocks if not (isinstance(block, Text) and not block.text)]
+        if merged and merged[-1].role == turn.role:
+            merged[-1].blocks += blocks
+        elif blocks:
+            merged.append(Turn(turn.role, blocks))
+    order: Dict[str, int] = {}
+    for turn in merged:
+        if turn.role == "assistant":
+            order = {block.id: i for i, block in enumerate(turn.blocks)
+                     if isinstance(block, ToolCall)}
+        elif any(isinstance(block, ToolResult) for block in turn.blocks):
+            turn.blocks.sort(key=lambda block: order.get(block.id, len(order))
+                             if isinstance(block, ToolResult) else len(order) + 1)
+    return merged
+
+
+# --------------------------------------------------------------------------------------------------
+# A stream is a reply in pieces: Start (BlockStart delta* BlockStop)* Finish. Each kind of block has
+# its own delta, so nobody need remember which block is open to read one.
+# --------------------------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    id: str
+    model: str
+
+
+class BlockStart(NamedTuple):
+    block: Block  # without what its deltas bring
+
+
+class TextDelta(NamedTuple):
+    text: str
+
+
+class ThinkingDelta(NamedTuple):
+    text: str
+
+
+class SignatureDelta(NamedTuple):
+    signature: str  # whole: it replaces
+
+
+class ArgumentsDelta(NamedTuple):
+    text: str  # a fragment of JSON, or of a custom tool's input
+
+
+class CitationDelta(NamedTuple):
+    block: int  # which block it belongs to, counted from 0; it may come after its end
+    citation: JSON
+
+
+class BlockStop(NamedTuple):
+    pass
+
+
+class Finish(NamedTuple):
+    finish: str
+    usage: Usage
+    refusal: str = ""
+    service_tier: str = ""
+
+
+StreamEvent = Union[Start, BlockStart, TextDelta, ThinkingDelta, SignatureDelta, ArgumentsDelta,
+                    CitationDelta, BlockStop, Finish]
+
+
+def collect(events: Iterable[StreamEvent]) -> Reply:
+    """The reply that a stream spells."""
+    reply = Reply("", "", [], "stop", Usage())
+    arguments = ""
+    for event in events:
+        block = reply.blocks[-1] if reply.blocks else Text()
+        if isinstance(event, Start):
+            reply.id, reply.model = event
+        elif isinstance(event, BlockStart):
+            reply.blocks.append(dataclasses.replace(event.block))
+            arguments = ""
+        elif isinstance(event, (TextDelta, ThinkingDelta)) and isinstance(block, (Text, Thinking)):
+            block.text += event.text
+        elif isinstance(event, SignatureDelta):
+            block.signature = event.signature
+        elif isinstance(event, ArgumentsDelta):
+            arguments += event.text
+        elif isinstance(event, CitationDelta):
+            cited = reply.blocks[event.block]
+            if isinstance(cited, Text):
+                cited.citations = [*cited.citations, event.citation]
+        elif isinstance(event, BlockStop) and isinstance(block, ToolCall):
+            close_call(block, arguments)
+        elif isinstance(event, Finish):
+            reply.finish, reply.usage, reply.refusal, reply.service_tier = event
+    return reply
+
+
+def close_call(call: ToolCall, arguments: str) -> None:
+    """Gives a call what its deltas spelt; raises GatewayError(502) where that is no object."""
+    if call.is_custom:
+        call.input = arguments
+    else:
+        call.arguments = parse_arguments(arguments, 502, "The model's arguments for a tool")
+
+
+def parse_arguments(text: str, status: int, what: str) -> JSON:
+    """A call's arguments; none at all are an empty object."""
+    if not text.strip():
+        return {}
+    try:
+        arguments = DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise GatewayError(status, f"{what} are not valid JSON.") from error
+    if not isinstance(arguments, dict):
+        raise GatewayError(status, f"{what} are not a JSON object.")
+    return arguments
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading what a client sent: a value of the wrong type is a 400 that names its field.
+# --------------------------------------------------------------------------------------------------
+
+NUMBER = (int, float)
+TYPE_NAMES: Dict[object, str] = {str: "a string", bool: "true or false", int: "an integer",
+                                 NUMBER: "a number", list: "a list", dict: "an object"}
+
+
+def want(value: Any, kind: Any, param: str) -> Any:
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise GatewayError(400, f"'{param}' must be {TYPE_NAMES[kind]}.", param)
+
+
+def optional(wire: JSON, key: str, kind: Any, where: str = "") -> Any:
+    """The field's value, None where it is absent or null."""
+    value = wire.get(key)
+    return None if value is None else want(value, kind, f"{where}{key}")
+
+
+def required(wire: JSON, key: str, kind: Any, where: str = "") -> Any:
+    if wire.get(key) is None:
+        raise GatewayError(400, f"'{where}{key}' is missing.", f"{where}{key}")
+    return want(wire[key], kind, f"{where}{key}")
+
+
+def objects(value: Any, param: str) -> Iterator[Tuple[JSON, str]]:
+    """The objects of a list, each with its place."""
+    for i, item in enumerate(want(value, list, param)):
+        yield want(item, dict, f"{param}[{i}]"), f"{param}[{i}]."
+
+
+def parse_data_uri(uri: str) -> Optional[Tuple[str, str]]:
+    """(media type, base64 data) of a data: URI, None of any other."""
+    head, comma, data = uri.partition(",")
+    scheme, _, media = head.partition(":")
+    parts = media.lower().split(";")
+    if scheme.lower() != "data" or not comma or "base64" not in parts[1:]:
+        return None
+    return parts[0] or "text/plain", data
+
+
 # ==================================================================================================
 # 3. SSE
 #
@@ -334,8 +726,14 @@ class Event(NamedTuple):
     data: bytes
 
 
+PLAIN_EVENT = re.compile(rb"(?:event: ([^\r\n]*)\n)?data: ([^\r\n]*)\n\n")
+
+
 def parse_event(raw: bytes) -> Event:
     """One whole event; comments and fields other than `event` and `data` are left out."""
+    plain = PLAIN_EVENT.fullmatch(raw)
+    if plain:
+        return Event((plain[1] or b"").decode("utf-8", "replace"), plain[2])
     name, data = "", []
     for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
         key, _, value = line.partition(b":")
@@ -420,8 +818,8 @@ class EventCutter:
 class SSEDecoder:
     """Bytes in, events out; an event without data is none."""
 
-    def __init__(self, limit: int) -> None:
-        self._cutter = EventCutter(limit)
+    def __init__(self, limit: int, reserve: Callable[[int], bool] = lambda size: True) -> None:
+        self._cutter = EventCutter(limit, reserve)
 
     def feed(self, chunk: bytes) -> List[Event]:
         return self._parse(self._cutter.feed(chunk))
@@ -478,10 +876,255 @@ class Watch:
         return max(self._bytes - self._events * self._envelope, self._events)
 
 
-class ChatCompletions:
+class DeltaTemplate:
+    """Renders an event whose only moving part is one JSON string, at half the cost of encoding it
+    all: what stands before and after it is encoded once."""
+
+    MARK = "\0"
+
+    def __init__(self, render: Callable[[str], bytes]) -> None:
+        before, _, after = render(self.MARK).partition(b'"\\u0000"')
+        self._before, self._after = before.decode(), after.decode()
+
+    def __call__(self, text: str) -> bytes:
+        return utf8(f"{self._before}{encode_string(text)}{self._after}")
+
+
+class Parser:
+    """Reads an upstream's stream: an SSE event in, model events out. `usage` is readable at any
+    time, so that an aborted stream is counted; `content_bytes` is what has been said so far."""
+
+    def __init__(self, rewrites: Rewrites) -> None:
+        self.rewrites = rewrites
+        self.usage: Optional[Usage] = None
+        self.content_bytes = 0
+        self.ended = False
+
+    def feed(self, event: Event) -> List[StreamEvent]:
+        raise NotImplementedError
+
+    def end(self) -> List[StreamEvent]:
+        """The provider closed: a stream that has not ended fails."""
+        if not self.ended:
+            raise upstream_error(502, "The provider cut the stream before its end.",
+                                 "stream_error")
+        return []
+
+    def parse(self, event: Event) -> JSON:
+        try:
+            wire = json.loads(event.data)
+        except (ValueError, RecursionError) as error:
+            raise upstream_error(502, "The provider sent an event that is not JSON.",
+                                 "bad_answer") from error
+        if not isinstance(wire, dict):
+            raise upstream_error(502, "The provider sent an event that is no object.", "bad_answer")
+        return wire
+
+    def open_call(self, call: ToolCall) -> ToolCall:
+        """A call under the name that the client gave its tool."""
+        call.is_custom = call.is_custom or call.name in self.rewrites.custom
+        call.name = self.rewrites.names.get(call.name, call.name)
+        return call
+
+
+def unwrap_custom(arguments: str) -> str:
+    """The freeform input of a custom tool that went out as a function with one string."""
+    value = parse_arguments(arguments, 502, "The model's arguments for a custom tool").get("input")
+    return value if isinstance(value, str) else arguments
+
+
+class Dialect:
+    """One wire format, read from both ends: `parse_` from the wire, `render_` to it."""
+
+    name = ""
+
+    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
+        """A client's request. Raises GatewayError(400) naming the field."""
+        raise NotImplementedError
+
+    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
+        """A request to a provider. The same chat gives the same bytes, since prompt caches depend
+        on it. Raises GatewayError(400) for what would make the answer wrong."""
+        raise NotImplementedError
+
+    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
+        """A provider's plain answer. Raises GatewayError(502)."""
+        raise NotImplementedError
+
+    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
+        """A plain answer to a client; `created` in unix seconds."""
+        raise NotImplementedError
+
+    def parser(self, rewrites: Rewrites) -> Parser:
+        """Reads a provider's stream."""
+        raise NotImplementedError
+
+    def renderer(self, chat: Chat, created: int) -> Renderer:
+        """Writes a client's stream."""
+        raise NotImplementedError
+
+    def watch(self, hide_usage: bool, needs_done: bool) -> Watch:
+        """Watches a passed stream."""
+        raise NotImplementedError
+
+    def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        raise NotImplementedError
+
+    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
+        raise NotImplementedError
+
+    def parse_error(self, wire: object, status: int) -> GatewayError:
+        """The provider's error object as ours, its words kept."""
+        return read_error(wire, status)
+
+    def parse_usage(self, wire: object) -> Optional[Usage]:
+        raise NotImplementedError
+
+    def count_content(self, reply: JSON) -> int:
+        """The bytes of content of a plain reply that tells no usage."""
+        return 0
+
+    def asks_for_usage(self, body: Body) -> bool:
+        """Whether a streamed request's answer will tell its usage by itself."""
+        return True
+
+    def values_for_usage(self, body: Body) -> JSON:
+        """What to put into a streamed request so that its answer ends in its usage."""
+        return {}
+
+
+class Renderer:
+    """Writes a client's stream: model events in, bytes out."""
+
+    def feed(self, event: StreamEvent) -> bytes:
+        raise NotImplementedError
+
+
+class ChatCompletions(Dialect):
     """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
 
     name = "chat"
+
+    # ---- requests ----
+
+    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
+        """A client's request. Raises GatewayError(400) naming the field."""
+        refuse_what_has_no_meaning(wire)
+        chat = Chat(required(wire, "model", str), parse_chat_messages(wire),
+                    tools=parse_chat_tools(wire))
+        chat.legacy_functions = bool(wire.get("functions")) and not wire.get("tools")
+        chat.choice = parse_chat_choice(wire)
+        for name, kind in (("temperature", NUMBER), ("top_p", NUMBER), ("top_k", int)):
+            setattr(chat, name, optional(wire, name, kind))
+        chat.parallel = optional(wire, "parallel_tool_calls", bool)
+        chat.max_tokens = optional(wire, "max_completion_tokens", int)
+        if chat.max_tokens is None:
+            chat.max_tokens = optional(wire, "max_tokens", int)
+        if chat.max_tokens is not None and chat.max_tokens < 1:
+            raise GatewayError(400, "'max_tokens' must be at least 1.", "max_tokens")
+        chat.stop = parse_stop(wire)
+        chat.effort = optional(wire, "reasoning_effort", str)
+        chat.thinking = optional(wire, "thinking", dict)
+        chat.format = parse_chat_format(wire)
+        chat.user = optional(wire, "user", str) or optional(wire, "safety_identifier", str)
+        if optional(wire, "logprobs", bool):
+            chat.logprobs = optional(wire, "top_logprobs", int) or 0
+        chat.web_search = optional(wire, "web_search_options", dict)
+        chat.stream = bool(optional(wire, "stream", bool))
+        options = optional(wire, "stream_options", dict) or {}
+        chat.include_usage = bool(optional(options, "include_usage", bool, "stream_options."))
+        for key, value in wire.items():
+            if key in CHAT_OPTIONS and value is not None:
+                chat.options[key] = value
+            elif key not in CHAT_FIELDS and value is not None:
+                losses.drop("unknown")
+        return chat
+
+    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
+        wire: JSON = {"model": target.model, "messages": render_chat_messages(chat, losses)}
+        for name in ("temperature", "top_p", "top_k"):
+            if getattr(chat, name) is not None:
+                wire[name] = getattr(chat, name)
+        if chat.max_tokens is not None:
+            wire["max_completion_tokens"] = chat.max_tokens
+        if chat.stop:
+            wire["stop"] = chat.stop
+        if chat.effort is not None:
+            wire["reasoning_effort"] = chat.effort
+        if chat.thinking is not None:
+            wire["thinking"] = chat.thinking
+        if chat.format is not None:
+            wire["response_format"] = render_chat_format(chat.format)
+        if chat.user is not None:
+            wire["user"] = chat.user
+        if chat.logprobs is not None:
+            wire.update(logprobs=True, top_logprobs=chat.logprobs)
+        if chat.web_search is not None:
+            wire["web_search_options"] = chat.web_search
+        if chat.tools:
+            wire["tools"] = [render_chat_tool(tool) for tool in chat.tools]
+            if chat.choice is not None:
+                wire["tool_choice"] = render_chat_choice(chat.choice, chat.tools)
+            if chat.parallel is not None:
+                wire["parallel_tool_calls"] = chat.parallel
+        wire.update(chat.options)
+        if chat.stream:
+            wire.update(stream=True, stream_options={"include_usage": True})
+        return wire, Rewrites()
+
+    # ---- answers ----
+
+    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
+        """A provider's plain answer. Raises GatewayError(502)."""
+        parser = ChatParser(self, rewrites)
+        choices = wire.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise upstream_error(502, "The provider's answer has no choices.", "bad_answer")
+        message = choices[0].get("message")
+        message = message if isinstance(message, dict) else {}
+        events: List[StreamEvent] = [Start(str(wire.get("id") or ""), str(wire.get("model") or ""))]
+        events += parser.read_delta(message)
+        parser.note_finish(choices[0].get("finish_reason"))
+        parser.usage = self.parse_usage(wire.get("usage"))
+        parser.service_tier = str(wire.get("service_tier") or "")
+        return collect([*events, *parser.finish()])
+
+    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
+        texts = [block for block in reply.blocks if isinstance(block, Text)]
+        calls = [block for block in reply.blocks if isinstance(block, ToolCall)]
+        message: JSON = {
+            "role": "assistant",
+            "content": "".join(text.text for text in texts if not text.is_refusal) or None,
+            "refusal": "".join(text.text for text in texts if text.is_refusal) or reply.refusal
+            or None}
+        annotations = render_annotations(texts)
+        if annotations:
+            message["annotations"] = annotations
+        thinking = [block for block in reply.blocks if isinstance(block, Thinking)]
+        if thinking:
+            message["reasoning_content"] = "".join(block.text for block in thinking)
+            message["thinking_blocks"] = [render_thinking(block) for block in thinking]
+        if calls and chat.legacy_functions:
+            message["function_call"] = render_function(calls[0])
+        elif calls:
+            message["tool_calls"] = [render_chat_call(call) for call in calls]
+        finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
+        wire: JSON = {"id": chat_id(reply.id), "object": "chat.completion", "created": created,
+                      "model": reply.model, "system_fingerprint": None,
+                      "choices": [{"index": 0, "message": message, "logprobs": None,
+                                   "finish_reason": finish}],
+                      "usage": render_chat_usage(reply.usage)}
+        if reply.service_tier:
+            wire["service_tier"] = reply.service_tier
+        return wire
+
+    def parser(self, rewrites: Rewrites) -> Parser:
+        return ChatParser(self, rewrites)
+
+    def renderer(self, chat: Chat, created: int) -> ChatRenderer:
+        return ChatRenderer(chat, created)
+
+    # ---- errors ----
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         return dump_json({"error": {"message": error.message, "type": error.type,
@@ -489,20 +1132,6 @@ class ChatCompletions:
 
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
         return sse(self.render_error(error, request_id))
-
-    def parse_error(self, wire: object, status: int) -> GatewayError:
-        """The provider's error object (or what stands in its place) as ours, its words kept."""
-        detail = wire if isinstance(wire, dict) else {"message": wire}
-        code, type_ = detail.get("code"), detail.get("type")
-        for told in (code, type_):
-            status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
-        if isinstance(code, int) and 400 <= code < 600:
-            status = code
-        message = detail.get("message")
-        return upstream_error(
-            status, message if isinstance(message, str) else "The provider reported an error.",
-            error_label(status), type=type_ if isinstance(type_, str) else None,
-            code=str(code) if isinstance(code, (str, int)) else None, is_quoted=True)
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
         """The `usage` object; its counts hold the cached and the reasoning parts already."""
@@ -520,18 +1149,685 @@ class ChatCompletions:
         return sum(len(dump_json(choice.get("message"))) for choice in choices
                    if isinstance(choice, dict)) if isinstance(choices, list) else 0
 
-    def asks_for_usage(self, document: Document) -> bool:
-        options = document.get("stream_options")
+    def asks_for_usage(self, body: Body) -> bool:
+        options = body.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
-    def values_for_usage(self, document: Document) -> Dict[str, object]:
+    def values_for_usage(self, body: Body) -> Dict[str, object]:
         """What to put into a streamed request so that its answer ends in its usage."""
-        options = document.get("stream_options")
+        options = body.get("stream_options")
         return {"stream_options": {**(options if isinstance(options, dict) else {}),
                                    "include_usage": True}}
 
     def watch(self, hide_usage: bool, needs_done: bool) -> ChatWatch:
         return ChatWatch(self, hide_usage, needs_done)
+
+
+# What a Chat Completions request may hold. CHAT_OPTIONS go on by name, or are named as losses.
+CHAT_HINTS = frozenset([
+    "store", "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "prediction", "service_tier", "moderation"])
+CHAT_OPTIONS = CHAT_HINTS | frozenset([
+    "seed", "logit_bias", "frequency_penalty", "presence_penalty", "verbosity"])
+CHAT_FIELDS = frozenset([
+    "model", "messages", "tools", "tool_choice", "functions", "function_call", "temperature",
+    "top_p", "top_k", "parallel_tool_calls", "max_completion_tokens", "max_tokens", "stop",
+    "reasoning_effort", "thinking", "response_format", "user", "safety_identifier", "logprobs",
+    "top_logprobs", "web_search_options", "stream", "stream_options", "n", "modalities", "audio"])
+CHAT_MESSAGE_FIELDS = frozenset([
+    "role", "content", "refusal", "tool_calls", "tool_call_id", "function_call", "name", "audio",
+    "thinking_blocks", "reasoning_content", "annotations", "provider_specific_fields", "cache_control"])
+
+
+def refuse_what_has_no_meaning(wire: JSON) -> None:
+    """One reply, of text: more cannot be said through another dialect."""
+    if (optional(wire, "n", int) or 1) != 1:
+        raise unsupported("n", "'n' must be 1 for this model.")
+    modalities = optional(wire, "modalities", list) or []
+    if wire.get("audio") is not None or any(mode != "text" for mode in modalities):
+        raise unsupported("modalities" if modalities else "audio", "This model answers in text only.")
+
+
+def parse_stop(wire: JSON) -> List[str]:
+    stop = wire.get("stop")
+    if stop is None:
+        return []
+    return [want(item, str, "stop") for item in ([stop] if isinstance(stop, str)
+                                                 else want(stop, list, "stop"))]
+
+
+def parse_chat_messages(wire: JSON) -> List[Turn]:
+    turns: List[Turn] = []
+    function_ids: Dict[str, str] = {}
+    for message, where in objects(required(wire, "messages", list), "messages"):
+        role = required(message, "role", str, where)
+        read = CHAT_ROLES.get(role)
+        if read is None:
+            raise GatewayError(400, f"'{where}role' must be one of: {', '.join(CHAT_ROLES)}.",
+                               f"{where}role")
+        turn_role, blocks_of = read
+        turns.append(Turn(turn_role, blocks_of(message, where, function_ids)))
+    if not any(turn.role != "system" for turn in turns):
+        raise GatewayError(400, "'messages' must hold a user message.", "messages")
+    return canonical(turns)
+
+
+def parse_chat_content(message: JSON, where: str, _: Dict[str, str]) -> List[Block]:
+    """A message's content, a string or parts, as blocks."""
+    content = message.get("content")
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [Text(text=content, cache=parse_cache(message, where))]
+    blocks = []
+    for part, place in objects(content, f"{where}content"):
+        kind = required(part, "type", str, place)
+        read = CHAT_PARTS.get(kind)
+        if read is None:
+            raise GatewayError(400, f"'{place}type' is unknown.", f"{place}type",
+                               "unsupported_parameter")
+        block = read(part, place)
+        block.cache = parse_cache(part, place)
+        blocks.append(block)
+    return blocks
+
+
+def parse_cache(part: JSON, where: str) -> Optional[JSON]:
+    """A cache mark: Anthropic's own form as it stands, or OpenAI's breakpoint."""
+    mark: Optional[JSON] = optional(part, "cache_control", dict, where)
+    if mark is None and optional(part, "prompt_cache_breakpoint", dict, where) is not None:
+        ttl = part["prompt_cache_breakpoint"].get("ttl")
+        mark = {"type": "ephemeral", **({"ttl": "1h"} if ttl not in (None, "30m") else {})}
+    return mark
+
+
+def parse_image_part(part: JSON, where: str) -> Block:
+    image = required(part, "image_url", dict, where)
+    url = required(image, "url", str, f"{where}image_url.")
+    detail = optional(image, "detail", str, f"{where}image_url.") or ""
+    data = parse_data_uri(url)
+    return (Image(media_type=data[0], data=data[1], detail=detail) if data
+            else Image(url=url, detail=detail))
+
+
+def parse_file_part(part: JSON, where: str) -> Block:
+    file = required(part, "file", dict, where)
+    if file.get("file_id") is not None:
+        raise unsupported(f"{where}file.file_id", "Files of another vendor's store cannot be sent.")
+    uri = parse_data_uri(required(file, "file_data", str, f"{where}file."))
+    if uri is None:
+        raise GatewayError(400, f"'{where}file.file_data' must be a data: URI in base64.",
+                           f"{where}file.file_data")
+    media_type, data = uri
+    title = optional(file, "filename", str, f"{where}file.") or ""
+    if media_type == "text/plain":
+        return Document(media_type=media_type, text=decode_base64(data, f"{where}file.file_data"),
+                        title=title)
+    return Document(media_type=media_type, data=data, title=title)
+
+
+def decode_base64(data: str, param: str) -> str:
+    try:
+        return base64.b64decode(data, validate=True).decode()
+    except ValueError as error:
+        raise GatewayError(400, f"'{param}' is not UTF-8 text in base64.", param) from error
+
+
+def parse_audio_part(part: JSON, where: str) -> Block:
+    audio = required(part, "input_audio", dict, where)
+    return Audio(data=required(audio, "data", str, f"{where}input_audio."),
+                 format=required(audio, "format", str, f"{where}input_audio."))
+
+
+CHAT_PARTS: Dict[str, Callable[[JSON, str], Block]] = {
+    "text": lambda part, where: Text(text=required(part, "text", str, where)),
+    "refusal": lambda part, where: Text(text=required(part, "refusal", str, where),
+                                        is_refusal=True),
+    "image_url": parse_image_part,
+    "file": parse_file_part,
+    "input_audio": parse_audio_part,
+}
+
+
+def parse_chat_assistant(message: JSON, where: str, function_ids: Dict[str, str]) -> List[Block]:
+    """Thinking, then text, then calls: the order in which a model says them."""
+    if message.get("audio") is not None:
+        raise unsupported(f"{where}audio", "Audio of an earlier answer cannot be sent.")
+    blocks: List[Block] = [parse_thinking_block(block, place) for block, place in objects(
+        message.get("thinking_blocks") or [], f"{where}thinking_blocks")]
+    blocks += parse_chat_content(message, where, function_ids)
+    refusal = optional(message, "refusal", str, where)
+    if refusal:
+        blocks.append(Text(text=refusal, is_refusal=True))
+    for call, place in objects(message.get("tool_calls") or [], f"{where}tool_calls"):
+        blocks.append(parse_chat_call(call, place))
+    function = optional(message, "function_call", dict, where)
+    if function is not None:
+        name = required(function, "name", str, f"{where}function_call.")
+        function_ids[name] = f"call_{name}_{len(function_ids)}"
+        blocks.append(ToolCall(id=function_ids[name], name=name, arguments=parse_arguments(
+            optional(function, "arguments", str, f"{where}function_call.") or "", 400,
+            f"'{where}function_call.arguments'")))
+    return blocks
+
+
+def parse_thinking_block(block: JSON, where: str) -> Thinking:
+    """A block that we gave out; its signature is Anthropic's unless it is in an envelope."""
+    if block.get("type") == "redacted_thinking":
+        return Thinking(signature=required(block, "data", str, where), issuer="anthropic",
+                        is_redacted=True)
+    signature = optional(block, "signature", str, where) or ""
+    return Thinking(text=optional(block, "thinking", str, where) or "", signature=signature,
+                    issuer="anthropic" if signature and not signature.startswith("gw1.") else "")
+
+
+def parse_chat_call(call: JSON, where: str) -> ToolCall:
+    id_ = required(call, "id", str, where)
+    if call.get("type") == "custom":
+        custom = required(call, "custom", dict, where)
+        return ToolCall(id=id_, name=required(custom, "name", str, f"{where}custom."),
+                        is_custom=True, input=required(custom, "input", str, f"{where}custom."))
+    function = required(call, "function", dict, where)
+    place = f"{where}function."
+    return ToolCall(id=id_, name=required(function, "name", str, place), arguments=parse_arguments(
+        optional(function, "arguments", str, place) or "", 400, f"'{place}arguments'"))
+
+
+def parse_chat_result(message: JSON, where: str, function_ids: Dict[str, str]) -> List[Block]:
+    return [ToolResult(id=required(message, "tool_call_id", str, where),
+                       cache=optional(message, "cache_control", dict, where),
+                       content=parse_chat_content({"content": message.get("content")}, where, {}))]
+
+
+def parse_function_result(message: JSON, where: str, function_ids: Dict[str, str]) -> List[Block]:
+    name = required(message, "name", str, where)
+    return [ToolResult(id=function_ids.get(name, name),
+                       content=parse_chat_content(message, where, {}))]
+
+
+CHAT_ROLES: Dict[str, Tuple[str, Callable[[JSON, str, Dict[str, str]], List[Block]]]] = {
+    "system": ("system", parse_chat_content), "developer": ("system", parse_chat_content),
+    "user": ("user", parse_chat_content), "assistant": ("assistant", parse_chat_assistant),
+    "tool": ("user", parse_chat_result), "function": ("user", parse_function_result),
+}
+
+
+def parse_chat_tools(wire: JSON) -> List[Tool]:
+    tools = []
+    for item, where in objects(wire.get("tools") or [], "tools"):
+        kind = required(item, "type", str, where)
+        if kind not in ("function", "custom"):
+            raise GatewayError(400, f"'{where}type' must be function or custom.", f"{where}type")
+        tools.append(parse_chat_tool(item, kind, where))
+    for item, where in objects(wire.get("functions") or [], "functions"):
+        tools.append(parse_chat_tool({"function": item}, "function", where))
+    return tools
+
+
+def parse_chat_tool(item: JSON, kind: str, where: str) -> Tool:
+    about = required(item, kind, dict, where)
+    place = f"{where}{kind}."
+    tool = Tool(required(about, "name", str, place), is_custom=kind == "custom",
+                description=optional(about, "description", str, place) or "",
+                cache=optional(item, "cache_control", dict, where)
+                or optional(about, "cache_control", dict, place))
+    if kind == "custom":
+        form = optional(about, "format", dict, place) or {}
+        tool.grammar = dump_json(form["grammar"]).decode() if form.get("grammar") else ""
+    else:
+        tool.schema = optional(about, "parameters", dict, place)
+        tool.strict = optional(about, "strict", bool, place)
+    return tool
+
+
+def parse_chat_choice(wire: JSON) -> Optional[ToolChoice]:
+    choice = wire.get("tool_choice")
+    choice = wire.get("function_call") if choice is None else choice
+    if choice is None:
+        return None
+    if isinstance(choice, str):
+        if choice not in ("auto", "required", "none"):
+            raise GatewayError(400, "'tool_choice' must be auto, required, none or an object.",
+                               "tool_choice")
+        return ToolChoice(choice)
+    want(choice, dict, "tool_choice")
+    if choice.get("type") == "allowed_tools":
+        return parse_allowed_tools(required(choice, "allowed_tools", dict, "tool_choice."))
+    inner = choice.get(choice.get("type", "")) or choice
+    return ToolChoice("tool", required(inner, "name", str, "tool_choice."))
+
+
+def parse_allowed_tools(allowed: JSON) -> ToolChoice:
+    where = "tool_choice.allowed_tools."
+    mode = required(allowed, "mode", str, where)
+    if mode not in ("auto", "required"):
+        raise GatewayError(400, f"'{where}mode' must be auto or required.", f"{where}mode")
+    names = []
+    for item, place in objects(required(allowed, "tools", list, where), f"{where}tools"):
+        inner = item.get(item.get("type", "")) or item
+        names.append(required(want(inner, dict, place), "name", str, place))
+    return ToolChoice(mode, allowed=names)
+
+
+def parse_chat_format(wire: JSON) -> Optional[Format]:
+    form = optional(wire, "response_format", dict)
+    kind = required(form, "type", str, "response_format.") if form is not None else "text"
+    if form is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return Format()
+    if kind != "json_schema":
+        raise GatewayError(400, "'response_format.type' must be text, json_object or json_schema.",
+                           "response_format.type")
+    where = "response_format.json_schema."
+    about = required(form, "json_schema", dict, "response_format.")
+    return Format(schema=optional(about, "schema", dict, where) or {"type": "object"},
+                  name=required(about, "name", str, where),
+                  description=optional(about, "description", str, where) or "",
+                  strict=optional(about, "strict", bool, where))
+
+
+def render_chat_messages(chat: Chat, losses: Losses) -> List[JSON]:
+    messages: List[JSON] = []
+    for turn in chat.turns:
+        results = [block for block in turn.blocks if isinstance(block, ToolResult)]
+        for result in results:
+            messages.append({"role": "tool", "tool_call_id": result.id, "content":
+                             render_chat_content(result.content, losses) or ""})
+        rest = [block for block in turn.blocks if not isinstance(block, ToolResult)]
+        if turn.role == "assistant":
+            messages.append(render_chat_assistant(rest, losses))
+        elif rest:
+            messages.append({"role": turn.role, "content": render_chat_content(rest, losses)})
+    return messages
+
+
+def render_chat_assistant(blocks: List[Block], losses: Losses) -> JSON:
+    thinking = [block for block in blocks if isinstance(block, Thinking)]
+    calls = [block for block in blocks if isinstance(block, ToolCall)]
+    message: JSON = {"role": "assistant", "content": render_chat_content(
+        [block for block in blocks if not isinstance(block, (Thinking, ToolCall))], losses)}
+    if thinking:
+        message["thinking_blocks"] = [render_thinking(block) for block in thinking]
+    if calls:
+        message["tool_calls"] = [render_chat_call(call) for call in calls]
+    return message
+
+
+def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
+    """A string where one plain text is all, else parts; None for nothing."""
+    parts = [part for part in (render_chat_part(block, losses) for block in blocks) if part]
+    if len(parts) == 1 and list(parts[0]) == ["type", "text"]:
+        return parts[0]["text"]
+    return parts or None
+
+
+def render_chat_part(block: Block, losses: Losses) -> Optional[JSON]:
+    part: JSON
+    if isinstance(block, Text):
+        part = ({"type": "refusal", "refusal": block.text} if block.is_refusal
+                else {"type": "text", "text": block.text})
+    elif isinstance(block, Image):
+        url = block.url or f"data:{block.media_type};base64,{block.data}"
+        part = {"type": "image_url", "image_url": {
+            "url": url, **({"detail": block.detail} if block.detail else {})}}
+    elif isinstance(block, Document):
+        part = render_chat_file(block)
+    elif isinstance(block, Audio):
+        part = {"type": "input_audio", "input_audio": {"data": block.data, "format": block.format}}
+    else:
+        losses.hint("content")
+        return None
+    if block.cache:
+        part["cache_control"] = block.cache
+    return part
+
+
+def render_chat_file(block: Document) -> JSON:
+    if block.url:
+        raise unsupported("file", "A document by URL cannot be sent to this model.")
+    data = block.data or base64.b64encode(block.text.encode()).decode()
+    return {"type": "file", "file": {"file_data": f"data:{block.media_type};base64,{data}",
+                                     **({"filename": block.title} if block.title else {})}}
+
+
+def render_thinking(block: Thinking) -> JSON:
+    if block.is_redacted:
+        return {"type": "redacted_thinking", "data": block.signature}
+    return {"type": "thinking", "thinking": block.text, "signature": block.signature}
+
+
+def render_function(call: ToolCall) -> JSON:
+    return {"name": call.name, "arguments": encode_json(call.arguments)}
+
+
+def render_chat_call(call: ToolCall) -> JSON:
+    if call.is_custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.input}}
+    return {"id": call.id, "type": "function", "function": render_function(call)}
+
+
+def render_chat_tool(tool: Tool) -> JSON:
+    about: JSON = {"name": tool.name}
+    if tool.description:
+        about["description"] = tool.description
+    if tool.is_custom and tool.grammar:
+        about["format"] = {"type": "grammar", "grammar": json.loads(tool.grammar)}
+    if tool.schema is not None:
+        about["parameters"] = tool.schema
+    if tool.strict is not None:
+        about["strict"] = tool.strict
+    kind = "custom" if tool.is_custom else "function"
+    return {"type": kind, kind: about, **({"cache_control": tool.cache} if tool.cache else {})}
+
+
+def render_chat_choice(choice: ToolChoice, tools: List[Tool]) -> Any:
+    kinds = {tool.name: "custom" if tool.is_custom else "function" for tool in tools}
+    if choice.allowed is not None:
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": [
+            {"type": kinds.get(name, "function"), kinds.get(name, "function"): {"name": name}}
+            for name in choice.allowed]}}
+    if choice.mode == "tool":
+        kind = kinds.get(choice.name, "function")
+        return {"type": kind, kind: {"name": choice.name}}
+    return choice.mode
+
+
+def render_chat_format(form: Format) -> JSON:
+    if form.schema is None:
+        return {"type": "json_object"}
+    about: JSON = {"name": form.name, "schema": form.schema}
+    if form.description:
+        about["description"] = form.description
+    if form.strict is not None:
+        about["strict"] = form.strict
+    return {"type": "json_schema", "json_schema": about}
+
+
+def render_chat_usage(usage: Usage) -> JSON:
+    return {"prompt_tokens": usage.input, "completion_tokens": usage.output,
+            "total_tokens": usage.input + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read,
+                                      "cache_write_tokens": usage.cache_write},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+
+
+def render_annotations(texts: List[Text]) -> List[JSON]:
+    """The citations as annotations, each over the span of its text in the whole content."""
+    annotations, at = [], 0
+    for text in texts:
+        annotations += [annotation(citation, at, at + len(text.text))
+                        for citation in text.citations]
+        at += len(text.text)
+    return annotations
+
+
+def annotation(citation: JSON, start: int, end: int) -> JSON:
+    return {"type": "url_citation", "url_citation": {**citation, "start_index": start,
+                                                     "end_index": end}}
+
+
+def parse_annotations(message: JSON) -> List[JSON]:
+    found = []
+    for item in message.get("annotations") or []:
+        about = item.get("url_citation") if isinstance(item, dict) else None
+        if isinstance(about, dict):
+            found.append({"url": about.get("url", ""), "title": about.get("title", "")})
+    return found
+
+
+def chat_id(id_: str) -> str:
+    return id_ if id_.startswith("chatcmpl-") else f"chatcmpl-{id_}"
+
+
+CHAT_FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls",
+                 "function_call": "tool_calls", "content_filter": "filter"}
+FINISHES_IN_CHAT = {"length": "length", "context": "length", "refusal": "content_filter",
+                    "filter": "content_filter"}
+
+
+def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
+    if finish == "tool_calls" and has_calls:
+        return "function_call" if legacy else "tool_calls"
+    return FINISHES_IN_CHAT.get(finish, "stop")
+
+
+class ChatParser(Parser):
+    """Reads a Chat Completions stream. One block is open at a time: what servers interleave by
+    index is kept until the open call ends."""
+
+    def __init__(self, dialect: ChatCompletions, rewrites: Rewrites) -> None:
+        super().__init__(rewrites)
+        self._dialect = dialect
+        self._is_started = False
+        self._open: Optional[Block] = None
+        self._thinking_blocks: List[JSON] = []
+        self._calls: Dict[int, Tuple[ToolCall, List[str]]] = {}
+        self._citations: List[JSON] = []
+        self._blocks = 0
+        self._finish = ""
+        self.service_tier = ""
+
+    def feed(self, event: Event) -> List[StreamEvent]:
+        if event.data.strip() == b"[DONE]":
+            self.ended = True
+            return self.finish()
+        wire = self.parse(event)
+        if wire.get("error"):
+            raise self._dialect.parse_error(wire["error"], 502)
+        events: List[StreamEvent] = []
+        if not self._is_started:
+            self._is_started = True
+            events.append(Start(str(wire.get("id") or ""), str(wire.get("model") or "")))
+        self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
+        choices = wire.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else {}
+        if isinstance(choice, dict):
+            delta = choice.get("delta")
+            events += self.read_delta(delta if isinstance(delta, dict) else {})
+            self.note_finish(choice.get("finish_reason"))
+        return events
+
+    def note_finish(self, reason: object) -> None:
+        if isinstance(reason, str):
+            if reason in ("error", "abort"):
+                raise upstream_error(502, "The provider failed.", "stream_error")
+            self._finish = CHAT_FINISHES.get(reason, "stop")
+
+    def read_delta(self, delta: JSON) -> List[StreamEvent]:
+        """A delta, or a whole message, which has the same fields."""
+        events: List[StreamEvent] = []
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        blocks = delta.get("thinking_blocks")
+        if isinstance(blocks, list):
+            self._thinking_blocks += [block for block in blocks if isinstance(block, dict)]
+        if isinstance(reasoning, str) and reasoning:
+            events += [*self._switch(Thinking()), ThinkingDelta(reasoning)]
+        for key, is_refusal in (("content", False), ("refusal", True)):
+            text = delta.get(key)
+            if isinstance(text, str) and text:
+                events += [*self._switch(Text(is_refusal=is_refusal)), TextDelta(text)]
+                self.content_bytes += len(text)
+        self._citations += parse_annotations(delta)
+        calls = delta.get("tool_calls")
+        for position, call in enumerate(calls if isinstance(calls, list) else []):
+            if isinstance(call, dict):
+                self._read_call(call, position)
+        function = delta.get("function_call")
+        if isinstance(function, dict):
+            self._read_call({"index": 0, "id": "call_0", "function": function}, 0)
+        return events
+
+    def _read_call(self, call: JSON, position: int) -> None:
+        """Some servers leave the index out: a new id is then a new call."""
+        index = call.get("index")
+        if not isinstance(index, int):
+            index = len(self._calls) if call.get("id") else max(len(self._calls) - 1, 0)
+        about = call.get("function") or call.get("custom") or {}
+        if index not in self._calls:
+            self._calls[index] = (self.open_call(ToolCall(
+                id=str(call.get("id") or f"call_{index}"), name=str(about.get("name") or ""),
+                is_custom=call.get("type") == "custom")), [])
+        text = about.get("arguments") or about.get("input")
+        if isinstance(text, str):
+            self._calls[index][1].append(text)
+            self.content_bytes += len(text)
+
+    def _switch(self, block: Block) -> List[StreamEvent]:
+        """Closes the open block and opens another, where it is of another kind."""
+        if self._open == block:
+            return []
+        events = [*self._close(), BlockStart(block)]
+        self._open = dataclasses.replace(block)
+        return events
+
+    def _close(self) -> List[StreamEvent]:
+        if self._open is None:
+            return []
+        events: List[StreamEvent] = []
+        if isinstance(self._open, Thinking) and self._thinking_blocks:
+            signature = self._thinking_blocks.pop(0).get("signature")
+            events = [SignatureDelta(signature)] if isinstance(signature, str) else []
+        elif isinstance(self._open, Text):
+            events = [CitationDelta(self._blocks, citation) for citation in self._citations]
+            self._citations = []
+        self._open = None
+        self._blocks += 1
+        return [*events, BlockStop()]
+
+    def finish(self) -> List[StreamEvent]:
+        """Flushes the calls, which are live one after the other, and ends."""
+        events = self._close()
+        for call, pieces in self._calls.values():
+            text = "".join(pieces)
+            events += [BlockStart(call), *([ArgumentsDelta(text)] if text else []), BlockStop()]
+        finish = "tool_calls" if self._calls and self._finish in ("", "stop") else self._finish
+        self.usage = self.usage or Usage()
+        return [*events, Finish(finish or "stop", self.usage, service_tier=self.service_tier)]
+
+
+class ChatRenderer(Renderer):
+    """Writes a Chat Completions stream: model events in, bytes out."""
+
+    def __init__(self, chat: Chat, created: int) -> None:
+        self._chat = chat
+        self._base: JSON = {"id": "", "object": "chat.completion.chunk", "created": created,
+                            "model": chat.model, "system_fingerprint": None}
+        self._calls = 0
+        self._has_arguments = False
+        self._open: Optional[Block] = None
+        self._texts: List[int] = []  # where each block starts in the content
+        self._length = 0
+        self._thinking: List[Thinking] = []
+        self._text_template = self._thinking_template = DeltaTemplate(lambda text: b'"\\u0000"')
+        self._arguments_template = self._text_template
+
+    def feed(self, event: StreamEvent) -> bytes:
+        return RENDER_CHAT[event.__class__](self, event)
+
+    def _chunk(self, delta: JSON, finish: Optional[str] = None) -> bytes:
+        chunk = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+                                            "finish_reason": finish}]}
+        if self._chat.include_usage:
+            chunk["usage"] = None
+        return sse(dump_json(chunk))
+
+    def _start(self, event: Start) -> bytes:
+        self._base["id"] = chat_id(event.id)
+        self._text_template = DeltaTemplate(lambda text: self._chunk({"content": text}))
+        self._thinking_template = DeltaTemplate(
+            lambda text: self._chunk({"reasoning_content": text}))
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _block_start(self, event: BlockStart) -> bytes:
+        self._open = block = event.block
+        self._texts.append(self._length)
+        if isinstance(block, Thinking):
+            self._thinking.append(dataclasses.replace(block))
+        if not isinstance(block, ToolCall):
+            return b""
+        index, self._calls, self._has_arguments = self._calls, self._calls + 1, False
+        self._arguments_template = DeltaTemplate(
+            lambda text: self._chunk(self._call_delta({"index": index}, block, text)))
+        return self._chunk(self._call_delta(
+            {"index": index, "id": block.id, "type": "custom" if block.is_custom else "function"},
+            block, "", {"name": block.name}))
+
+    def _call_delta(self, head: JSON, call: ToolCall, text: str, name: Optional[JSON] = None) -> JSON:
+        about = {**(name or {}), ("input" if call.is_custom else "arguments"): text}
+        if self._chat.legacy_functions:
+            return {"function_call": about}
+        return {"tool_calls": [{**head, "custom" if call.is_custom else "function": about}]}
+
+    def _text(self, event: TextDelta) -> bytes:
+        if isinstance(self._open, Text) and self._open.is_refusal:
+            return self._chunk({"refusal": event.text})
+        self._length += len(event.text)
+        return self._text_template(event.text)
+
+    def _thought(self, event: ThinkingDelta) -> bytes:
+        self._thinking[-1].text += event.text
+        return self._thinking_template(event.text)
+
+    def _signature(self, event: SignatureDelta) -> bytes:
+        self._thinking[-1].signature = event.signature
+        return b""
+
+    def _arguments(self, event: ArgumentsDelta) -> bytes:
+        self._has_arguments = self._has_arguments or bool(event.text)
+        return self._arguments_template(event.text) if event.text else b""
+
+    def _citation(self, event: CitationDelta) -> bytes:
+        return self._chunk({"annotations": [
+            annotation(event.citation, self._texts[event.block], self._length)]})
+
+    def _block_stop(self, event: BlockStop) -> bytes:
+        block, self._open = self._open, None
+        if isinstance(block, ToolCall) and not block.is_custom and not self._has_arguments:
+            return self._arguments_template("{}")
+        return b""
+
+    def _finish(self, event: Finish) -> bytes:
+        out = b""
+        if self._thinking:
+            out += self._chunk({"thinking_blocks": list(map(render_thinking, self._thinking))})
+        if event.refusal:
+            out += self._chunk({"refusal": event.refusal})
+        if event.service_tier:
+            self._base["service_tier"] = event.service_tier
+        out += self._chunk({}, chat_finish(event.finish, self._calls > 0,
+                                           self._chat.legacy_functions))
+        if self._chat.include_usage:
+            out += sse(dump_json({**self._base, "choices": [],
+                                  "usage": render_chat_usage(event.usage)}))
+        return out + sse(b"[DONE]")
+
+
+RENDER_CHAT: Dict[type, Callable[[ChatRenderer, Any], bytes]] = {
+    Start: ChatRenderer._start, BlockStart: ChatRenderer._block_start,
+    TextDelta: ChatRenderer._text, ThinkingDelta: ChatRenderer._thought,
+    SignatureDelta: ChatRenderer._signature, ArgumentsDelta: ChatRenderer._arguments,
+    CitationDelta: ChatRenderer._citation, BlockStop: ChatRenderer._block_stop,
+    Finish: ChatRenderer._finish,
+}
+
+
+def read_error(wire: object, status: int) -> GatewayError:
+    """A provider's error object (or what stands in its place) as ours, its words kept. The status
+    is what it says of itself where it does: in a stream the HTTP status is 200."""
+    detail = wire if isinstance(wire, dict) else {"message": wire}
+    code, type_, message = detail.get("code"), detail.get("type"), detail.get("message")
+    if status in (200, 502):
+        for told in (code, type_):
+            status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
+        status = code if isinstance(code, int) and 400 <= code < 600 else status
+    message = message if isinstance(message, str) else "The provider reported an error."
+    if "prompt is too long" in message:
+        code = "context_length_exceeded"  # agents key on it
+    return upstream_error(
+        status, message, error_label(status), type=type_ if isinstance(type_, str) else None,
+        param=detail.get("param") if isinstance(detail.get("param"), str) else None,
+        code=str(code) if isinstance(code, (str, int)) else None, is_quoted=True)
 
 
 # What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
@@ -685,8 +1981,927 @@ def chunk_choices(raw: bytes) -> List[JSON]:
         if isinstance(choices, list) else []
 
 
-Dialect = ChatCompletions
-DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions()}
+class Messages(Dialect):
+    """Anthropic's Messages (docs.claude.com/en/api/messages)."""
+
+    name = "messages"
+
+    # ---- requests ----
+
+    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
+        """A client's request. Raises GatewayError(400) naming the field."""
+        turns = [Turn("system", parse_text_blocks(wire.get("system"), "system."))]
+        for message, where in objects(required(wire, "messages", list), "messages"):
+            role = required(message, "role", str, where)
+            if role not in ("user", "assistant", "system"):
+                raise GatewayError(400, f"'{where}role' must be user, assistant or system.",
+                                   f"{where}role")
+            turns.append(Turn(role, parse_blocks(message.get("content"), f"{where}content")))
+        chat = Chat(required(wire, "model", str), canonical(turns))
+        chat.max_tokens = required(wire, "max_tokens", int)
+        for item, where in objects(wire.get("tools") or [], "tools"):
+            chat.tools.append(parse_messages_tool(item, where))
+        for name, kind in (("temperature", NUMBER), ("top_p", NUMBER), ("top_k", int)):
+            setattr(chat, name, optional(wire, name, kind))
+        chat.stop = [want(item, str, "stop_sequences")
+                     for item in optional(wire, "stop_sequences", list) or []]
+        self._parse_choice(wire, chat)
+        chat.thinking = optional(wire, "thinking", dict)
+        config = optional(wire, "output_config", dict) or {}
+        chat.effort = optional(config, "effort", str, "output_config.")
+        form = optional(config, "format", dict, "output_config.")
+        if form is not None:
+            chat.format = Format(schema=required(form, "schema", dict, "output_config.format."))
+        chat.user = optional(optional(wire, "metadata", dict) or {}, "user_id", str, "metadata.")
+        chat.stream = bool(optional(wire, "stream", bool))
+        for key, value in wire.items():
+            if key == "service_tier":
+                chat.options[key] = {"standard_only": "default"}.get(str(value), "auto")
+            elif key in MESSAGES_HINTS and value is not None:
+                losses.hint(key)
+            elif key not in MESSAGES_FIELDS and value is not None:
+                losses.drop("unknown")
+        return chat
+
+    @staticmethod
+    def _parse_choice(wire: JSON, chat: Chat) -> None:
+        choice = optional(wire, "tool_choice", dict)
+        if choice is None:
+            return
+        kind = required(choice, "type", str, "tool_choice.")
+        if kind not in MESSAGES_CHOICES:
+            raise GatewayError(400, "'tool_choice.type' must be auto, any, tool or none.",
+                               "tool_choice.type")
+        name = required(choice, "name", str, "tool_choice.") if kind == "tool" else ""
+        chat.choice = ToolChoice(MESSAGES_CHOICES[kind], name)
+        single = optional(choice, "disable_parallel_tool_use", bool, "tool_choice.")
+        chat.parallel = None if single is None else not single
+
+    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
+        """A request to the provider; the same chat gives the same bytes, since prompt caches
+        depend on it. Raises GatewayError(400) for what would make the answer wrong."""
+        return MessagesRequest(chat, target, losses).render()
+
+    # ---- answers ----
+
+    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
+        """A provider's plain answer, read as the stream that it could have been."""
+        parser = MessagesParser(self, rewrites)
+        content = wire.get("content")
+        if not isinstance(content, list):
+            raise upstream_error(502, "The provider's answer has no content.", "bad_answer")
+        events = parser.start(wire)
+        for block in content:
+            if isinstance(block, dict):
+                events += parser.whole_block(block)
+        parser.note_stop(wire)
+        return collect([*events, *parser.finish()])
+
+    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
+        has_calls = any(isinstance(block, ToolCall) for block in reply.blocks)
+        content = [render_block(block, Losses()) for block in reply.blocks]
+        wire = {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model,
+                "content": [block for block in content if block],
+                "stop_reason": messages_stop(reply.finish, has_calls), "stop_sequence": None,
+                "usage": render_messages_usage(reply.usage)}
+        if reply.refusal:
+            wire["stop_details"] = render_stop_details(reply.refusal)
+        return wire
+
+    def parser(self, rewrites: Rewrites) -> Parser:
+        return MessagesParser(self, rewrites)
+
+    def renderer(self, chat: Chat, created: int) -> MessagesRenderer:
+        return MessagesRenderer(chat)
+
+    # ---- errors and usage ----
+
+    def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        return dump_json({"type": "error", "request_id": request_id, "error": {
+            "type": MESSAGES_ERRORS.get(error.status, "invalid_request_error" if error.status < 500
+                                        else "api_error"), "message": error.message}})
+
+    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
+        return sse(self.render_error(error, request_id), "error")
+
+    def parse_usage(self, wire: object) -> Optional[Usage]:
+        """Its input_tokens leave out what the cache served and stored; ours count the whole
+        prompt."""
+        if not isinstance(wire, dict):
+            return None
+        read = count(wire.get("cache_read_input_tokens"))
+        written = count(wire.get("cache_creation_input_tokens"))
+        parts = wire.get("cache_creation")
+        details = wire.get("output_tokens_details")
+        return Usage(
+            count(wire.get("input_tokens")) + read + written, count(wire.get("output_tokens")),
+            read, written,
+            count(parts.get("ephemeral_1h_input_tokens")) if isinstance(parts, dict) else 0,
+            count(details.get("thinking_tokens")) if isinstance(details, dict) else 0)
+
+
+MESSAGES_FIELDS = frozenset([
+    "model", "messages", "system", "max_tokens", "tools", "tool_choice", "temperature", "top_p",
+    "top_k", "stop_sequences", "thinking", "output_config", "metadata", "stream", "service_tier"])
+MESSAGES_HINTS = frozenset([
+    "cache_control", "container", "context_management", "diagnostics", "inference_geo", "speed",
+    "user_profile_id", "workspace_id"])
+MESSAGES_CHOICES = {"auto": "auto", "any": "required", "tool": "tool", "none": "none"}
+MESSAGES_ERRORS = {
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+    529: "overloaded_error"}
+IMAGE_TYPES = frozenset(["image/jpeg", "image/png", "image/gif", "image/webp"])
+LEGAL_ID = re.compile(r"[A-Za-z0-9_-]+")
+MAX_CACHE_MARKS = 4
+JSON_TOOL = "json_answer"
+CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}")
+
+
+def legal_id(id_: str) -> str:
+    """A call's id as Anthropic takes it: the same for a call and its result."""
+    if LEGAL_ID.fullmatch(id_):
+        return id_
+    return f"toolu_{hashlib.sha1(id_.encode(), usedforsecurity=False).hexdigest()[:22]}"
+
+
+def legal_name(name: str, limit: int = 128) -> str:
+    """A tool's name as Anthropic takes it."""
+    if len(name) <= limit and LEGAL_ID.fullmatch(name):
+        return name
+    mark = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()[:8]
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:limit - 9]}_{mark}"
+
+
+class MessagesRequest:
+    """One request on its way to Messages wire."""
+
+    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
+        self.chat = chat
+        self.target = target
+        self.caps = target.caps
+        self.losses = losses
+        self.rewrites = Rewrites()
+        self._cache_marks = 0
+
+    def render(self) -> Tuple[JSON, Rewrites]:
+        chat = self.chat
+        if chat.logprobs is not None:
+            raise unsupported("logprobs")
+        system, messages = self._turns()
+        if not messages:
+            raise GatewayError(400, "'messages' must hold a user message.", "messages")
+        tools = self._tools(messages)
+        wire: JSON = {"model": self.target.model, "max_tokens": self._max_tokens()}
+        if system:
+            wire["system"] = system
+        wire["messages"] = messages
+        if tools:
+            wire["tools"] = tools
+        choice = self._choice(tools)
+        if choice:
+            wire["tool_choice"] = choice
+        self._add_thinking(wire)
+        self._add_format(wire)
+        self._add_sampling(wire)
+        if chat.stop:
+            wire["stop_sequences"] = [stop for stop in chat.stop if stop.strip()]
+        self._add_options(wire)
+        if chat.stream:
+            wire["stream"] = True
+        return wire, self.rewrites
+
+    # ---- turns ----
+
+    def _turns(self) -> Tuple[Any, List[JSON]]:
+        """The system prompt, and the messages. Later system turns stay in place where the model
+        takes them, so that what is cached before them holds."""
+        system: List[JSON] = []
+        messages: List[JSON] = []
+        calls: List[str] = []
+        for turn in self._merged_turns():
+            if turn.role == "system":
+                content = self._blocks(turn.blocks)
+                if messages and self.caps.mid_system:
+                    messages.append({"role": "system", "content": content})
+                else:
+                    system += content
+                continue
+            self._check_results(turn, calls)
+            calls = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+            content = self._blocks(turn.blocks)
+            if content:
+                messages.append({"role": turn.role, "content": plain_content(content)})
+        if self.chat.format is not None and self.chat.format.schema is None:
+            system.append({"type": "text",
+                           "text": "Answer with one JSON object and nothing else."})
+        self._trim_prefill(messages)
+        return plain_content(system), messages
+
+    def _merged_turns(self) -> List[Turn]:
+        """Where later system turns cannot stand in place, their neighbours become one turn."""
+        turns = self.chat.turns
+        if self.caps.mid_system:
+            return turns
+        return canonical([Turn(turn.role, list(turn.blocks)) for turn in (
+            *(turn for turn in turns if turn.role == "system"),
+            *(turn for turn in turns if turn.role != "system"))])
+
+    @staticmethod
+    def _check_results(turn: Turn, calls: List[str]) -> None:
+        """Every call is answered in the next turn, and nothing else is."""
+        results = [block.id for block in turn.blocks if isinstance(block, ToolResult)]
+        for id_ in results:
+            if id_ not in calls:
+                raise GatewayError(400, f"The tool result {clipped(id_, 64)!r} answers no tool call "
+                                        "of the message before it.", "messages")
+        missing = [id_ for id_ in calls if id_ not in results]
+        if missing and turn.role == "user":
+            raise GatewayError(400, f"The tool call {clipped(missing[0], 64)!r} has no result in "
+                                    "the message after it.", "messages")
+
+    @staticmethod
+    def _trim_prefill(messages: List[JSON]) -> None:
+        """The start of an answer may not end in white space."""
+        last = messages[-1] if messages else {"role": "user"}
+        if last["role"] == "assistant" and isinstance(last["content"], str):
+            last["content"] = last["content"].rstrip()
+
+    def _blocks(self, blocks: List[Block]) -> List[JSON]:
+        rendered = []
+        for block in blocks:
+            wire = render_block(block, self.losses, self._name)
+            if wire is None:
+                continue
+            if block.cache:
+                self._mark(wire, block.cache)
+            rendered.append(wire)
+        return rendered
+
+    def _mark(self, wire: JSON, cache: JSON) -> None:
+        self._cache_marks += 1
+        if self._cache_marks <= MAX_CACHE_MARKS:
+            wire["cache_control"] = cache
+        else:
+            self.losses.hint("cache_control")
+
+    def _name(self, name: str) -> str:
+        legal = legal_name(name)
+        if legal != name:
+            self.rewrites.names[legal] = name
+        return legal
+
+    # ---- tools ----
+
+    def _tools(self, messages: List[JSON]) -> List[JSON]:
+        chat, tools = self.chat, []
+        allowed = chat.choice.allowed if chat.choice else None
+        for tool in chat.tools:
+            if allowed is None or tool.name in allowed:
+                tools.append(self._tool(tool))
+        if not tools:  # a history with calls needs their tools
+            names = dict.fromkeys(block.name for turn in chat.turns for block in turn.blocks
+                                  if isinstance(block, ToolCall))
+            tools = [{"name": self._name(name), "input_schema": {"type": "object"}}
+                     for name in names]
+        if chat.web_search is not None:
+            tools.append(render_web_search(chat.web_search))
+        return tools
+
+    def _tool(self, tool: Tool) -> JSON:
+        wire: JSON = {"name": self._name(tool.name)}
+        description = tool.description
+        if tool.is_custom:
+            self.rewrites.custom.add(wire["name"])
+            schema: JSON = {"type": "object", "properties": {"input": {"type": "string"}},
+                            "required": ["input"]}
+            if tool.grammar:
+                description = f"{description}\nThe input follows this grammar: {tool.grammar}".strip()
+        else:
+            schema = {"type": "object", **(tool.schema or {"properties": {}})}
+        if description:
+            wire["description"] = description
+        wire["input_schema"] = schema
+        if tool.strict:
+            if is_closed(schema):
+                wire["strict"] = True
+            else:
+                self.losses.drop("strict")
+        if tool.cache:
+            self._mark(wire, tool.cache)
+        return wire
+
+    def _choice(self, tools: List[JSON]) -> Optional[JSON]:
+        chat, choice = self.chat, self.chat.choice
+        if not tools:
+            return None
+        mode = choice.mode if choice else "auto"
+        if mode == "tool" and choice is not None and all(
+                tool.name != choice.name for tool in chat.tools):
+            raise GatewayError(400, "'tool_choice' names a tool that 'tools' does not have.",
+                               "tool_choice")
+        if mode in ("required", "tool") and self.caps.forced_tools == "auto":
+            self.losses.drop("tool_choice")
+            mode = "auto"
+        wire: JSON = {"type": {"required": "any"}.get(mode, mode)}
+        if mode == "tool" and choice is not None:
+            wire["name"] = self._name(choice.name)
+        if chat.parallel is False and mode != "none":
+            wire["disable_parallel_tool_use"] = True
+        is_default = wire == {"type": "auto"} and (choice is None or choice.allowed is not None)
+        return None if is_default else wire
+
+    # ---- the rest ----
+
+    def _max_tokens(self) -> int:
+        asked = self.chat.max_tokens
+        ceiling = min(self.target.max_output_tokens or self.caps.max_output, self.caps.max_output)
+        if asked is None:
+            return min(self.target.default_max_tokens, ceiling)
+        if asked > ceiling:
+            self.losses.drop("max_tokens")
+        return min(asked, ceiling)
+
+    def _add_thinking(self, wire: JSON) -> None:
+        chat, caps = self.chat, self.caps
+        if chat.thinking is not None:
+            wire["thinking"] = chat.thinking
+            if chat.effort is not None and caps.efforts:
+                wire["output_config"] = {"effort": chat.effort}
+            return
+        if chat.effort is None:
+            return
+        if chat.effort not in EFFORTS:
+            raise GatewayError(400, f"'reasoning_effort' must be one of: {', '.join(EFFORTS)}.",
+                               "reasoning_effort")
+        if caps.thinking == "budget":
+            self._add_budget(wire)
+        elif chat.effort == "none":
+            self._add_no_thinking(wire)
+        elif caps.thinking in ("both", "adaptive"):
+            wire["thinking"] = {"type": "adaptive", "display": "summarized"}
+            wire["output_config"] = {"effort": self._nearest_effort(chat.effort)}
+        else:
+            self.losses.drop("reasoning_effort")
+        if "thinking" in wire and wire.get("tool_choice", {}).get("type") in ("any", "tool"):
+            del wire["thinking"]  # a tool cannot be forced while it thinks
+            self.losses.drop("reasoning_effort")
+
+    def _add_no_thinking(self, wire: JSON) -> None:
+        if self.caps.can_disable_thinking:
+            wire["thinking"] = {"type": "disabled"}
+        elif self.caps.efforts and self.caps.thinking == "adaptive":
+            wire["output_config"] = {"effort": "low"}
+            self.losses.drop("reasoning_effort")
+
+    def _add_budget(self, wire: JSON) -> None:
+        """A budget below the answer's cap; where the client set none the cap grows by it."""
+        budget = THINKING_BUDGETS[self.chat.effort or "none"]
+        if not budget or self._lacks_thinking():
+            return
+        if self.chat.max_tokens is None:
+            ceiling = min(self.target.max_output_tokens or self.caps.max_output,
+                          self.caps.max_output)
+            wire["max_tokens"] = min(wire["max_tokens"] + budget, ceiling)
+        budget = min(budget, wire["max_tokens"] - 512)
+        if budget < 1024:
+            self.losses.drop("reasoning_effort")
+        else:
+            wire["thinking"] = {"type": "enabled", "budget_tokens": budget}
+
+    def _lacks_thinking(self) -> bool:
+        """Whether the open tool loop lost its thinking on the way through the client: such a turn
+        is refused while thinking is on, and accepted without."""
+        turns = [turn for turn in self.chat.turns if turn.role == "assistant"]
+        blocks = turns[-1].blocks if turns else []
+        return (any(isinstance(block, ToolCall) for block in blocks)
+                and not any(isinstance(block, Thinking) and block.signature for block in blocks))
+
+    def _nearest_effort(self, effort: str) -> str:
+        wanted = {"minimal": "low"}.get(effort, effort)
+        if wanted in self.caps.efforts or not self.caps.efforts:
+            return wanted
+        self.losses.drop("reasoning_effort")
+        above = [level for level in EFFORTS[EFFORTS.index(wanted):] if level in self.caps.efforts]
+        return above[0] if above else self.caps.efforts[-1]
+
+    def _add_format(self, wire: JSON) -> None:
+        form = self.chat.format
+        if form is None or form.schema is None:
+            return
+        if self.caps.json_schema:
+            schema = clean_schema(form.schema)
+            wire.setdefault("output_config", {})["format"] = {"type": "json_schema",
+                                                              "schema": schema}
+            return
+        if wire.get("tools"):
+            raise unsupported("response_format", "This model cannot be given tools and a response "
+                                                 "format at once.")
+        self.rewrites.json_tool = JSON_TOOL
+        wire["tools"] = [{"name": JSON_TOOL, "description": "Gives the answer.",
+                          "input_schema": {"type": "object", **form.schema}}]
+        wire["tool_choice"] = {"type": "tool", "name": JSON_TOOL}
+        wire.pop("thinking", None)
+
+    def _add_sampling(self, wire: JSON) -> None:
+        """Newer models take none of it, and none of them any while thinking."""
+        chat = self.chat
+        thinks = wire.get("thinking", {}).get("type") in ("enabled", "adaptive")
+        for name in ("temperature", "top_p", "top_k"):
+            value = getattr(chat, name)
+            if value is None:
+                continue
+            is_second = name == "top_p" and "temperature" in wire and self.caps.sampling == "one"
+            if self.caps.sampling == "none" or thinks or is_second:
+                self.losses.drop(name)
+            elif name == "temperature" and value > 1:
+                self.losses.drop(name)
+                wire[name] = 1
+            else:
+                wire[name] = value
+
+    def _add_options(self, wire: JSON) -> None:
+        chat = self.chat
+        if chat.user is not None:
+            if CONTACT.fullmatch(chat.user):  # ids that look like addresses are refused
+                self.losses.hint("user")
+            else:
+                wire["metadata"] = {"user_id": chat.user}
+        for name, value in chat.options.items():
+            tier = SERVICE_TIERS.get(str(value)) if name == "service_tier" else None
+            if tier:
+                wire["service_tier"] = tier
+            elif name in CHAT_HINTS:
+                self.losses.hint(name)
+            elif value not in (0, {}):
+                self.losses.drop(name)
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+THINKING_BUDGETS = {"none": 0, "minimal": 1024, "low": 1024, "medium": 4096, "high": 16384,
+                    "xhigh": 32768, "max": 32768}
+SERVICE_TIERS = {"auto": "auto", "default": "standard_only"}
+
+
+def plain_content(blocks: List[JSON]) -> Any:
+    """One plain text as a string, which is what most clients send."""
+    if len(blocks) == 1 and list(blocks[0]) == ["type", "text"]:
+        return blocks[0]["text"]
+    return blocks
+
+
+def same_name(name: str) -> str:
+    return name
+
+
+def render_block(block: Block, losses: Losses,
+                 name_of: Callable[[str], str] = same_name) -> Optional[JSON]:
+    """A block on the wire, without its cache mark; None for one that cannot go there."""
+    if isinstance(block, Text):
+        return {"type": "text", "text": block.text}
+    if isinstance(block, Image):
+        return {"type": "image", "source": render_image_source(block)}
+    if isinstance(block, Document):
+        return {"type": "document", "source": render_document_source(block),
+                **({"title": block.title} if block.title else {})}
+    if isinstance(block, Audio):
+        raise unsupported("input_audio", "This model does not take audio.")
+    if isinstance(block, Thinking):
+        return render_signed_thinking(block, losses)
+    if isinstance(block, ToolCall):
+        return {"type": "tool_use", "id": legal_id(block.id), "name": name_of(block.name),
+                "input": {"input": block.input} if block.is_custom else block.arguments}
+    if isinstance(block, ToolResult):
+        return render_result(block, losses)
+    if isinstance(block, Opaque) and block.dialect == "messages":
+        return block.wire
+    losses.hint("content")
+    return None
+
+
+def render_signed_thinking(block: Thinking, losses: Losses) -> Optional[JSON]:
+    """Only what Anthropic signed goes back to it; the rest is never shown as text."""
+    if block.issuer != "anthropic":
+        losses.hint("thinking_blocks")
+        return None
+    return render_thinking(block)
+
+
+def render_result(block: ToolResult, losses: Losses) -> JSON:
+    content = [wire for wire in (render_block(part, losses) for part in block.content) if wire]
+    wire: JSON = {"type": "tool_result", "tool_use_id": legal_id(block.id),
+                  "content": plain_content(content) or ""}
+    if block.is_error:
+        wire["is_error"] = True
+    return wire
+
+
+def render_image_source(image: Image) -> JSON:
+    if image.url:
+        return {"type": "url", "url": image.url}
+    if image.media_type not in IMAGE_TYPES:
+        raise unsupported("image_url", "An image must be JPEG, PNG, GIF or WebP for this model.")
+    return {"type": "base64", "media_type": image.media_type, "data": image.data}
+
+
+def render_document_source(document: Document) -> JSON:
+    if document.url:
+        return {"type": "url", "url": document.url}
+    if document.data:
+        if document.media_type != "application/pdf":
+            raise unsupported("file", "A file must be a PDF or plain text for this model.")
+        return {"type": "base64", "media_type": "application/pdf", "data": document.data}
+    return {"type": "text", "media_type": "text/plain", "data": document.text}
+
+
+def render_web_search(options: JSON) -> JSON:
+    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
+    location = optional(options, "user_location", dict, "web_search_options.") or {}
+    place = optional(location, "approximate", dict, "web_search_options.user_location.")
+    if place:
+        tool["user_location"] = {"type": "approximate", **place}
+    return tool
+
+
+def is_closed(schema: object) -> bool:
+    """Whether every object in a schema is closed, as `strict` wants it."""
+    if isinstance(schema, list):
+        return all(map(is_closed, schema))
+    if not isinstance(schema, dict):
+        return True
+    is_object = schema.get("type") == "object" or "properties" in schema
+    return (not is_object or schema.get("additionalProperties") is False) and all(
+        is_closed(value) for value in schema.values())
+
+
+# What structured output does not take; the SDK moves it into the description too.
+UNSUPPORTED_KEYWORDS = frozenset([
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "pattern", "uniqueItems", "maxItems", "contains", "minContains", "maxContains",
+    "not", "if", "then", "else", "patternProperties", "propertyNames", "minProperties",
+    "maxProperties", "dependentRequired", "dependentSchemas", "dependencies",
+    "unevaluatedProperties", "unevaluatedItems"])
+SCHEMA_MAPS = frozenset(["properties", "$defs", "definitions"])
+
+
+def clean_schema(schema: Any) -> Any:
+    """A schema as `output_config.format` takes it: what it cannot enforce is told in words."""
+    if isinstance(schema, list):
+        return [clean_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    clean: JSON = {}
+    told = []
+    for key, value in schema.items():
+        if key in UNSUPPORTED_KEYWORDS or (key == "minItems" and value not in (0, 1)):
+            told.append(f"{key}: {encode_json(value)}")
+        elif key in SCHEMA_MAPS and isinstance(value, dict):
+            clean[key] = {name: clean_schema(item) for name, item in value.items()}
+        elif key in ("enum", "const", "default", "examples", "required"):
+            clean[key] = value
+        else:
+            clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
+    if told:
+        about = schema.get("description")
+        clean["description"] = f"{about + ' ' if isinstance(about, str) else ''}({', '.join(told)})"
+    if schema.get("type") == "object" or "properties" in schema:
+        clean["additionalProperties"] = False
+    return clean
+
+
+def parse_text_blocks(content: Any, where: str) -> List[Block]:
+    return [] if content is None else parse_blocks(content, where.rstrip("."))
+
+
+def parse_blocks(content: Any, where: str) -> List[Block]:
+    """A string, or a list of blocks."""
+    if content is None:
+        raise GatewayError(400, f"'{where}' is missing.", where)
+    if isinstance(content, str):
+        return [Text(text=content)]
+    blocks = []
+    for wire, place in objects(content, where):
+        block = BLOCK_PARSERS.get(required(wire, "type", str, place), parse_opaque)(wire, place)
+        block.cache = optional(wire, "cache_control", dict, place)
+        blocks.append(block)
+    return blocks
+
+
+def parse_opaque(wire: JSON, where: str) -> Block:
+    return Opaque(dialect="messages",
+                  wire={key: value for key, value in wire.items() if key != "cache_control"})
+
+
+def parse_image_block(wire: JSON, where: str) -> Block:
+    source = required(wire, "source", dict, where)
+    place = f"{where}source."
+    if source.get("type") == "url":
+        return Image(url=required(source, "url", str, place))
+    return Image(media_type=required(source, "media_type", str, place),
+                 data=required(source, "data", str, place))
+
+
+def parse_document_block(wire: JSON, where: str) -> Block:
+    source = required(wire, "source", dict, where)
+    place = f"{where}source."
+    title = optional(wire, "title", str, where) or ""
+    if source.get("type") == "url":
+        return Document(url=required(source, "url", str, place), title=title)
+    data = required(source, "data", str, place)
+    if source.get("type") == "text":
+        return Document(media_type="text/plain", text=data, title=title)
+    return Document(media_type=required(source, "media_type", str, place), data=data, title=title)
+
+
+def parse_thinking_wire(wire: JSON, where: str) -> Block:
+    return parse_thinking_block(wire, where)
+
+
+def parse_tool_use(wire: JSON, where: str) -> Block:
+    return ToolCall(id=required(wire, "id", str, where), name=required(wire, "name", str, where),
+                    arguments=optional(wire, "input", dict, where) or {})
+
+
+def parse_tool_result(wire: JSON, where: str) -> Block:
+    return ToolResult(id=required(wire, "tool_use_id", str, where),
+                      content=[block for block in parse_text_blocks(
+                          wire.get("content"), f"{where}content")
+                          if not isinstance(block, Text) or block.text],
+                      is_error=bool(optional(wire, "is_error", bool, where)))
+
+
+BLOCK_PARSERS: Dict[str, Callable[[JSON, str], Block]] = {
+    "text": lambda wire, where: Text(text=required(wire, "text", str, where)),
+    "image": parse_image_block,
+    "document": parse_document_block,
+    "thinking": parse_thinking_wire,
+    "redacted_thinking": parse_thinking_wire,
+    "tool_use": parse_tool_use,
+    "tool_result": parse_tool_result,
+}
+
+
+def parse_messages_tool(item: JSON, where: str) -> Tool:
+    kind = optional(item, "type", str, where)
+    if kind not in (None, "custom"):
+        raise unsupported(f"{where}type", f"The tool '{where}type' runs at its own provider only.")
+    return Tool(required(item, "name", str, where), optional(item, "description", str, where) or "",
+                required(item, "input_schema", dict, where), optional(item, "strict", bool, where),
+                cache=optional(item, "cache_control", dict, where))
+
+
+MESSAGES_STOPS = {"end_turn": "stop", "stop_sequence": "stop_sequence", "tool_use": "tool_calls",
+                  "max_tokens": "length", "model_context_window_exceeded": "context",
+                  "refusal": "refusal", "pause_turn": "pause"}
+STOPS_IN_MESSAGES = {finish: stop for stop, finish in MESSAGES_STOPS.items()}
+
+
+def messages_stop(finish: str, has_calls: bool) -> str:
+    if finish == "stop" and has_calls:
+        return "tool_use"
+    return {"filter": "refusal"}.get(finish) or STOPS_IN_MESSAGES.get(finish, "end_turn")
+
+
+def render_stop_details(explanation: str) -> JSON:
+    return {"type": "refusal", "category": None, "explanation": explanation}
+
+
+def render_messages_usage(usage: Usage) -> JSON:
+    wire: JSON = {
+        "input_tokens": max(usage.input - usage.cache_read - usage.cache_write, 0),
+        "cache_read_input_tokens": usage.cache_read,
+        "cache_creation_input_tokens": usage.cache_write, "output_tokens": usage.output}
+    if usage.cache_write_1h:
+        wire["cache_creation"] = {
+            "ephemeral_1h_input_tokens": usage.cache_write_1h,
+            "ephemeral_5m_input_tokens": usage.cache_write - usage.cache_write_1h}
+    if usage.reasoning:
+        wire["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return wire
+
+
+def parse_citation(wire: object) -> Optional[JSON]:
+    """A citation of the web; those of documents have no counterpart elsewhere."""
+    if not isinstance(wire, dict) or wire.get("type") != "web_search_result_location":
+        return None
+    return {"url": wire.get("url") or "", "title": wire.get("title") or ""}
+
+
+class MessagesParser(Parser):
+    """Reads a Messages stream. Usage is cumulative: what message_delta tells replaces, field by
+    field, what message_start told."""
+
+    def __init__(self, dialect: Messages, rewrites: Rewrites) -> None:
+        super().__init__(rewrites)
+        self._dialect = dialect
+        self._usage: JSON = {}
+        self._open: Optional[Block] = None
+        self._is_answer = False  # the open call is the hidden tool's
+        self._blocks = -1
+        self._arguments: List[str] = []
+        self._finish = ""
+        self._refusal = ""
+        self._service_tier = ""
+
+    def feed(self, event: Event) -> List[StreamEvent]:
+        plain = TEXT_EVENT.fullmatch(event.data)
+        if plain and isinstance(self._open, Text):  # nine events of ten: only the text is parsed
+            text = json.loads(plain[1])
+            self.content_bytes += len(text)
+            return [TextDelta(text)]
+        wire = self.parse(event)
+        read = READ_MESSAGES.get(str(wire.get("type")))
+        return read(self, wire) if read else []  # new kinds of events may appear
+
+    def start(self, message: JSON) -> List[StreamEvent]:
+        self.note_usage(message.get("usage"))
+        return [Start(str(message.get("id") or ""), str(message.get("model") or ""))]
+
+    def note_usage(self, wire: object) -> None:
+        if isinstance(wire, dict):
+            self._usage.update({key: value for key, value in wire.items() if value is not None})
+            self._service_tier = str(wire.get("service_tier") or self._service_tier)
+            self.usage = self._dialect.parse_usage(self._usage)
+
+    def note_stop(self, delta: JSON) -> None:
+        reason = delta.get("stop_reason")
+        if isinstance(reason, str):
+            self._finish = MESSAGES_STOPS.get(reason, "stop")
+        details = delta.get("stop_details")
+        if isinstance(details, dict):
+            self._refusal = str(details.get("explanation") or "")
+
+    def whole_block(self, block: JSON) -> List[StreamEvent]:
+        """A block of a plain answer: opened, said and closed."""
+        events = self.block_start(block)
+        if isinstance(self._open, ToolCall) or self._is_answer:
+            events += self.arguments(encode_json(block.get("input") or {}))
+        for key in ("thinking", "signature", "text"):
+            if isinstance(block.get(key), str) and block[key]:
+                events += self.block_delta({"type": f"{key}_delta", key: block[key]})
+        for citation in block.get("citations") or []:
+            events += self.block_delta({"type": "citations_delta", "citation": citation})
+        return events + self.block_stop()
+
+    def block_start(self, block: JSON) -> List[StreamEvent]:
+        kind = block.get("type")
+        self._arguments = []
+        self._is_answer = False
+        if kind == "text":
+            self._open = Text()
+        elif kind == "thinking":
+            self._open = Thinking(issuer="anthropic")
+        elif kind == "redacted_thinking":
+            self._open = Thinking(signature=str(block.get("data") or ""), issuer="anthropic",
+                                  is_redacted=True)
+        elif kind == "tool_use" and block.get("name") == self.rewrites.json_tool != "":
+            self._open, self._is_answer = Text(), True
+        elif kind == "tool_use":
+            self._open = self.open_call(ToolCall(id=str(block.get("id") or ""),
+                                                 name=str(block.get("name") or "")))
+        else:  # a server tool's traces, which are no call of the client's
+            self._open = None
+            return []
+        self._blocks += 1
+        return [BlockStart(self._open)]
+
+    def arguments(self, text: str) -> List[StreamEvent]:
+        if not text:
+            return []
+        self.content_bytes += len(text)
+        if self._is_answer:
+            return [TextDelta(text)]
+        if isinstance(self._open, ToolCall) and self._open.is_custom:
+            self._arguments.append(text)  # unwrapped when it is whole
+            return []
+        return [ArgumentsDelta(text)]
+
+    def block_delta(self, delta: JSON) -> List[StreamEvent]:
+        if self._open is None:
+            return []
+        kind = delta.get("type")
+        if kind == "citations_delta":
+            citation = parse_citation(delta.get("citation"))
+            return [CitationDelta(self._blocks, citation)] if citation else []
+        field_, make = MESSAGES_DELTAS.get(str(kind), ("", TextDelta))
+        value = delta.get(field_)
+        if not isinstance(value, str):
+            return []
+        if kind == "input_json_delta":
+            return self.arguments(value)
+        self.content_bytes += len(value)
+        return [make(value)]
+
+    def block_stop(self) -> List[StreamEvent]:
+        block, self._open = self._open, None
+        if block is None:
+            return []
+        if isinstance(block, ToolCall) and block.is_custom:
+            return [ArgumentsDelta(unwrap_custom("".join(self._arguments))), BlockStop()]
+        return [BlockStop()]
+
+    def finish(self) -> List[StreamEvent]:
+        self.ended = True
+        finish = self._finish
+        if self.rewrites.json_tool and finish == "tool_calls":
+            finish = "stop"
+        self.usage = self.usage or Usage()
+        return [Finish(finish or "stop", self.usage, self._refusal,
+                       {"standard": "default"}.get(self._service_tier,
+                                                   self._service_tier.replace("batch", "")))]
+
+    def _message_delta(self, wire: JSON) -> List[StreamEvent]:
+        self.note_usage(wire.get("usage"))
+        self.note_stop(part_of(wire, "delta"))
+        return []
+
+    def _error(self, wire: JSON) -> List[StreamEvent]:
+        raise self._dialect.parse_error(wire.get("error"), 502)
+
+
+def part_of(wire: JSON, key: str) -> JSON:
+    value = wire.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+MESSAGES_DELTAS: Dict[str, Tuple[str, Callable[[str], StreamEvent]]] = {
+    "text_delta": ("text", TextDelta), "thinking_delta": ("thinking", ThinkingDelta),
+    "signature_delta": ("signature", SignatureDelta),
+    "input_json_delta": ("partial_json", ArgumentsDelta)}
+
+TEXT_EVENT = re.compile(
+    rb'\{"type":"content_block_delta","index":\d+,"delta":\{"type":"text_delta",'
+    rb'"text":("(?:[^"\\]|\\.)*")\}\s*\}\s*')
+
+READ_MESSAGES: Dict[str, Callable[[MessagesParser, JSON], List[StreamEvent]]] = {
+    "message_start": lambda parser, wire: parser.start(part_of(wire, "message")),
+    "content_block_start": lambda parser, wire: parser.block_start(part_of(wire, "content_block")),
+    "content_block_delta": lambda parser, wire: parser.block_delta(part_of(wire, "delta")),
+    "content_block_stop": lambda parser, wire: parser.block_stop(),
+    "message_delta": MessagesParser._message_delta,
+    "message_stop": lambda parser, wire: parser.finish(),
+    "error": MessagesParser._error,
+}
+
+
+class MessagesRenderer(Renderer):
+    """Writes a Messages stream: model events in, bytes out."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._index = -1
+        self._has_calls = False
+
+    def feed(self, event: StreamEvent) -> bytes:
+        return RENDER_MESSAGES[event.__class__](self, event)
+
+    @staticmethod
+    def _event(name: str, **data: object) -> bytes:
+        return sse(dump_json({"type": name, **data}), name)
+
+    def _start(self, event: Start) -> bytes:
+        return self._event("message_start", message={
+            "id": event.id, "type": "message", "role": "assistant", "model": event.model,
+            "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": render_messages_usage(Usage())})
+
+    def _block_start(self, event: BlockStart) -> bytes:
+        self._index += 1
+        block = event.block
+        wire = render_block(block, Losses()) or {}
+        if isinstance(block, ToolCall):
+            self._has_calls = True
+            wire["input"] = {}
+        return self._event("content_block_start", index=self._index, content_block=wire)
+
+    def _delta(self, kind: str, key: str, value: object) -> bytes:
+        return self._event("content_block_delta", index=self._index,
+                           delta={"type": kind, key: value})
+
+    def _finish(self, event: Finish) -> bytes:
+        delta: JSON = {"stop_reason": messages_stop(event.finish, self._has_calls),
+                       "stop_sequence": None}
+        if event.refusal:
+            delta["stop_details"] = render_stop_details(event.refusal)
+        return (self._event("message_delta", delta=delta,
+                            usage=render_messages_usage(event.usage))
+                + self._event("message_stop"))
+
+
+RENDER_MESSAGES: Dict[type, Callable[[MessagesRenderer, Any], bytes]] = {
+    Start: MessagesRenderer._start, BlockStart: MessagesRenderer._block_start,
+    TextDelta: lambda r, e: r._delta("text_delta", "text", e.text),
+    ThinkingDelta: lambda r, e: r._delta("thinking_delta", "thinking", e.text),
+    SignatureDelta: lambda r, e: r._delta("signature_delta", "signature", e.signature),
+    ArgumentsDelta: lambda r, e: r._delta("input_json_delta", "partial_json", e.text),
+    CitationDelta: lambda r, e: b"",
+    BlockStop: lambda r, e: r._event("content_block_stop", index=r._index),
+    Finish: MessagesRenderer._finish,
+}
+
+
+DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages()}
 
 
 # ==================================================================================================
@@ -713,16 +2928,62 @@ class Kind(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
     takes_usage_option: bool = True  # stream_options.include_usage
     has_list_prices: bool = True  # else its models cost what the config says
+    caps: Caps = Caps()  # of models of no known family
 
 
 BEARER = ("authorization", "Bearer {}")
 CHAT_ONLY = {"chat": "/chat/completions"}
+# The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
+ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
+
+ALL_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 KINDS: Dict[str, Kind] = {
     "openai": Kind("https://api.openai.com/v1", "/v1", CHAT_ONLY, BEARER),
     "openai-compatible": Kind(None, "", CHAT_ONLY, BEARER, needs_key=False,
                               has_list_prices=False),
+    "anthropic": Kind("https://api.anthropic.com/v1", "/v1", {"messages": "/messages"},
+                      ("x-api-key", "{}"), headers=(ANTHROPIC_VERSION,),
+                      caps=Caps("none", "adaptive", efforts=ALL_EFFORTS, mid_system=True)),
 }
+
+# What the models of a family take, from a version on; later rows override earlier ones. Versions
+# are read off the provider's name for a model; one without is taken as the newest of its family.
+FAMILY = re.compile(r"claude-(?:(\d+)-(?:(\d)-)?)?(opus|sonnet|haiku|fable|mythos)"
+                    r"(?:-(\d+))?(?:-(\d{1,2}))?(?!\d)")
+ANY = ("opus", "sonnet", "haiku", "fable", "mythos")
+MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
+    (ANY, 0, {"sampling": "both", "thinking": "none", "efforts": (), "mid_system": False,
+              "json_schema": False, "max_output": 8192}),
+    (ANY, 3.7, {"thinking": "budget", "max_output": 64_000}),
+    (("opus",), 4.1, {"sampling": "one"}),
+    (ANY, 4.5, {"sampling": "one", "json_schema": True}),
+    (("opus",), 4.5, {"efforts": ("low", "medium", "high")}),
+    (ANY, 4.6, {"thinking": "both", "efforts": ("low", "medium", "high", "max"),
+                "max_output": 128_000}),
+    (("opus",), 4.7, {"sampling": "none", "thinking": "adaptive", "efforts": ALL_EFFORTS}),
+    (("opus",), 4.8, {"mid_system": True}),
+    (ANY, 5, {"sampling": "none", "thinking": "adaptive", "efforts": ALL_EFFORTS,
+              "mid_system": True}),
+    (("opus", "sonnet"), 5, {"can_disable_thinking": True}),
+    (("opus", "sonnet"), 5.5, {"can_disable_thinking": False, "forced_tools": "refused"}),
+    (("haiku",), 5.5, {"can_disable_thinking": True}),
+    (("fable", "mythos"), 5.1, {"forced_tools": "refused"}),
+)
+
+
+def find_caps(kind: Kind, model: str) -> Caps:
+    """What a model takes, by the provider's name for it."""
+    found = FAMILY.search(model)
+    if not found:
+        return kind.caps
+    major, minor, family = found[1] or found[4], found[2] or found[5], found[3]
+    version = float(f"{major}.{minor or 0}") if major and len(major) < 3 else 99.0
+    caps = kind.caps
+    for families, since, changes in MODEL_CAPS:
+        if family in families and version >= since:
+            caps = dataclasses.replace(caps, **changes)
+    return caps
 
 
 # ==================================================================================================
@@ -836,6 +3097,14 @@ def read_headers(value: Any, path: str, problems: Problems) -> Any:
     return tuple((name.lower(), text) for name, text in fields.items() if text is not None)
 
 
+def read_json_object(value: Any, path: str, problems: Problems) -> Any:
+    """Any JSON object, as it stands."""
+    if isinstance(value, dict):
+        return value
+    problems.error(path, f"must be an object, not {shown(value)}")
+    return None
+
+
 def table_of(shape: Type[Any]) -> Read:
     """An object with the fields of a dataclass."""
     def read(value: Any, path: str, problems: Problems) -> Any:
@@ -909,6 +3178,21 @@ class ProviderTimeouts:
     total: Optional[float] = setting(OPTIONAL_SECONDS, "for a whole answer")
 
 
+@dataclass(frozen=True)
+class CapsChange:
+    """What a model takes, where the built-in table is wrong about it."""
+
+    sampling: Optional[str] = setting(one_of("both", "one", "none"), "temperature and top_p")
+    thinking: Optional[str] = setting(one_of("budget", "both", "adaptive", "none"), "its form")
+    can_disable_thinking: Optional[bool] = setting(FLAG, "whether it may be turned off")
+    efforts: Optional[Tuple[str, ...]] = setting(list_of(one_of(*ALL_EFFORTS)), "its levels")
+    forced_tools: Optional[str] = setting(one_of("yes", "refused", "auto"),
+                                          '"auto" asks for no more where a tool is forced')
+    mid_system: Optional[bool] = setting(FLAG, "system messages after the first turn")
+    json_schema: Optional[bool] = setting(FLAG, "structured output")
+    max_output: Optional[int] = setting(SIZE, "tokens that it may answer")
+
+
 class Origin(NamedTuple):
     """Where connections to a provider lead."""
 
@@ -929,6 +3213,12 @@ class Provider:
     timeouts: ProviderTimeouts = setting(table_of(ProviderTimeouts), "deadlines of its own",
                                          ProviderTimeouts())
     done: bool = setting(FLAG, "whether its streams end in [DONE]", True)
+    default_max_tokens: Optional[int] = setting(SIZE, "where a client sets no cap and must")
+    max_output_tokens: Optional[int] = setting(SIZE, "a ceiling for the cap that clients set")
+    caps: CapsChange = setting(table_of(CapsChange), "what its models take", CapsChange())
+    set: Dict[str, Any] = setting(read_json_object, "body fields to set")
+    drop: Tuple[str, ...] = setting(list_of(TEXT), "body fields to leave out", ())
+    rename: Dict[str, str] = setting(map_of(TEXT), "body fields to rename")
     name: str = ""
     deadlines: Timeouts = Timeouts()
 
@@ -959,6 +3249,13 @@ class Alias:
     cost_per_million_cache_write: Optional[float] = setting(PRICE, "... of it written to a cache")
     timeouts: ProviderTimeouts = setting(table_of(ProviderTimeouts), "deadlines of its own",
                                          ProviderTimeouts())
+    strict: bool = setting(FLAG, "400 for what the provider's wire cannot say", False)
+    default_max_tokens: Optional[int] = setting(SIZE, "where a client sets no cap and must")
+    max_output_tokens: Optional[int] = setting(SIZE, "a ceiling for the cap that clients set")
+    caps: CapsChange = setting(table_of(CapsChange), "what its models take", CapsChange())
+    set: Dict[str, Any] = setting(read_json_object, "body fields to set")
+    drop: Tuple[str, ...] = setting(list_of(TEXT), "body fields to leave out", ())
+    rename: Dict[str, str] = setting(map_of(TEXT), "body fields to rename")
 
 
 @dataclass(frozen=True)
@@ -987,6 +3284,7 @@ class ApiKey:
     app: str = setting(TEXT, "whose it is; `virtual_key` in metrics and log", required=True)
     allowed_models: Tuple[str, ...] = setting(list_of(TEXT), "names and globs; by default all",
                                               ("*",))
+    strict: bool = setting(FLAG, "400 for what a provider's wire cannot say", False)
     disabled: bool = setting(FLAG, "refuses the key for now", False)
     expires: str = setting(scalar('a day as "2027-01-31"', is_date), "its last day, UTC", "")
 
@@ -1239,6 +3537,7 @@ class App:
     name: str
     allowed: FrozenSet[str]
     globs: Tuple[re.Pattern[str], ...]
+    is_strict: bool
     disabled: bool
     expires: float  # unix seconds; inf for never
 
@@ -1275,7 +3574,8 @@ class Keyring:
 def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
     globs = [name for name in entry.allowed_models if re.search(r"[*?[]", name)]
     return App(entry.app, frozenset(entry.allowed_models),
-               tuple(re.compile(fnmatch.translate(glob)) for glob in globs), entry.disabled,
+               tuple(re.compile(fnmatch.translate(glob)) for glob in globs), entry.strict,
+               entry.disabled,
                parse_day(entry.expires) + 86400 if entry.expires else float("inf"))
 
 
@@ -1348,6 +3648,66 @@ class Route:
     alias: Optional[str]
     price: Optional[Price]
     deadlines: Timeouts
+    target: Target
+    edits: Edits
+    is_strict: bool = False
+
+
+class Edits(NamedTuple):
+    """What the config changes in a body that goes to a provider. Names may be dotted paths."""
+
+    set: JSON
+    drop: Tuple[str, ...]
+    rename: Dict[str, str]
+
+    def apply(self, body: JSON, losses: Losses) -> None:
+        for path in self.drop:
+            if take_path(body, path) is not None:
+                losses.drop(path)
+        for path, name in self.rename.items():
+            value = take_path(body, path)
+            if value is not None:
+                put_path(body, name, value)
+        for path, value in self.set.items():
+            put_path(body, path, value)
+
+
+def take_path(body: JSON, path: str) -> Any:
+    """Takes the value at a dotted path out; None where there is none."""
+    *outer, last = path.split(".")
+    for key in outer:
+        body = part_of(body, key)
+    return body.pop(last, None)
+
+
+def put_path(body: JSON, path: str, value: Any) -> None:
+    *outer, last = path.split(".")
+    for key in outer:
+        if not isinstance(body.get(key), dict):
+            body[key] = {}
+        body = body[key]
+    body[last] = value
+
+
+def make_edits(provider: Provider, alias: Optional[Alias]) -> Edits:
+    """The provider's edits, and over them the alias's."""
+    given = [entry for entry in (provider, alias) if entry is not None]
+    return Edits({key: value for entry in given for key, value in (entry.set or {}).items()},
+                 tuple(name for entry in given for name in entry.drop),
+                 {old: new for entry in given for old, new in (entry.rename or {}).items()})
+
+
+def make_target(provider: Provider, model: str, alias: Optional[Alias]) -> Target:
+    """What a model takes: the table's word, then the provider's entry, then the alias's."""
+    caps = find_caps(provider.row, model)
+    default, ceiling = 8192, None
+    for entry in (provider, alias):
+        if entry is not None:
+            changes = {name: value for name, value in vars(entry.caps).items() if value is not None}
+            caps = dataclasses.replace(caps, **changes)
+            default = entry.default_max_tokens or default
+            ceiling = entry.max_output_tokens or ceiling
+    return Target(model, caps, default, ceiling)
 
 
 class Router:
@@ -1367,7 +3727,9 @@ class Router:
         model = alias.model or name
         price = override_price(self._find_price(provider, model), alias)
         return Route(provider, model, name, price,
-                     merge_timeouts(provider.deadlines, alias.timeouts))
+                     merge_timeouts(provider.deadlines, alias.timeouts),
+                     make_target(provider, model, alias), make_edits(provider, alias),
+                     alias.strict)
 
     def resolve(self, model: str) -> Route:
         """Raises GatewayError(404)."""
@@ -1385,7 +3747,8 @@ class Router:
 
     def _rule_route(self, name: str, model: str) -> Route:
         provider = self._providers[name]
-        return Route(provider, model, None, self._find_price(provider, model), provider.deadlines)
+        return Route(provider, model, None, self._find_price(provider, model), provider.deadlines,
+                     make_target(provider, model, None), make_edits(provider, None))
 
     def aliases(self, app: App) -> List[Tuple[str, str]]:
         """The aliases that an app may use, with their providers, in the config's order."""
@@ -1556,6 +3919,9 @@ class Metrics:
             ("provider", "model"))
         self.unpriced = Counter(
             "llm_unpriced_tokens_total", "Tokens of models without a price.", ("provider", "model"))
+        self.dropped = Counter(
+            "llm_params_dropped_total", "Parts of requests that a provider's wire cannot say.",
+            ("param", "provider"))
         self.overhead = Histogram(
             "llm_overhead_seconds", "The gateway's own part of the time to an answer's head.", (),
             OVERHEAD_BUCKETS)
@@ -3066,21 +5432,62 @@ class Gateway:
         """Answers one generation request; the order of the steps is what clients rely on."""
         app = self.keyring.authenticate(request.headers, self.log.wall_clock())  # 401
         exchange.app = app.name
-        document = Document(await self.read_body(exchange, request))  # 400, 408, 413, 415, 503
-        model, exchange.is_stream = read_call(document)  # 400
+        body = Body(await self.read_body(exchange, request))  # 400, 408, 413, 415, 503
+        model, exchange.is_stream = read_call(body)  # 400
         if not app.may_use(model):
             raise GatewayError(403, "This API key may not use the requested model.", "model",
                                "model_not_allowed")
         route = exchange.route = self.router.resolve(model)  # 404
-        hides_usage = exchange.is_stream and not dialect.asks_for_usage(document)
-        payload = self.render_passed(request, route, document, dialect, hides_usage)
+        if dialect.name in route.provider.row.paths:
+            return await self.pass_through(exchange, request, dialect, route, body)
+        return await self.translate(exchange, request, dialect, route, body,
+                                    app.is_strict or route.is_strict)
+
+    async def pass_through(self, exchange: Exchange, request: Request, dialect: Dialect,
+                           route: Route, body: Body) -> Response:
+        """The provider speaks the client's dialect: the bytes are passed."""
+        hides_usage = exchange.is_stream and not dialect.asks_for_usage(body)
+        payload = self.render_passed(request, route, body, dialect, hides_usage)
+        del body  # it may be large, and the answer may take minutes
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
             return await self.pass_error(exchange, route, answer, dialect)
+        if not exchange.is_stream:
+            return await self.pass_answer(exchange, answer, dialect)
+        watch = dialect.watch(hides_usage, route.provider.done)
+        stream = PassedStream(self, exchange, route, answer, dialect, watch)
+        return await self.open_stream(exchange, stream, answer_fields(answer))
+
+    async def translate(self, exchange: Exchange, request: Request, dialect: Dialect, route: Route,
+                        body: Body, is_strict: bool) -> Response:
+        """The provider speaks another dialect: request and answer go through the model."""
+        losses = Losses()
+        wire = DIALECTS[next(iter(route.provider.row.paths))]
+        chat = dialect.parse_request(body.tree(), losses)  # 400
+        del body
+        tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
+        route.edits.apply(tree, losses)
+        if is_strict or request.headers.get("x-gateway-strict") == "1":
+            losses.refuse()  # 400
+        for name in losses.names:
+            self.metrics.dropped.add((name, route.provider.name))
+        payload = self.render_translated(request, route, wire, tree)
+        chat.turns.clear()
+        answer = await self.send(exchange, route, payload)  # 502, 504
+        fields = translated_fields(answer, losses)
+        if answer.status != 200:
+            raise await self.translated_error(exchange, route, answer, wire)
+        created = int(self.log.wall_clock())
         if exchange.is_stream:
-            watch = dialect.watch(hides_usage, route.provider.done)
-            return await self.pass_stream(exchange, route, answer, dialect, watch)
-        return await self.pass_answer(exchange, answer, dialect)
+            stream = TranslatedStream(self, exchange, route, answer, dialect,
+                                      wire.parser(rewrites), dialect.renderer(chat, created))
+            return await self.open_stream(exchange, stream,
+                                          [("content-type", "text/event-stream"), *fields])
+        reply = wire.parse_reply(await self.read_reply(exchange, answer), rewrites)  # 502
+        reply.model = chat.model
+        exchange.usage, exchange.usage_from = reply.usage, "reported"
+        return Response(200, [JSON_TYPE, *fields],
+                        dump_json(dialect.render_reply(reply, chat, created)))
 
     async def read_body(self, exchange: Exchange, request: Request) -> bytes:
         waiting_since = self.clock()
@@ -3089,19 +5496,28 @@ class Gateway:
         exchange.bytes_in = len(body)
         return body
 
-    def render_passed(self, request: Request, route: Route, document: Document, dialect: Dialect,
+    def render_passed(self, request: Request, route: Route, body: Body, dialect: Dialect,
                       hides_usage: bool) -> List[bytes]:
         """The request to the provider: the client's own bytes, but for what must differ."""
         values: Dict[str, object] = {}
-        if document.get("model") != route.model:
+        if body.get("model") != route.model:
             values["model"] = route.model
         if hides_usage and route.provider.row.takes_usage_option:
-            values.update(dialect.values_for_usage(document))
-        body = document.with_values(values)
+            values.update(dialect.values_for_usage(body))
+        content = body.with_values(values)
         own_lines, dropped = self._lines[route.provider.name, dialect.name]
         head = (f"{own_lines}{passing_fields(request.head, dropped)}"
-                f"content-length: {len(body)}\r\n\r\n").encode("latin-1")
-        return [head + body] if len(body) < MAX_READ_BYTES else [head, body]
+                f"content-length: {len(content)}\r\n\r\n").encode("latin-1")
+        return [head + content] if len(content) < MAX_READ_BYTES else [head, content]
+
+    def render_translated(self, request: Request, route: Route, wire: Dialect,
+                          tree: JSON) -> List[bytes]:
+        body = dump_json(tree)
+        passed = "".join(f"{name}: {request.headers[name]}\r\n" for name in TRANSLATED_FIELDS
+                         if name in request.headers)
+        own_lines, _ = self._lines[route.provider.name, wire.name]
+        head = f"{own_lines}{passed}content-length: {len(body)}\r\n\r\n".encode("latin-1")
+        return [head, body]
 
     async def send(self, exchange: Exchange, route: Route, payload: Sequence[bytes]) -> Answer:
         """Sends to the route's provider. One attempt today; others will follow here."""
@@ -3118,19 +5534,17 @@ class Gateway:
     # ---- answers ----
 
     async def pass_answer(self, exchange: Exchange, answer: Answer, dialect: Dialect) -> Response:
-        """A plain answer, as it came; one that is no JSON object is none."""
-        body = await self.read_answer(exchange, answer)
-        try:
-            reply = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise upstream_error(502, "The provider's answer is not JSON.", "bad_answer") from error
-        if not isinstance(reply, dict):
-            raise upstream_error(502, "The provider's answer is not a JSON object.", "bad_answer")
+        """A plain answer, as it came."""
+        raw = await self.read_answer(exchange, answer)
+        reply = parse_answer(raw)
         exchange.usage = dialect.parse_usage(reply.get("usage"))
         exchange.usage_from = "reported"
         if exchange.usage is None:
             self.estimate(exchange, dialect.count_content(reply))
-        return Response(200, answer_fields(answer), body)
+        return Response(200, answer_fields(answer), raw)
+
+    async def read_reply(self, exchange: Exchange, answer: Answer) -> JSON:
+        return parse_answer(await self.read_answer(exchange, answer))
 
     async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
         waiting_since = self.clock()
@@ -3144,37 +5558,30 @@ class Gateway:
         self.pool.release(answer)
         return body
 
-    async def pass_stream(self, exchange: Exchange, route: Route, answer: Answer, dialect: Dialect,
-                          watch: Watch) -> Response:
-        """A stream, passed event by event; its first event is awaited while the status can still
-        be told honestly."""
-        stream = PassedStream(self, exchange, route, answer, dialect, watch)
+    async def open_stream(self, exchange: Exchange, stream: ProviderStream,
+                          fields: List[Tuple[str, str]]) -> Response:
+        """A stream whose first event is awaited while the status can still be told honestly."""
         waiting_since = self.clock()
         try:
-            check_event_stream(answer)
-            await answer.pump(stream.feed_first)
+            check_event_stream(stream.answer)
+            await stream.answer.pump(stream.feed_first)
             if not stream.first and not stream.ended:
                 stream.first = stream.end()
-            if watch.failure:
-                raise as_refusal(watch.failure)
+            if stream.failure:
+                raise as_refusal(stream.failure)
         except BaseException:
             stream.close()
             raise
         finally:
             exchange.waited += self.clock() - waiting_since
-        return Response(200, answer_fields(answer), stream=stream)
+        return Response(200, fields, stream=stream)
 
     async def pass_error(self, exchange: Exchange, route: Route, answer: Answer,
                          dialect: Dialect) -> Response:
         """A provider's error: status, words and retry-after are kept, unless they are about our
         key, which is no fault of the client's."""
         status = answer.status
-        body = await self.read_answer(exchange, answer)
-        if not 400 <= status < 600:
-            raise upstream_error(502, f"The provider answered {status}; only 200 is an answer.",
-                                 "bad_answer")
-        if status in (401, 402) or (status == 403 and BAD_KEY.search(body)):
-            raise key_refused(status)
+        body = await self.read_error_body(exchange, answer)
         exchange.status, exchange.provider_error = status, error_label(status)
         exchange.error = f"The provider answered {status}."
         if not is_json_object(body):
@@ -3186,6 +5593,33 @@ class Gateway:
         else:
             fields = answer_fields(answer)
         return Response(status, fields, mask(body, route.provider))
+
+    async def translated_error(self, exchange: Exchange, route: Route, answer: Answer,
+                               wire: Dialect) -> GatewayError:
+        """A provider's error in the client's dialect: its words are kept, and retry-after."""
+        body = mask(await self.read_error_body(exchange, answer), route.provider)
+        if is_json_object(body):
+            told = json.loads(body)
+            error = wire.parse_error(told.get("error") or told, answer.status)
+        else:
+            error = upstream_error(answer.status, "The provider answered "
+                                   f"{answer.status}: {body[:200].decode('utf-8', 'replace')}",
+                                   error_label(answer.status), is_quoted=True)
+        error.status = {529: 503, 408: 504}.get(error.status, error.status)
+        error.type = TRANSLATED_TYPES.get(error.type, error.type)
+        error.headers = [(name, answer.headers[name]) for name in RETRY_FIELDS
+                         if name in answer.headers]
+        return error
+
+    async def read_error_body(self, exchange: Exchange, answer: Answer) -> bytes:
+        """Raises GatewayError(502) where the status is no error, or speaks of our key."""
+        body = await self.read_answer(exchange, answer)
+        if not 400 <= answer.status < 600:
+            raise upstream_error(502, f"The provider answered {answer.status}; only 200 is an "
+                                      "answer.", "bad_answer")
+        if answer.status in (401, 402) or (answer.status == 403 and BAD_KEY.search(body)):
+            raise key_refused(answer.status)
+        return body
 
     def estimate(self, exchange: Exchange, content_bytes: int) -> None:
         """Usage that the provider did not tell: the prompt as its bytes / 3, where it told
@@ -3258,23 +5692,60 @@ class Gateway:
         return meter
 
 
-class PassedStream(Stream):
-    """A provider's stream on its way to a client of the same dialect."""
+class ProviderStream(Stream):
+    """A provider's stream on its way to a client."""
 
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
-                 dialect: Dialect, watch: Watch) -> None:
+                 dialect: Dialect, tally: Union[Watch, Parser]) -> None:
         super().__init__(answer)
+        self.answer = answer
+        self.failure: Optional[GatewayError] = None
         self._gateway = gateway
         self._exchange = exchange
         self._route = route
-        self._answer = answer
         self._dialect = dialect
-        self._watch = watch
-        self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
+        self._tally = tally
 
     def feed_first(self, piece: bytes) -> bool:
         self.first += self.feed(piece)
         return not self.first and not self.ended
+
+    def note_first_content(self) -> None:
+        now = self._gateway.clock()
+        self._exchange.ttft = now - self._exchange.started
+        self.answer.connection.expect("idle", now, self._route.deadlines.idle, renews=True)
+
+    def fail(self, error: GatewayError) -> bytes:
+        self.note_failure(error)
+        return self._dialect.render_stream_error(error, self._exchange.id)
+
+    def note_failure(self, error: GatewayError) -> None:
+        self.failure = error
+        self.ended = True
+        self._exchange.fail(error)
+        self._exchange.provider_error = "timeout" if error.status == 504 else "stream_error"
+
+    def close(self) -> None:
+        """Keeps or drops the connection, and settles the usage."""
+        tally, gateway, exchange = self._tally, self._gateway, self._exchange
+        is_whole = tally.ended and not self.failure
+        if is_whole:
+            gateway.pool.release(self.answer)
+        else:
+            gateway.pool.drop(self.answer.connection)
+        exchange.usage, exchange.usage_from = tally.usage, "reported"
+        if not (is_whole and tally.usage):
+            gateway.estimate(exchange, tally.content_bytes)
+
+
+class PassedStream(ProviderStream):
+    """Same dialect on both sides: whole events, as they came."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
+                 dialect: Dialect, watch: Watch) -> None:
+        super().__init__(gateway, exchange, route, answer, dialect, watch)
+        self._watch = watch
+        self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
 
     def feed(self, piece: bytes) -> bytes:
         block = self._cutter.feed(piece)
@@ -3284,17 +5755,12 @@ class PassedStream(Stream):
         watch = self._watch
         out = watch.feed(block)
         if watch.has_content and self._exchange.ttft is None:
-            self._note_first_content()
+            self.note_first_content()
         if watch.failure:
-            self._exchange.fail(watch.failure)
+            self.note_failure(watch.failure)
             out = mask(out, self._route.provider)
-        self.ended = watch.ended or watch.failure is not None
+        self.ended = watch.ended or self.ended
         return out
-
-    def _note_first_content(self) -> None:
-        now = self._gateway.clock()
-        self._exchange.ttft = now - self._exchange.started
-        self._answer.connection.expect("idle", now, self._route.deadlines.idle, renews=True)
 
     def end(self) -> bytes:
         rest = self._cutter.rest()
@@ -3306,27 +5772,56 @@ class PassedStream(Stream):
             self.ended = True
         return out
 
-    def fail(self, error: GatewayError) -> bytes:
-        self._watch.failure = error
-        self._exchange.fail(error)
-        self._exchange.provider_error = "timeout" if error.status == 504 else "stream_error"
-        self.ended = True
-        return self._dialect.render_stream_error(error, self._exchange.id)
+    def close(self) -> None:
+        self._cutter.rest()
+        super().close()
+
+
+class TranslatedStream(ProviderStream):
+    """Another dialect on each side: events are read, and written anew."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
+                 dialect: Dialect, parser: Parser,
+                 renderer: Renderer) -> None:
+        super().__init__(gateway, exchange, route, answer, dialect, parser)
+        self._parser = parser
+        self._renderer = renderer
+        self._decoder = SSEDecoder(gateway.config.limits.event, gateway.events.take)
+        self._has_spoken = False
+
+    def feed(self, piece: bytes) -> bytes:
+        return self._translate(self._decoder.feed(piece))
+
+    def _translate(self, events: List[Event]) -> bytes:
+        """What events come to; an error is one of them once something went out."""
+        out: List[bytes] = []
+        try:
+            for event in events:
+                for said in self._parser.feed(event):
+                    if isinstance(said, CONTENT_EVENTS) and self._exchange.ttft is None:
+                        self.note_first_content()
+                    out.append(self._renderer.feed(said))
+        except GatewayError as error:
+            error.message = mask(error.message.encode(), self._route.provider).decode()
+            if not any(out) and not self._has_spoken:
+                raise
+            out.append(self.fail(error))
+        self.ended = self._parser.ended or self.ended
+        self._has_spoken = self._has_spoken or any(out)
+        return b"".join(out)
+
+    def end(self) -> bytes:
+        out = self._translate(self._decoder.end())
+        if not self.ended:
+            self._parser.end()  # raises
+        return out
 
     def close(self) -> None:
-        """Keeps or drops the connection, and settles the usage."""
-        watch, gateway, exchange = self._watch, self._gateway, self._exchange
-        self._cutter.rest()
-        if watch.ended and not watch.failure:
-            gateway.pool.release(self._answer)
-        else:
-            gateway.pool.drop(self._answer.connection)
-        exchange.usage = watch.usage
-        exchange.usage_from = "reported"
-        if not (watch.ended and watch.usage) and exchange.answered:
-            gateway.estimate(exchange, watch.content_bytes)
+        self._decoder.end()
+        super().close()
 
 
+CONTENT_EVENTS = (TextDelta, ThinkingDelta, ArgumentsDelta)
 Handler = Callable[[Gateway, Exchange, Request, Dialect], Awaitable[Response]]
 
 # Every endpoint: its path, and a handler for each method. A path that ends in "/" stands for all
@@ -3362,9 +5857,9 @@ def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
     return handler, DIALECTS[dialect]
 
 
-def read_call(document: Document) -> Tuple[str, bool]:
+def read_call(body: Body) -> Tuple[str, bool]:
     """The model that a request names, and whether it wants a stream. Raises GatewayError(400)."""
-    model, stream = document.get("model"), document.get("stream")
+    model, stream = body.get("model"), body.get("stream")
     if not isinstance(model, str) or not model:
         raise GatewayError(400, "'model' must be a non-empty string.", "model")
     if stream is not None and not isinstance(stream, bool):
@@ -3397,6 +5892,32 @@ def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
     if named not in ("", "keep-alive", "close"):
         dropped = dropped | frozenset(name.strip() for name in named.split(","))
     return [field for field in answer.headers.items() if field[0] not in dropped]
+
+
+TRANSLATED_FIELDS = ("idempotency-key", "traceparent")
+RETRY_FIELDS = ("retry-after", "retry-after-ms", "x-should-retry")
+TRANSLATED_TYPES = {"api_error": "server_error", "not_found_error": "invalid_request_error",
+                    "request_too_large": "invalid_request_error", "timeout_error": "timeout"}
+MAX_LOST_BYTES = 400
+
+
+def translated_fields(answer: Answer, losses: Losses) -> List[Tuple[str, str]]:
+    """What of the provider's head a client of another dialect is told, and what was lost."""
+    fields = [(name, answer.headers[name]) for name in RETRY_FIELDS if name in answer.headers]
+    if losses.names:
+        fields.append(("x-gateway-lost", clipped(", ".join(losses.names), MAX_LOST_BYTES)))
+    return fields
+
+
+def parse_answer(raw: bytes) -> JSON:
+    """A plain answer; one that is no JSON object is none. Raises GatewayError(502)."""
+    try:
+        reply = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise upstream_error(502, "The provider's answer is not JSON.", "bad_answer") from error
+    if not isinstance(reply, dict):
+        raise upstream_error(502, "The provider's answer is not a JSON object.", "bad_answer")
+    return reply
 
 
 def check_event_stream(answer: Answer) -> None:
@@ -3936,22 +6457,6 @@ DEMO_KEY = "demo-key-0123456789"
 DEMO_UPSTREAM_KEY = "demo-upstream-key"
 
 
-class DemoReply(NamedTuple):
-    """What the demo answers: text, or a tool call where `tool` is not empty."""
-
-    text: str
-    tool: str
-    arguments: JSON
-    prompt_tokens: int
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.text or json.dumps(self.arguments)) // 4 + 1
-
-    def words(self) -> List[str]:
-        return re.findall(r"\S+\s*", self.text)
-
-
 class DemoSource:
     """Events at the pace of somebody who types."""
 
@@ -3972,19 +6477,20 @@ class DemoUpstream:
     """An Application that plays the provider."""
 
     async def handle(self, exchange: Exchange, request: Request) -> Response:
-        wire = DEMO_WIRES.get(request.head.path)
-        if wire is None:
-            return self.refuse(exchange, GatewayError(404, "There is no such endpoint."))
+        dialect = DEMO_PATHS.get(request.head.path)
         try:
-            body = Document(await request.body()).tree()
+            if dialect is None:
+                raise GatewayError(404, "There is no such endpoint.")
+            chat = dialect.parse_request(Body(await request.body()).tree(), Losses())
         except GatewayError as error:
             return self.refuse(exchange, error)
-        body_of, events_of, tool_of = wire
-        reply = demo_reply(body, tool_of)
-        if body.get("stream"):
-            return Response(200, [("content-type", "text/event-stream")],
-                            stream=Stream(DemoSource(events_of(body, reply))))
-        return Response(200, [JSON_TYPE], dump_json(body_of(body, reply)))
+        reply = demo_reply(chat)
+        if not chat.stream:
+            return Response(200, [JSON_TYPE], dump_json(dialect.render_reply(reply, chat, 0)))
+        renderer = dialect.renderer(chat, 0)
+        events = [renderer.feed(event) for event in demo_events(reply)]
+        return Response(200, [("content-type", "text/event-stream")],
+                        stream=Stream(DemoSource(list(filter(None, events)))))
 
     def refuse(self, exchange: Exchange, error: GatewayError) -> Response:
         return Response(error.status, [JSON_TYPE],
@@ -3994,131 +6500,58 @@ class DemoUpstream:
         """The gateway in front of it keeps the records."""
 
 
-def demo_reply(body: JSON, tool_of: Callable[[JSON], Tuple[str, JSON]]) -> DemoReply:
-    """Calls the first tool on offer, unless the last message is its result; else says it back."""
-    messages = [m for m in body.get("messages") or [] if isinstance(m, dict)]
-    last = messages[-1] if messages else {}
-    heard = demo_text(last.get("content"))
-    has_result = last.get("role") == "tool" or '"tool_result"' in json.dumps(last)
-    tokens = len(json.dumps(messages)) // 4 + 1
-    tools = [tool for tool in body.get("tools") or [] if isinstance(tool, dict)]
-    if tools and not has_result and body.get("tool_choice") not in ("none", {"type": "none"}):
-        name, schema = tool_of(tools[0])
-        return DemoReply("", name, demo_arguments(schema), tokens)
-    text = f"Hello from the demo upstream. {'The tool' if has_result else 'You'} said: "
-    return DemoReply(text + (heard or "(nothing)"), "", {}, tokens)
+DEMO_PATHS = {"/v1/chat/completions": DIALECTS["chat"], "/v1/messages": DIALECTS["messages"]}
 
 
-def demo_text(content: object) -> str:
-    """The text of a message, whichever form it has."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return " ".join(demo_text(part.get("text") or part.get("content")) for part in parts
-                    if isinstance(part, dict)).strip()
+def demo_reply(chat: Chat) -> Reply:
+    """Calls the first tool on offer, unless the last turn is its result; else says it back."""
+    results = [block for block in chat.turns[-1].blocks if isinstance(block, ToolResult)]
+    heard = demo_text(results[0].content if results else chat.turns[-1].blocks)
+    asked = len(demo_text([block for turn in chat.turns for block in turn.blocks])) // 4 + 1
+    if chat.tools and not results and not (chat.choice and chat.choice.mode == "none"):
+        tool = chat.tools[0]
+        call = ToolCall(id="call_demo", name=tool.name, arguments=demo_arguments(tool.schema or {}))
+        return Reply("demo", chat.model, [call], "tool_calls", Usage(asked, 10))
+    text = f"Hello from the demo upstream. {'The tool' if results else 'You'} said: {heard}"
+    return Reply("demo", chat.model, [Text(text=text)], "stop", Usage(asked, len(text) // 4 + 1))
+
+
+def demo_text(blocks: Iterable[Block]) -> str:
+    return " ".join(block.text for block in blocks if isinstance(block, Text))
 
 
 def demo_arguments(schema: JSON) -> JSON:
     """Arguments that fit a simple schema."""
-    samples = {"string": "demo", "number": 1.5, "integer": 1, "boolean": True, "array": [],
-               "object": {}, "null": None}
-    properties = schema.get("properties") if isinstance(schema, dict) else None
+    samples = {"number": 1.5, "integer": 1, "boolean": True, "array": [], "object": {},
+               "null": None}
     return {name: (about.get("enum") or [samples.get(str(about.get("type")), "demo")])[0]
-            for name, about in (properties or {}).items() if isinstance(about, dict)}
+            for name, about in part_of(schema, "properties").items() if isinstance(about, dict)}
 
 
-def demo_chat_body(body: JSON, reply: DemoReply) -> JSON:
-    message: JSON = {"role": "assistant", "content": reply.text or None, "refusal": None}
-    if reply.tool:
-        message["tool_calls"] = [demo_chat_call(reply)]
-    return {"id": "chatcmpl-demo", "object": "chat.completion", "created": 0,
-            "model": body.get("model"), "usage": demo_chat_usage(reply),
-            "choices": [{"index": 0, "message": message, "logprobs": None,
-                         "finish_reason": "tool_calls" if reply.tool else "stop"}]}
-
-
-def demo_chat_call(reply: DemoReply) -> JSON:
-    return {"id": "call_demo", "type": "function",
-            "function": {"name": reply.tool, "arguments": json.dumps(reply.arguments)}}
-
-
-def demo_chat_usage(reply: DemoReply) -> JSON:
-    return {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens,
-            "total_tokens": reply.prompt_tokens + reply.completion_tokens}
-
-
-def demo_chat_events(body: JSON, reply: DemoReply) -> List[bytes]:
-    def chunk(delta: JSON, finish: Optional[str] = None) -> bytes:
-        return sse(dump_json({**base, "choices": [{"index": 0, "delta": delta,
-                                                   "finish_reason": finish}]}))
-
-    base = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "created": 0,
-            "model": body.get("model")}
-    events = [chunk({"role": "assistant", "content": ""})]
-    events += [chunk({"content": word}) for word in reply.words()]
-    if reply.tool:
-        events.append(chunk({"tool_calls": [{"index": 0, **demo_chat_call(reply)}]}))
-    events.append(chunk({}, "tool_calls" if reply.tool else "stop"))
-    options = body.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage"):
-        events.append(sse(dump_json({**base, "choices": [], "usage": demo_chat_usage(reply)})))
-    return [*events, sse(b"[DONE]")]
-
-
-def demo_messages_body(body: JSON, reply: DemoReply) -> JSON:
-    content: JSON = ({"type": "tool_use", "id": "toolu_demo", "name": reply.tool,
-                      "input": reply.arguments} if reply.tool else
-                     {"type": "text", "text": reply.text})
-    return {"id": "msg_demo", "type": "message", "role": "assistant", "model": body.get("model"),
-            "content": [content], "stop_reason": "tool_use" if reply.tool else "end_turn",
-            "stop_sequence": None, "usage": {"input_tokens": reply.prompt_tokens,
-                                             "output_tokens": reply.completion_tokens}}
-
-
-def demo_messages_events(body: JSON, reply: DemoReply) -> List[bytes]:
-    def event(name: str, **data: object) -> bytes:
-        return sse(dump_json({"type": name, **data}), name)
-
-    whole = demo_messages_body(body, reply)
-    block = {**whole["content"][0], **({"input": {}} if reply.tool else {"text": ""})}
-    deltas = ([{"type": "input_json_delta", "partial_json": json.dumps(reply.arguments)}]
-              if reply.tool else [{"type": "text_delta", "text": word} for word in reply.words()])
-    start = {**whole, "content": [], "stop_reason": None,
-             "usage": {"input_tokens": reply.prompt_tokens, "output_tokens": 1}}
-    return [event("message_start", message=start),
-            event("content_block_start", index=0, content_block=block),
-            *(event("content_block_delta", index=0, delta=delta) for delta in deltas),
-            event("content_block_stop", index=0),
-            event("message_delta", usage={"output_tokens": reply.completion_tokens},
-                  delta={"stop_reason": whole["stop_reason"], "stop_sequence": None}),
-            event("message_stop")]
-
-
-def demo_chat_tool(tool: JSON) -> Tuple[str, JSON]:
-    function = tool.get("function") or {}
-    return str(function.get("name", "")), function.get("parameters") or {}
-
-
-def demo_messages_tool(tool: JSON) -> Tuple[str, JSON]:
-    return str(tool.get("name", "")), tool.get("input_schema") or {}
-
-
-DEMO_WIRES: Dict[str, Tuple[Callable[[JSON, DemoReply], JSON],
-                            Callable[[JSON, DemoReply], List[bytes]],
-                            Callable[[JSON], Tuple[str, JSON]]]] = {
-    "/v1/chat/completions": (demo_chat_body, demo_chat_events, demo_chat_tool),
-    "/v1/messages": (demo_messages_body, demo_messages_events, demo_messages_tool),
-}
+def demo_events(reply: Reply) -> Iterator[StreamEvent]:
+    """The reply as a stream, word by word."""
+    yield Start(reply.id, reply.model)
+    for block in reply.blocks:
+        if isinstance(block, Text):
+            yield BlockStart(Text())
+            yield from map(TextDelta, re.findall(r"\S+\s*", block.text))
+        elif isinstance(block, ToolCall):
+            yield BlockStart(block)
+            yield ArgumentsDelta(encode_json(block.arguments))
+        yield BlockStop()
+    yield Finish(reply.finish, reply.usage)
 
 
 def demo_config(upstream_port: int, listen: str) -> str:
     """The config that -demo serves."""
     return dump_json({
         "listen": listen,
-        "providers": {"openai": {"api_key": DEMO_UPSTREAM_KEY,
-                                 "base_url": f"http://127.0.0.1:{upstream_port}"}},
-        "models": {"gpt-demo": {"provider": "openai", "cost_per_million_input": 1,
-                                "cost_per_million_output": 2}},
+        "providers": {name: {"api_key": DEMO_UPSTREAM_KEY,
+                             "base_url": f"http://127.0.0.1:{upstream_port}"}
+                      for name in ("openai", "anthropic")},
+        "models": {name: {"provider": provider, "cost_per_million_input": 1,
+                          "cost_per_million_output": 2}
+                   for name, provider in (("gpt-demo", "openai"), ("claude-demo", "anthropic"))},
         "api_keys": [{"key": DEMO_KEY, "app": "demo"}],
     }).decode()
 
@@ -4327,7 +6760,7 @@ class UsageError(Exception):
     """A command line that cannot be understood."""
 
 
-def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str]:
+def parse_command_line(arguments: Sequence[str]) -> Tuple[str, str]:
     """(command, config file); the command is "serve" by default. Raises UsageError."""
     command, config = "serve", ""
     rest = list(arguments)
@@ -4510,7 +6943,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
     hold_standard_descriptors()
     try:
-        command, config = parse_arguments(arguments)
+        command, config = parse_command_line(arguments)
         return COMMANDS[command](config)
     except UsageError as error:
         print(f"gateway.py: {error}", file=sys.stderr)

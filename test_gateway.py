@@ -244,7 +244,7 @@ def test_what_is_no_count_is_0(value: object, counted: int) -> None:
     assert gateway.count(value) == counted
 
 
-TEN_MB = 10_000_000
+TWO_MB, TEN_MB = 2_000_000, 10_000_000
 HOSTILE_JSON = {
     "empty": b"", "blank": b" \n", "open": b"{", "brackets": b"[" * 100_000,
     "deep list": b'{"a":' + b"[" * 100_000, "deep object": b'{"a":' * 100_000,
@@ -329,9 +329,9 @@ def test_several_values_and_new_ones(body: str, values: dict[str, object], splic
 
 
 @pytest.mark.parametrize("body", [
-    b'{"' + b"k" * TEN_MB + b'":1}', b'{"a":"' + b"x" * TEN_MB + b'"}', b"{" + b" " * TEN_MB + b"}",
-    b'{"' + b"k" * TEN_MB, b'{"a"' + b" " * TEN_MB + b":", b'{"a":1' + b" " * TEN_MB + b"x",
-    '{"é":"'.encode() + b"x" * TEN_MB + b'"}',
+    b'{"' + b"k" * TWO_MB + b'":1}', b'{"a":"' + b"x" * TWO_MB + b'"}', b"{" + b" " * TWO_MB + b"}",
+    b'{"' + b"k" * TWO_MB, b'{"a"' + b" " * TWO_MB + b":", b'{"a":1' + b" " * TWO_MB + b"x",
+    '{"é":"'.encode() + b"x" * TWO_MB + b'"}',
 ], ids=brief)
 def test_a_large_body_costs_a_few_times_its_size(body: bytes) -> None:
     tracemalloc.start()
@@ -549,6 +549,7 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": still here\n\n"
 TRICKY = chunk(({"content": 'data: [DONE]\n\n"usage":{"error":1} \u2028 [DONE] "error"'},))
 FAILED = gateway.sse(b'{"error":{"message":"no","type":"rate_limit_error"}}')
+NO_USAGE = chunk([], filter={"usage": {"hate": 0}})
 WHOLE = chunk(("stop",), usage={"prompt_tokens": 7, "completion_tokens": 2})
 
 # What comes; what of it is seen where the usage is to be hidden; prompt tokens; how it ends.
@@ -570,6 +571,8 @@ STREAMS: dict[str, tuple[list[bytes], list[bytes], int | None, str]] = {
     "comments": ([COMMENT, HI, usage_chunk(7), COMMENT, COMMENT, DONE],
                  [COMMENT, HI, COMMENT, COMMENT, DONE], 7, "ended"),
     "more after the end": ([HI, usage_chunk(7), DONE, HI, FAILED], [HI, DONE], 7, "ended"),
+    "done twice": ([HI, usage_chunk(7), DONE, DONE], [HI, DONE], 7, "ended"),
+    "usage that is none": ([HI, NO_USAGE, DONE], [HI, NO_USAGE, DONE], None, "ended"),
     "telling words in a text": ([TRICKY, usage_chunk(7), DONE], [TRICKY, DONE], 7, "ended"),
     "spaces": ([HI, b"data:  [DONE] \n\n"], [HI, b"data:  [DONE] \n\n"], None, "ended"),
     "an error": ([HI, FAILED, HI, DONE], [HI, FAILED], None, "failed"),
@@ -1021,7 +1024,7 @@ def test_no_secret_shows_in_what_is_printed_of_an_object() -> None:
     for thing in (config, config.providers, config.api_keys, router.resolve("fast"), app, ring,
                   vars(ring), router):
         assert "very-secret" not in f"{thing!r} {thing} {thing!a}"
-    assert UPSTREAM_KEY == config.providers["openai"].api_key, "but it is there"
+    assert config.providers["openai"].api_key == UPSTREAM_KEY, "but it is there"
 
 
 EXAMPLE = HERE / "config.example.yaml.json"
@@ -1246,8 +1249,8 @@ HOSTILE_TEXTS = ["", " ", "a b", "a=b", 'a"b', "a\\", "\\n", "a\nb", "a\r\nllm_x
 
 @pytest.mark.parametrize("name", HOSTILE_TEXTS, ids=brief)
 def test_a_clients_model_name_can_do_a_label_no_harm(name: str) -> None:
-    """A local server answers 200 to any name. A label can escape line feeds, quotes and backslashes,
-    but nothing else, and the whole page has to be UTF-8."""
+    """A local server answers 200 to any name. A label can escape line feeds, quotes and
+    backslashes, but nothing else, and the whole page has to be UTF-8."""
     label = gateway.ModelNames().label(routed(name), True)
     assert len(label) <= 512
     metrics = gateway.Metrics()
@@ -1270,8 +1273,8 @@ def test_a_budget_gives_what_it_has() -> None:
 # 8. Metrics
 # ==================================================================================================
 
-SAMPLE = re.compile(r'[a-z_]+(\{[a-z_]+="([^"\\\n]|\\["\\n])*"(,[a-z_]+="([^"\\\n]|\\["\\n])*")*\})?'
-                    r" -?([0-9.]+(e-?[0-9]+)?|\+Inf)")
+LABEL = r'[a-z_]+="([^"\\\n]|\\["\\n])*"'
+SAMPLE = re.compile(rf"[a-z_]+(\{{{LABEL}(,{LABEL})*\}})? -?[0-9.]+(e-?[0-9]+)?")
 
 
 def sample_record(**values: Any) -> gateway.Record:
@@ -1569,7 +1572,7 @@ def crlf(text: str) -> bytes:
     ("5;a=b;c=\"d e\xff\"|hello|0;x||", "hello", ""),
     ("5 ; a|hello|0||", "hello", ""),
     ("1|a|0|Expires: never|X: ||rest", "a", "rest"),
-    ("000000c|x|0||||\r|0||", "x|0||||\r", ""),
+    ("000000d|x|0||||\r|0||", "x|0||||\r", ""),
 ])
 def test_chunks_are_the_same_however_they_are_cut(wire: str, body: str, rest: str) -> None:
     for pieces in cuts(crlf(wire)):
@@ -1585,16 +1588,26 @@ def test_chunks_are_the_same_however_they_are_cut(wire: str, body: str, rest: st
     "1|a\r|0||", "2|a|0||", "5|hello0||", "1;\na|a|0||",
     "1;a\rb|a|0||", "1;\x00|a|0||",
     # trailers
-    "0|\n", "0|a||", "0|a : b||", "0|a: b| c||", "0|a: b\nc: d||",
+    "0|\n||", "0|a||", "0|a : b||", "0|a: b| c||", "0|a: b\nc: d||",
     "0|a: \x00||", "0|: b||",
-    # cut
+])
+def test_malformed_chunks_are_refused_as_soon_as_they_are_there(wire: str) -> None:
+    for pieces in cuts(crlf(wire)):
+        with pytest.raises(ValueError):
+            list(map(gateway.ChunkedFraming().feed, pieces))
+
+
+@pytest.mark.parametrize("wire", [
     "", "5", "5\r", "5|", "5|hell", "5|hello", "5|hello\r", "5|hello|",
     "5|hello|0", "5|hello|0|", "5|hello|0|\r", "0|a: b|",
 ])
-def test_malformed_chunks_are_refused(wire: str) -> None:
+def test_chunks_that_are_cut_are_no_body(wire: str) -> None:
     for pieces in cuts(crlf(wire)):
+        framing = gateway.ChunkedFraming()
+        assert b"hello".startswith(b"".join(map(framing.feed, pieces)))
+        assert not framing.done
         with pytest.raises(ValueError):
-            framed(gateway.ChunkedFraming(), pieces)
+            framing.end()
 
 
 def outcomes(wire: bytes) -> set[str]:

@@ -19,7 +19,7 @@ from anthropic.types import Message, RawMessageStreamEvent
 from anthropic.types.message_create_params import MessageCreateParams
 from drive import UPSTREAM_KEY
 from pydantic import ValidationError
-from upstream import JSON, Received, Reply, Script, closed, json_reply, parts, sse_reply
+from upstream import JSON, Answer, Received, Reply, closed, json_reply, parts, sse_reply
 
 read_shape = closed(MessageCreateParams)
 read_message = closed(Message)
@@ -352,7 +352,7 @@ def stream(*told: JSON, end: str = "whole") -> Reply:
     return sse_reply(told, end, named=True, **HEADERS)
 
 
-def answer(*content: JSON, stop: str | None = None, **ending: Any) -> Script:
+def answer(*content: JSON, stop: str | None = None, **ending: Any) -> Answer:
     """Answer with these blocks, as a body or as a stream, whichever the request asks for."""
     whole = message(*content, stop=stop, **ending)
     read_message(json.dumps(whole))

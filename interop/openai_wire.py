@@ -13,7 +13,7 @@ from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParams
-from upstream import JSON, Received, Reply, Script, closed, json_reply, parts, sse_reply
+from upstream import JSON, Answer, Received, Reply, closed, json_reply, parts, sse_reply
 
 read_request = closed(CompletionCreateParams)
 read_completion = closed(ChatCompletion)
@@ -156,7 +156,7 @@ def stream(*told: JSON | str, end: str = "whole") -> Reply:
     return sse_reply(told, end, named=False, **HEADERS)
 
 
-def answer(*choices: JSON) -> Script:
+def answer(*choices: JSON) -> Answer:
     """Answer with these choices, as a body or as a stream, whichever the request asks for."""
     whole = completion(*choices)
     read_completion(json.dumps(whole))

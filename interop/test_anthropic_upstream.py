@@ -313,7 +313,7 @@ ANSWERS: dict[str, tuple[list[JSON], JSON, JSON]] = {
         },
     ),
     "server tools": (
-        [*searched("rain?"), wire.text("It rains", "a:", "b:"), wire.text("."), wire.text("!", "c:")],
+        [*searched("?"), wire.text("It rains", "a:", "b:"), wire.text("."), wire.text("!", "c:")],
         {},
         {
             "content": "It rains.!",

@@ -19,7 +19,7 @@ from drive import KEY, LIMITED_KEY, STREAM_MANNERS, UPSTREAM_KEY, Ask, Gateway, 
 from openai import AsyncOpenAI, OpenAI
 from openai_wire import WEATHER, call, choice, user
 from pydantic import BaseModel
-from upstream import JSON, Reply, Upstream, json_reply
+from upstream import JSON, Received, Reply, Upstream, json_reply
 
 # What line splitters break on though JSON allows it, what HTML escapes, what UTF-16 needs two for.
 ODD_TEXT = 'a\u2028b\u2029c\u0085d \\ " </script> 😀 \ufeff e\r\n\tf\x1f'
@@ -94,6 +94,27 @@ def test_a_tool_loop_over_two_turns(ask: Ask, upstream: Upstream) -> None:
     assert told.choices[0].message.content == "Rain in both."
     upstream.take()
     assert upstream.take().json["messages"] == [question, asked, *results]
+
+
+def test_many_at_once_get_each_its_own(gateway: Gateway, upstream: Upstream) -> None:
+    def echo(received: Received) -> Reply:
+        return wire.answer(choice(received.json["messages"][0]["content"]))(received)
+
+    async def ask_all() -> None:
+        async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0) as client:
+
+            async def ask_one(told: str) -> None:
+                ask: Any = {"model": "fast", "messages": [user(told)]}
+                whole = await client.chat.completions.create(**ask)
+                assert whole.choices[0].message.content == told
+                async with client.chat.completions.stream(**ask) as stream:
+                    streamed = await stream.get_final_completion()
+                assert streamed.choices[0].message.content == told
+
+            await asyncio.gather(*(ask_one(f"{number} " * 50) for number in range(100)))
+
+    upstream.script(*[echo] * 200)
+    asyncio.run(ask_all())
 
 
 class Event(BaseModel):
@@ -181,8 +202,9 @@ ERRORS = [
 
 @pytest.mark.parametrize("status, code, raised", ERRORS)
 def test_an_error_of_the_upstream_passes(
-    ask: Ask, upstream: Upstream, status: int, code: str, raised: type[openai.APIStatusError]
+    ask: Ask, gateway: Gateway, upstream: Upstream, status: int, code: str, raised: Any
 ) -> None:
+    grown = gateway.counting()
     reply = wire.error(status, "In its own words.", code, retry_after="7", x_request_id="req_e")
     upstream.script(reply)
     with pytest.raises(raised) as caught:
@@ -190,6 +212,9 @@ def test_an_error_of_the_upstream_passes(
     error, response = caught.value, caught.value.response
     assert (response.content, error.status_code, error.code) == (reply.pieces[0], status, code)
     assert (error.request_id, response.headers["retry-after"]) == ("req_e", "7")
+    gateway.logged(request_id=response.headers["x-gateway-id"], status=status)
+    assert grown("llm_requests_total", status=str(status)) == 1
+    assert grown("llm_provider_errors_total", provider="openai") == 1
 
 
 @pytest.mark.parametrize("status", [401, 402])

@@ -83,8 +83,8 @@ class Reply:
     last_after: threading.Event | None = None  # what the last piece waits for
 
 
-# What a test lays ready: a reply, or a function of the request, for which it is plain or streamed.
-Script = Reply | Callable[[Received], Reply]
+# A function of the request, which may ask for a plain or a streamed answer.
+Answer = Callable[[Received], Reply]
 
 
 class Upstream:
@@ -93,14 +93,14 @@ class Upstream:
     def __init__(self, judges: Mapping[str, Callable[[Received], None]]) -> None:
         self._judges = judges
         self._faults: list[str] = []
-        self._scripts: deque[tuple[Script, bool]] = deque()
+        self._scripts: deque[tuple[Reply | Answer, bool]] = deque()
         self._received: queue.Queue[Received] = queue.Queue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(MAX_WAIT)
 
-    def script(self, *replies: Script, judged: bool = True) -> None:
+    def script(self, *replies: Reply | Answer, judged: bool = True) -> None:
         """Lay answers ready; `judged=False` is for requests that no SDK would send."""
         self._scripts.extend((reply, judged) for reply in replies)
 
