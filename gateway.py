@@ -163,6 +163,11 @@ class ConfigError(Exception):
         super().__init__(f"{where}: {message}" if where else message)
 
 
+def clipped(text: str, limit: int = 128) -> str:
+    """What a message or a log line may quote of a client's text."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 # ==================================================================================================
 # 2. Model
 #
@@ -3770,10 +3775,6 @@ def override_price(price: Optional[Price], alias: Alias) -> Optional[Price]:
     return dataclasses.replace(base, tiers=(), **own)
 
 
-def clipped(text: str, limit: int = 128) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
 class ModelNames:
     """Bounds the `model` label: an alias is its own; another name counts as itself once an
     upstream has answered 200 to it and while fewer than `cap` have, else as "other"."""
@@ -4051,6 +4052,7 @@ SHOW: Dict[type, Callable[[Any], str]] = {
 MAX_CHUNK_LINE_BYTES = 4096
 MAX_CHUNK_WASTE_BYTES = 16 << 10  # extensions and trailers of one body
 MAX_INFLATE_RATIO = 200
+INFLATE_STEP_BYTES = 64 << 10
 FREE_INFLATED_BYTES = 1 << 20  # below it any ratio will do: short JSON repeats itself
 
 FIELD = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n"
@@ -4059,6 +4061,8 @@ REQUEST_HEAD = re.compile(REQUEST_LINE + rb"(?:" + FIELD + rb")*\r\n")
 ANSWER_HEAD = re.compile(rb"HTTP/1\.[01] [1-5][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?\r\n(?:"
                          + FIELD + rb")*\r\n")
 TRAILERS = re.compile(rb"(?:" + FIELD + rb")*\r\n")
+HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=:\[\]%-]*")
+ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*(.*)")
 DIGITS = re.compile(r"[0-9]{1,15}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
@@ -4108,7 +4112,7 @@ def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
         raise GatewayError(431, f"The request has more than {max_fields} header fields.")
     headers = parse_fields(lines)
     is_http10 = version == "HTTP/1.0"
-    if "," in headers.get("host", "" if is_http10 else ","):
+    if not HOST.fullmatch(headers.get("host", "" if is_http10 else ",")):
         raise GatewayError(400, "The request needs exactly one Host.")
     path, _, query = (target if target[0] == "/" else origin_form(target)).partition("?")
     return RequestHead(method, urllib.parse.unquote(path) if "%" in path else path, query,
@@ -4117,7 +4121,8 @@ def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
 
 def origin_form(target: str) -> str:
     """The target without the scheme and host that a client of a proxy puts before it."""
-    return "/" + target.split("://", 1)[1].partition("/")[2] if "://" in target else target
+    found = ABSOLUTE_FORM.fullmatch(target)
+    return "/" + found[1].lstrip("/") if found else target
 
 
 def request_length(headers: Headers, is_http10: bool) -> Optional[int]:
@@ -4225,7 +4230,7 @@ class ChunkedFraming(Framing):
     def _open_chunk(self, data: bytes, at: int) -> int:
         """Reads a size line; returns where the chunk starts."""
         end = data.find(b"\r\n", at)
-        if end < 0:
+        if end < 0 or end - at > MAX_CHUNK_LINE_BYTES:
             return self._keep(data, at, MAX_CHUNK_LINE_BYTES)
         found = CHUNK_LINE.fullmatch(data, at, end)
         size = int(found[1], 16) if found else 1 << 31
@@ -4241,7 +4246,7 @@ class ChunkedFraming(Framing):
     def _end_trailers(self, data: bytes, at: int) -> int:
         """Reads the trailers up to their blank line; returns where the body ends."""
         end = at if data.startswith(b"\r\n", at) else data.find(b"\r\n\r\n", at) + 2
-        if end == 1:  # not found: -1 + 2
+        if end == 1 or end - at > MAX_CHUNK_WASTE_BYTES:  # 1 is not found: -1 + 2
             return self._keep(data, at, MAX_CHUNK_WASTE_BYTES)
         if not TRAILERS.fullmatch(data, at, end + 2):
             raise ValueError("its trailers are malformed")
@@ -4277,66 +4282,62 @@ class TooLarge(ValueError):
 
 
 class Inflater:
-    """Decodes one content coding piece by piece; raises ValueError for bad data and for bombs:
-    more than `limit` bytes, or a ratio that no text has."""
+    """Decodes one content coding piece by piece; raises ValueError for bad data, and TooLarge for
+    bombs: more than `limit` bytes, or a ratio that no text has."""
 
     def __init__(self, coding: str, limit: int) -> None:
-        self._limit = limit
-        self._make = CODINGS[coding]
+        if coding not in CODINGS:
+            raise ValueError(f"its content-encoding {clipped(coding, 20)!r} is unknown")
         self._coding = coding
-        self._decoder = self._make()
+        self._limit = limit
+        self._decoder: Any = None
+        self._start = b""
         self._in = self.size = 0
 
     def feed(self, data: bytes) -> bytes:
-        pieces = []
         self._in += len(data)
-        while data:
-            piece, data = self._step(data)
-            pieces.append(piece)
-            self.size += len(piece)
-            if self.size > self._limit:
-                raise TooLarge("it is too large when decoded")
-            if self.size > max(self._in * MAX_INFLATE_RATIO, FREE_INFLATED_BYTES):
-                raise TooLarge("it is a compression bomb")
+        if self._decoder is None:
+            data = self._start = self._start + data
+            if len(data) < 2:  # it takes two bytes to tell a zlib header
+                return b""
+            self._decoder = CODINGS[self._coding](data)
+        pieces = []
+        try:
+            while data or (self._has_more and not self._decoder.eof):
+                if self._decoder.eof:  # gzip members may follow each other
+                    self._decoder = CODINGS[self._coding](data)
+                pieces.append(self._decoder.decompress(data, INFLATE_STEP_BYTES))
+                data = (self._decoder.unused_data if self._decoder.eof
+                        else getattr(self._decoder, "unconsumed_tail", b""))
+                self._has_more = len(pieces[-1]) == INFLATE_STEP_BYTES
+                self._check_size(len(pieces[-1]))
+        except CODING_ERRORS as error:
+            raise ValueError(f"it is not valid {self._coding}") from error
         return b"".join(pieces)
 
-    def _step(self, data: bytes) -> Tuple[bytes, bytes]:
-        """Decodes 64 KiB at the most; returns that and the input that is left."""
-        try:
-            if self._decoder.eof:  # gzip members may follow each other
-                self._decoder = self._make()
-            piece = self._decoder.decompress(data, 64 << 10)
-        except CODING_ERRORS as error:
-            if self._coding == "deflate" and self.size == 0 and self._make is CODINGS["deflate"]:
-                self._make = raw_deflate  # many senders leave the zlib header out
-                self._decoder = self._make()
-                return b"", data
-            raise ValueError(f"it is not valid {self._coding}") from error
-        if self._decoder.eof:
-            return piece, self._decoder.unused_data
-        return piece, getattr(self._decoder, "unconsumed_tail", b"")
+    _has_more = False  # the last step was as long as a step may be
+
+    def _check_size(self, more: int) -> None:
+        self.size += more
+        if self.size > self._limit:
+            raise TooLarge("it is too large when decoded")
+        if self.size > max(self._in * MAX_INFLATE_RATIO, FREE_INFLATED_BYTES):
+            raise TooLarge("it is a compression bomb")
 
     def end(self) -> None:
-        if not self._decoder.eof:
+        if self._decoder is None or not self._decoder.eof:
             raise ValueError(f"its {self._coding} is cut")
 
 
-def make_inflater(coding: str, limit: int) -> Optional[Inflater]:
-    """None where there is nothing to decode; raises ValueError for an unknown coding."""
-    if coding == "identity":
-        return None
-    if coding not in CODINGS:
-        raise ValueError(f"its content-encoding {clipped(coding, 20)!r} is unknown")
-    return Inflater(coding, limit)
+def open_deflate(start: bytes) -> Any:
+    """Many senders of "deflate" leave the zlib header (RFC 1950) out."""
+    has_header = start[0] & 15 == zlib.DEFLATED and int.from_bytes(start[:2], "big") % 31 == 0
+    return zlib.decompressobj(15 if has_header else -15)
 
 
-def raw_deflate() -> Any:
-    return zlib.decompressobj(-15)
-
-
-CODINGS: Dict[str, Callable[[], Any]] = {
-    "gzip": lambda: zlib.decompressobj(31), "x-gzip": lambda: zlib.decompressobj(31),
-    "deflate": lambda: zlib.decompressobj(15),
+CODINGS: Dict[str, Callable[[bytes], Any]] = {
+    "gzip": lambda start: zlib.decompressobj(31), "x-gzip": lambda start: zlib.decompressobj(31),
+    "deflate": open_deflate,
 }
 CODING_ERRORS: Tuple[Type[Exception], ...] = (zlib.error, EOFError)
 try:
@@ -4344,7 +4345,7 @@ try:
 except ImportError:
     pass
 else:
-    CODINGS["zstd"] = zstd.ZstdDecompressor
+    CODINGS["zstd"] = lambda start: zstd.ZstdDecompressor()
     CODING_ERRORS = (*CODING_ERRORS, zstd.ZstdError)
 
 
@@ -4454,7 +4455,10 @@ def parse_litellm_prices(text: str) -> Dict[str, Price]:
     out, as are the prices of batches and other service tiers. Its names of models of one vendor
     often start with it (`xai/grok-4.3`). Raises ValueError for what is not such a list.
     """
-    rows = json.loads(text, parse_float=Decimal)  # int(3e-08 * 1e15) is 29_999_999
+    try:
+        rows = json.loads(text, parse_float=Decimal)  # int(3e-08 * 1e15) is 29_999_999
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ValueError("a price list is an object that holds an object for each model")
     prices = {}
@@ -4806,9 +4810,13 @@ class Reader(asyncio.StreamReader):
         super().set_exception(exc)  # type: ignore[arg-type,unused-ignore]
         self.wake()
 
+    def waiting(self) -> bytes:
+        """What came and was not read; asyncio has had it under this name since 3.4."""
+        return bytes(getattr(self, "_buffer", b""))
+
     def has_bare_head(self) -> bool:
         """Whether what waits here ends a head with bare LFs, which `readuntil` would never find."""
-        waiting = bytes(getattr(self, "_buffer", b""))
+        waiting = self.waiting()
         return b"\n\n" in waiting or b"\n\r\n" in waiting.replace(b"\r\n\r\n", b"")
 
     async def until_woken(self) -> None:
@@ -4834,6 +4842,7 @@ class Connection:
         self.deadline = self.final = FOREVER
         self.phase = ""  # the timeout that `deadline` stands for
         self.renewal = 0.0  # seconds that each piece of data adds; 0 where none does
+        self.is_held = False  # no deadline runs but `final`
         self._seen = 0
 
     def expect(self, phase: str, now: float, seconds: float, renews: bool = False) -> None:
@@ -4843,6 +4852,9 @@ class Connection:
         self.renewal = seconds if renews else 0.0
 
     def is_late(self, now: float) -> bool:
+        if self.is_held:
+            self._seen = -1  # the next look after it renews the deadline
+            return now >= self.final
         if self.renewal and self.reader.fed != self._seen:
             self._seen = self.reader.fed
             self.deadline = now + self.renewal
@@ -4860,7 +4872,7 @@ class Connection:
         socket is asked, since the loop may not yet have seen what the kernel has."""
         if self.reader.at_eof() or self.reader.exception() or self.writer.is_closing():
             return False
-        return not self._poll.poll(0)
+        return not self.reader.waiting() and not self._poll.poll(0)
 
     def close(self) -> None:
         self.writer.transport.abort()
@@ -4877,12 +4889,12 @@ class Answer:
         self._inflater: Optional[Inflater] = None
         self._late: List[bytes] = []  # came while nobody wanted more
         self._wants_more = False
-        self._is_held = False
         self._error: Optional[BaseException] = None
         try:
             self.framing = answer_framing(head)
-            if "content-encoding" in head.headers:
-                self._inflater = make_inflater(head.headers["content-encoding"].lower(), max_bytes)
+            coding = head.headers.get("content-encoding", "identity").lower()
+            if coding != "identity":
+                self._inflater = Inflater(coding, max_bytes)
         except ValueError as error:
             raise unusable(error) from error
         self.is_persistent = not (head.is_http10 or isinstance(self.framing, CloseFraming)
@@ -4930,6 +4942,7 @@ class Answer:
         if self._wants_more and reader.sink is None and not self._error:
             self._on_data(await self._read_buffered())
             reader.sink = self._on_data
+        self._error = self._error or reader.exception()
         while self._wants_more and not self._error and not reader.at_eof():
             await reader.until_woken()
             self._error = self._error or reader.exception()
@@ -4977,13 +4990,12 @@ class Answer:
     def hold(self) -> None:
         """Stops reading until the next `pump`; what the client takes its time for is no fault of
         the provider's."""
-        self._is_held = True
+        self.connection.is_held = True
         self.connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        self.connection.deadline = FOREVER
 
     def _resume(self) -> None:
-        if self._is_held:
-            self._is_held = False
+        if self.connection.is_held:
+            self.connection.is_held = False
             self.connection.writer.transport.resume_reading()  # type: ignore[attr-defined]
 
     def settle(self, data: bytes) -> bool:
@@ -4997,6 +5009,7 @@ class Answer:
     def can_be_reused(self) -> bool:
         return (self.is_persistent and self.framing.done and not self.framing.rest
                 and not self._error and not self.connection.reader.at_eof()
+                and not self.connection.reader.waiting()
                 and not self.connection.writer.transport.get_write_buffer_size())
 
     def take_late(self) -> List[bytes]:
@@ -5569,6 +5582,10 @@ class Gateway:
                 stream.first = stream.end()
             if stream.failure:
                 raise as_refusal(stream.failure)
+        except GatewayError:
+            stream.close()
+            exchange.usage, exchange.usage_from = None, "none"  # nothing was generated
+            raise
         except BaseException:
             stream.close()
             raise
@@ -5585,7 +5602,7 @@ class Gateway:
         exchange.status, exchange.provider_error = status, error_label(status)
         exchange.error = f"The provider answered {status}."
         if not is_json_object(body):
-            words = body[:200].decode("utf-8", "replace")
+            words = mask(body, route.provider)[:200].decode("utf-8", "replace")
             error = GatewayError(status, f"The provider answered {status}: {words}")
             body = dialect.render_error(error, exchange.id)
             fields = [JSON_TYPE, *((name, value) for name, value in answer_fields(answer)
@@ -5708,7 +5725,7 @@ class ProviderStream(Stream):
 
     def feed_first(self, piece: bytes) -> bool:
         self.first += self.feed(piece)
-        return not self.first and not self.ended
+        return not self.ended and COMMENTS.fullmatch(self.first) is not None
 
     def note_first_content(self) -> None:
         now = self._gateway.clock()
@@ -5720,6 +5737,7 @@ class ProviderStream(Stream):
         return self._dialect.render_stream_error(error, self._exchange.id)
 
     def note_failure(self, error: GatewayError) -> None:
+        error.message = mask_text(error.message, self._route.provider)
         self.failure = error
         self.ended = True
         self._exchange.fail(error)
@@ -5763,8 +5781,9 @@ class PassedStream(ProviderStream):
         return out
 
     def end(self) -> bytes:
-        rest = self._cutter.rest()
-        out = self._watched(rest + b"\n\n") if rest else b""
+        rest = self._cutter.rest()  # an event without its blank line counts where it is whole
+        data = parse_event(rest).data.strip()
+        out = self._watched(rest + b"\n\n") if data == b"[DONE]" or is_json_object(data) else b""
         if not self.ended:
             out += self._watch.end()
             if self._watch.failure:
@@ -5802,8 +5821,8 @@ class TranslatedStream(ProviderStream):
                         self.note_first_content()
                     out.append(self._renderer.feed(said))
         except GatewayError as error:
-            error.message = mask(error.message.encode(), self._route.provider).decode()
             if not any(out) and not self._has_spoken:
+                error.message = mask_text(error.message, self._route.provider)
                 raise
             out.append(self.fail(error))
         self.ended = self._parser.ended or self.ended
@@ -5948,6 +5967,10 @@ def mask(body: bytes, provider: Provider) -> bytes:
     return body.replace(key, b"***") if key else body
 
 
+def mask_text(text: str, provider: Provider) -> str:
+    return text.replace(provider.api_key, "***") if provider.api_key else text
+
+
 def is_json_object(body: bytes) -> bool:
     try:
         return isinstance(json.loads(body), dict)
@@ -6051,6 +6074,7 @@ class Client:
         self.task = asyncio.current_task()
         self.exchange: Optional[Exchange] = None  # while one is open
         self.has_left = False
+        self.lingers = False  # the client may still be sending
         self.deadline = FOREVER
         self.phase = ""
         self.renewal = 0.0
@@ -6129,6 +6153,7 @@ class BodyReader:
         self._head = head
         self._is_read = head.length == 0
         self._taken = 0
+        self._is_begun = False
 
     async def read(self) -> bytes:
         """The whole body, decoded. Raises GatewayError 400, 408, 413, 415, 503."""
@@ -6145,6 +6170,7 @@ class BodyReader:
         client.expect("body", server.clock(), server.timeouts.body, renews=True)
         if "100-continue" in headers.get("expect", "").lower():
             client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._is_begun = True
         body = await self._read_raw()
         self._is_read = True
         client.expect("answer", 0.0, FOREVER)
@@ -6214,7 +6240,7 @@ class BodyReader:
     @property
     def can_be_skipped(self) -> bool:
         """Whether another request may follow: what was not read is little, and surely comes."""
-        return self._is_read or (self._head.length is not None and not self._taken
+        return self._is_read or (self._head.length is not None and not self._is_begun
                                  and self._head.length <= SMALL_REST_BYTES
                                  and "expect" not in self._head.headers)
 
@@ -6266,7 +6292,7 @@ class Server:
                 while await self.serve_request(client):
                     pass
             await self.close(client)
-        except (ConnectionError, GatewayError, ClientLeft, asyncio.IncompleteReadError,
+        except (OSError, GatewayError, ClientLeft, asyncio.IncompleteReadError,
                 asyncio.CancelledError):
             pass  # the client left; a task that ends cancelled would print noise before 3.12
         finally:
@@ -6289,7 +6315,9 @@ class Server:
         try:
             response = await self._app.handle(exchange, Request(head, body.read))
             body.give_back()
-            stays = head.keeps_alive and not self.is_draining and body.can_be_skipped
+            stays = (head.keeps_alive and not self.is_draining and body.can_be_skipped
+                     and not (head.is_http10 and response.stream))
+            client.lingers = not body.can_be_skipped
             await self.write_response(client, head, response, stays)
         except (ConnectionError, ClientLeft, asyncio.CancelledError):
             exchange.status, exchange.error = 499, "The client left."
@@ -6300,7 +6328,7 @@ class Server:
             self._app.record(exchange)
         if stays:
             await body.skip()
-        return stays and not client.transport.is_closing()
+        return stays and not self.is_draining and not client.transport.is_closing()
 
     async def read_head(self, client: Client) -> Optional[bytes]:
         """A request's head, or None where the client is done. Raises GatewayError 400, 408, 431."""
@@ -6320,6 +6348,7 @@ class Server:
 
     async def refuse(self, client: Client, error: GatewayError) -> None:
         """Answers what is no request, or one too many; the connection closes after it."""
+        client.lingers = True
         exchange = Exchange(self._new_id(), self.clock())
         head = RequestHead("", "", "", False, {}, 0)
         try:
@@ -6332,7 +6361,7 @@ class Server:
         kernel answer with a reset, and the client lose what it has not read."""
         client.transport.set_write_buffer_limits(0)
         await client.writer.drain()
-        if client.transport.can_write_eof() and not client.transport.is_closing():
+        if client.lingers and not client.transport.is_closing():
             client.transport.write_eof()
             client.expect("linger", self.clock(), LINGER_SECONDS)
             while await client.reader.read(MAX_READ_BYTES):
@@ -6381,7 +6410,8 @@ class Server:
             is_full = client.transport.get_write_buffer_size() > HIGH_WATER_BYTES
             return not (stream.ended or is_full or client.transport.is_closing())
 
-        fields.append(("transfer-encoding", "chunked") if is_chunked else ("connection", "close"))
+        if is_chunked:
+            fields.append(("transfer-encoding", "chunked"))
         try:
             client.write(render_head(status, fields) + framed(stream.first))
             stream.first = b""
@@ -6715,7 +6745,7 @@ async def serve_demo(listen: str, log: Log) -> None:
         sock = open_socket(parse_listen("127.0.0.1:0"))
     port = sock.getsockname()[1]
     config = parse_config(demo_config(upstream_socket.getsockname()[1], f"127.0.0.1:{port}"),
-                          "-demo", {}, read_text)
+                          "-demo", {}, str)
     await serve(config, PriceLists(parse_prices(PRICES), {}), sock, log,
                 lambda: print(DEMO_HINT.format(port=port, key=DEMO_KEY), flush=True))
 
