@@ -942,6 +942,14 @@ class Dialect:
     """One wire format, read from both ends: `parse_` from the wire, `render_` to it."""
 
     name = ""
+    keepalive = b""  # what says no more than that a stream is alive
+
+    def error_event(self, body: bytes) -> bytes:
+        """An error's body as an event of a stream."""
+        return sse(body)
+
+    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
+        return self.error_event(self.render_error(error, request_id))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         """A client's request. Raises GatewayError(400) naming the field."""
@@ -975,9 +983,6 @@ class Dialect:
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         raise NotImplementedError
 
-    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
-        raise NotImplementedError
-
     def parse_error(self, wire: object, status: int) -> GatewayError:
         """The provider's error object as ours, its words kept."""
         return read_error(wire, status)
@@ -1009,6 +1014,7 @@ class ChatCompletions(Dialect):
     """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
 
     name = "chat"
+    keepalive = b": keep-alive\n\n"
 
     # ---- requests ----
 
@@ -1134,9 +1140,6 @@ class ChatCompletions(Dialect):
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         return dump_json({"error": {"message": error.message, "type": error.type,
                                     "param": error.param, "code": error.code}})
-
-    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
-        return sse(self.render_error(error, request_id))
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
         """The `usage` object; its counts hold the cached and the reasoning parts already."""
@@ -1990,6 +1993,7 @@ class Messages(Dialect):
     """Anthropic's Messages (docs.claude.com/en/api/messages)."""
 
     name = "messages"
+    keepalive = sse(b'{"type":"ping"}', "ping")
 
     # ---- requests ----
 
@@ -2086,8 +2090,8 @@ class Messages(Dialect):
             "type": MESSAGES_ERRORS.get(error.status, "invalid_request_error" if error.status < 500
                                         else "api_error"), "message": error.message}})
 
-    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
-        return sse(self.render_error(error, request_id), "error")
+    def error_event(self, body: bytes) -> bytes:
+        return sse(body, "error")
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
         """Its input_tokens leave out what the cache served and stored; ours count the whole
@@ -3308,6 +3312,8 @@ class Config:
     log: str = setting(one_of("text", "json"), "the access log's form", "text")
     log_headers: Tuple[str, ...] = setting(list_of(TEXT), "request headers to log", ())
     log_probes: bool = setting(FLAG, "log good answers to /health and /metrics too", False)
+    sse_keepalive: float = setting(OPTIONAL_SECONDS, "silence after which a stream is kept alive",
+                                   15.0)
     prices: str = setting(OPTIONAL_TEXT, "a price file in LiteLLM's format", "")
     warnings: Tuple[str, ...] = ()
 
@@ -5348,6 +5354,7 @@ class Response:
         self.fields = list(fields)
         self.body = body
         self.stream = stream
+        self.event = b""  # an error's body as an event, for a client that was promised a stream
 
 
 class Exchange(Record):
@@ -5365,6 +5372,8 @@ class Exchange(Record):
     bytes_out = 0
     waited = 0.0  # seconds, for the client's body and the provider
     logged_headers: Sequence[Tuple[str, str]] = ()
+    keepalive = b""  # what the server writes into a stream after so many seconds of silence
+    keepalive_seconds = 0.0
 
     def __init__(self, id_: str, started: float) -> None:
         self.id = id_
@@ -5426,16 +5435,18 @@ class Gateway:
             self.log.crash(error)
             return self.refuse(exchange, GatewayError(500, "The gateway failed."), dialect)
         exchange.status = exchange.status or response.status
-        return self.signed(exchange, response)
+        return self.signed(exchange, response, dialect)
 
     def refuse(self, exchange: Exchange, error: GatewayError,
                dialect: Dialect = DIALECTS["chat"]) -> Response:
         exchange.fail(error)
         return self.signed(exchange, Response(error.status, [JSON_TYPE, *error.headers],
-                                              dialect.render_error(error, exchange.id)))
+                                              dialect.render_error(error, exchange.id)), dialect)
 
-    def signed(self, exchange: Exchange, response: Response) -> Response:
+    def signed(self, exchange: Exchange, response: Response, dialect: Dialect) -> Response:
         """The response with the ids that a client may name when it asks what went wrong."""
+        if exchange.is_stream and response.stream is None:
+            response.event = dialect.error_event(response.body)
         exchange.overhead = self.clock() - exchange.started - exchange.waited
         response.fields += [("x-request-id", exchange.upstream_id or exchange.id),
                             ("x-gateway-id", exchange.id)]
@@ -5451,6 +5462,9 @@ class Gateway:
             raise GatewayError(403, "This API key may not use the requested model.", "model",
                                "model_not_allowed")
         route = exchange.route = self.router.resolve(model)  # 404
+        if exchange.is_stream:
+            exchange.keepalive = dialect.keepalive
+            exchange.keepalive_seconds = self.config.sse_keepalive
         if dialect.name in route.provider.row.paths:
             return await self.pass_through(exchange, request, dialect, route, body)
         return await self.translate(exchange, request, dialect, route, body,
@@ -6078,8 +6092,11 @@ class Client:
         self.deadline = FOREVER
         self.phase = ""
         self.renewal = 0.0
+        self.head: Optional[RequestHead] = None
+        self.is_committed = False  # a stream's head went out before its handler was done
         self.consumed = 0  # bytes taken from the reader
         self.written = 0
+        self._quiet_since = (-1, 0.0)  # bytes written by then, and when that was seen
         self._seen = 0
         self._sent = 0
         self._write_deadline = FOREVER
@@ -6091,6 +6108,15 @@ class Client:
     def write(self, data: bytes) -> None:
         self.written += len(data)
         self.transport.write(data)
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether a stream needs a sign of life."""
+        exchange = self.exchange
+        if exchange is None or not exchange.keepalive or not exchange.keepalive_seconds:
+            return False
+        if self._quiet_since[0] != self.written or self.transport.get_write_buffer_size():
+            self._quiet_since = (self.written, now)
+        return now - self._quiet_since[1] >= exchange.keepalive_seconds
 
     def sweep(self, now: float, timeouts: Timeouts) -> None:
         """Ends what waits too long."""
@@ -6311,6 +6337,7 @@ class Server:
             return False
         client.expect("answer", 0.0, FOREVER)
         client.exchange = exchange = Exchange(self._new_id(), self.clock())
+        client.head, client.is_committed, client._quiet_since = head, False, (-1, 0.0)
         body = BodyReader(self, client, head)
         try:
             response = await self._app.handle(exchange, Request(head, body.read))
@@ -6380,6 +6407,9 @@ class Server:
         try:
             if response.stream is not None:
                 await self.write_stream(client, head, response.status, fields, response.stream)
+            elif client.is_committed:
+                client.write(response.event if head.is_http10 else
+                             render_chunk(response.event) + LAST_CHUNK)
             else:
                 fields.append(("content-length", str(len(response.body))))
                 data = render_head(response.status, fields)
@@ -6391,6 +6421,20 @@ class Server:
         finally:
             if client.exchange is not None:
                 client.exchange.bytes_out = client.written - before
+
+    def write_keepalive(self, client: Client) -> None:
+        """A sign of life in a stream that is silent, which commits its 200 if it has to."""
+        exchange, head = client.exchange, client.head
+        if exchange is None or head is None:
+            return
+        if not client.is_committed:
+            client.is_committed = True
+            fields = [("date", self.date()), ("content-type", "text/event-stream"),
+                      ("x-request-id", exchange.id), ("x-gateway-id", exchange.id),
+                      ("connection", "close") if head.is_http10 else
+                      ("transfer-encoding", "chunked")]
+            client.write(render_head(200, fields))
+        client.write(exchange.keepalive if head.is_http10 else render_chunk(exchange.keepalive))
 
     async def write_stream(self, client: Client, head: RequestHead, status: int,
                            fields: List[Tuple[str, str]], stream: Stream) -> None:
@@ -6413,7 +6457,9 @@ class Server:
         if is_chunked:
             fields.append(("transfer-encoding", "chunked"))
         try:
-            client.write(render_head(status, fields) + framed(stream.first))
+            opening = b"" if client.is_committed else render_head(status, fields)
+            client.is_committed = True
+            client.write(opening + framed(stream.first))
             stream.first = b""
             while not stream.ended:
                 if is_full:
@@ -6449,6 +6495,8 @@ class Server:
         now = self.clock()
         for client in list(self._clients):
             client.sweep(now, self.timeouts)
+            if client.is_quiet(now):
+                self.write_keepalive(client)
         others(now)
 
     async def drain(self) -> None:
