@@ -5594,7 +5594,7 @@ class Gateway:
             await stream.answer.pump(stream.feed_first)
             if not stream.first and not stream.ended:
                 stream.first = stream.end()
-            if stream.failure:
+            if stream.failure and exchange.ttft is None:  # else what was said goes out before it
                 raise as_refusal(stream.failure)
         except GatewayError:
             stream.close()

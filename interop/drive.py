@@ -35,6 +35,7 @@ class Gateway:
         file.write_text(json.dumps({"listen": "127.0.0.1:0", "log": "json", **config}))
         self._stderr = folder / "stderr"
         self._lines: list[JSON] = []
+        self._has_ended = False
         self._news = threading.Condition()
         command = [sys.executable, str(PROGRAM), "-config", str(file)]
         with self._stderr.open("wb") as stderr:
@@ -52,6 +53,9 @@ class Gateway:
             with self._news:
                 self._lines.append(json.loads(line))
                 self._news.notify_all()
+        with self._news:
+            self._has_ended = True
+            self._news.notify_all()
 
     def logged(self, nth: int = 1, **wanted: Any) -> JSON:
         """Return the first, or nth, line of the log with these values, waiting for it."""
@@ -60,7 +64,8 @@ class Gateway:
             return [line for line in self._lines if wanted.items() <= line.items()][nth - 1 : nth]
 
         with self._news:
-            lines = self._news.wait_for(found, MAX_WAIT)
+            self._news.wait_for(lambda: found() or self._has_ended, MAX_WAIT)
+            lines = found()
             assert lines, f"no {wanted} in {self._lines[-5:]}\n{self._stderr.read_text()}"
             return lines[0]
 

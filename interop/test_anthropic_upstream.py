@@ -53,6 +53,10 @@ def system(content: Any) -> JSON:
     return {"role": "system", "content": content}
 
 
+def said(content: Any) -> JSON:
+    return {"role": "assistant", "content": content}
+
+
 def file(name: str, data: str) -> JSON:
     return {"type": "file", "file": {"filename": name, "file_data": data}}
 
@@ -135,6 +139,11 @@ ASKS: dict[str, tuple[str, JSON, JSON]] = {
                 )
             ]
         },
+    ),
+    "prefill": (
+        OLD,
+        {"messages": [user("Hi"), said([text("He "), text(" ")])]},
+        {"messages": [user([text("Hi")]), said([text("He")])]},
     ),
     "cache marks": (OLD, {"messages": [user(CACHED)]}, {"messages": [user(CACHED)]}),
     "tools": (
@@ -375,7 +384,7 @@ def test_parse_reads_structured_output(ask: Ask, upstream: Upstream, model: str)
     assert upstream.take().json["output_config"]["format"]["type"] == "json_schema"
 
 
-FIRST = [thinking("Two things."), wire.text("I look."), *BERN]
+FIRST = [thinking("Two things."), redacted(), wire.text("I look."), *BERN]
 SECOND = [thinking("Once more."), tool_use("toolu_3", "get_weather", city="Chur")]
 
 
@@ -393,12 +402,15 @@ def test_a_tool_loop_with_thinking(
         messages.append(known if forgets else message)
         ids = [each.id for each in message.tool_calls]
         messages += [{"role": "tool", "tool_call_id": each, "content": each} for each in ids]
+        messages.append(user("And now?"))
     assert message.content == "Sun."
     _, second, third = (spelled_out(upstream.take().json)["messages"] for _ in range(3))
-    kept = [each for each in FIRST if each["type"] != "thinking" or not forgets]
-    assert [each["type"] for each in second[1]["content"]] == [each["type"] for each in kept]
-    results = [(each["tool_use_id"], each["content"]) for each in second[2]["content"]]
-    assert results == [("toolu_1", [text("toolu_1")]), ("toolu_2", [text("toolu_2")])]
+    kept = [each["type"] for each in FIRST if each["type"] not in wire.THINKING or not forgets]
+    assert [each["type"] for each in second[1]["content"]] == kept
+    *results, last = second[2]["content"]
+    assert [each["tool_use_id"] for each in results] == ["toolu_1", "toolu_2"]
+    assert [each["content"] for each in results] == [[text("toolu_1")], [text("toolu_2")]]
+    assert last == text("And now?")
     assert third[:3] == second, "what was said is said in the same words again"
 
 
@@ -443,7 +455,7 @@ REFUSED: dict[str, tuple[str, JSON]] = {
     "n": ("n", {"n": 2}),
     "logprobs": ("logprobs", {"logprobs": True}),
     "modalities": ("modalities", {"modalities": ["text", "audio"]}),
-    "audio": ("messages", {"messages": [user([AUDIO])]}),
+    "audio": ("input_audio", {"messages": [user([AUDIO])]}),
     "stored file": ("messages", {"messages": [user([STORED])]}),
     "arguments": ("messages", {"messages": [user("a"), {**HISTORY[1], "tool_calls": [BROKEN]}]}),
 }
