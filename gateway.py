@@ -2941,6 +2941,8 @@ class Kind(NamedTuple):
 
 
 BEARER = ("authorization", "Bearer {}")
+# With our key these choose whose account is charged, which is the config's to say.
+WHO_PAYS = frozenset(["openai-organization", "openai-project"])
 CHAT_ONLY = {"chat": "/chat/completions"}
 # The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
@@ -3006,7 +3008,7 @@ def find_caps(kind: Kind, model: str) -> Caps:
 MIN_KEY_CHARACTERS = 16
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-VARIABLE = re.compile(r"\$\$(?=[{A-Za-z_])|\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
+VARIABLE = re.compile(r"\$\$(?=[{A-Za-z_])|\$\{([^}]*)(\}|$)|\$([A-Za-z_][A-Za-z0-9_]*)")
 COMMENT_LINE = re.compile(r"^[ \t]*(#|//).*$", re.MULTILINE)
 
 
@@ -3021,6 +3023,9 @@ class Problems:
     def error(self, path: str, message: str) -> None:
         self.errors.append(f"{self.where}: {path}: {message}" if path
                            else f"{self.where}: {message}")
+
+    def has_error(self, path: str) -> bool:
+        return any(error.startswith(f"{self.where}: {path}: ") for error in self.errors)
 
     def warn(self, path: str, message: str) -> None:
         self.warnings.append(f"warning: {self.where}: {path}: {message}")
@@ -3037,14 +3042,21 @@ def shown(value: object) -> str:
     return names.get(type(value), repr(value))
 
 
+class Broken(str):
+    """Stands for a value that has an error already, so that no second one is told of it."""
+
+
 def scalar(expected: str, accepts: Callable[[Any], bool],
            convert: Callable[[Any], Any] = lambda value: value) -> Read:
     """A reader of one plain value."""
     def read(value: Any, path: str, problems: Problems) -> Any:
+        if isinstance(value, Broken):
+            return value
         if accepts(value):
             return convert(value)
-        problems.error(path, f"must be {expected}, not {shown(value)}")
-        return None
+        what = "this one" if isinstance(value, str) and "string" in expected else shown(value)
+        problems.error(path, f"must be {expected}, not {what}")
+        return Broken("?")
     return read
 
 
@@ -3059,6 +3071,8 @@ def is_clean(value: object) -> bool:
 TEXT = scalar("a non-empty string without control characters", is_clean)
 OPTIONAL_TEXT = scalar("a string without control characters",
                        lambda value: value == "" or is_clean(value))
+HEADER_TEXT = scalar("a string of ASCII without control characters",
+                     lambda value: value == "" or is_clean(value) and value.isascii())
 FLAG = scalar("true or false", lambda value: isinstance(value, bool))
 SIZE = scalar("a whole number above 0",
               lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0)
@@ -3099,11 +3113,11 @@ def map_of(read_item: Read) -> Read:
 
 def read_headers(value: Any, path: str, problems: Problems) -> Any:
     """Header fields: names are tokens, values free of control characters."""
-    fields = map_of(OPTIONAL_TEXT)(value, path, problems)
+    fields = map_of(HEADER_TEXT)(value, path, problems)
     for name in fields:
         if not TOKEN.fullmatch(name):
             problems.error(path, f"{name!r} is not a header name")
-    return tuple((name.lower(), text) for name, text in fields.items() if text is not None)
+    return tuple((name.lower(), text) for name, text in fields.items())
 
 
 def read_json_object(value: Any, path: str, problems: Problems) -> Any:
@@ -3114,6 +3128,26 @@ def read_json_object(value: Any, path: str, problems: Problems) -> Any:
     return None
 
 
+def check_keys_known(value: JSON, known: Iterable[str], path: str, problems: Problems) -> None:
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(key, list(known), 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
+            problems.error(join(path, key), f"unknown key; {hint}")
+
+
+def some_of(readers: Mapping[str, Read]) -> Read:
+    """An object with some of these keys; what is left out is left to others."""
+    def read(value: Any, path: str, problems: Problems) -> Any:
+        if not isinstance(value, dict):
+            problems.error(path, f"must be an object, not {shown(value)}")
+            return {}
+        check_keys_known(value, readers, path, problems)
+        return {name: readers[name](item, join(path, name), problems)
+                for name, item in value.items() if name in readers and item is not None}
+    return read
+
+
 def table_of(shape: Type[Any]) -> Read:
     """An object with the fields of a dataclass."""
     def read(value: Any, path: str, problems: Problems) -> Any:
@@ -3121,11 +3155,7 @@ def table_of(shape: Type[Any]) -> Read:
             problems.error(path, f"must be an object, not {shown(value)}")
             return None
         fields = {f.name: f for f in dataclasses.fields(shape) if f.metadata}
-        for key in value:
-            if key not in fields:
-                near = difflib.get_close_matches(key, fields, 1, 0.5)
-                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(fields)
-                problems.error(join(path, key), f"unknown key; {hint}")
+        check_keys_known(value, fields, path, problems)
         got = {}
         for name, known in fields.items():
             if value.get(name) is not None:
@@ -3144,6 +3174,8 @@ def setting(read: Read, about: str, default: Any = None, *, required: bool = Fal
             secret: bool = False) -> Any:
     """A field of a config dataclass, and all that is known of it."""
     metadata = {"read": read, "about": about, "required": required}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -3177,29 +3209,26 @@ class Timeouts:
     write: float = setting(SECONDS, "a write to a client without progress", 60.0)
 
 
+PROVIDER_TIMEOUTS: Dict[str, Read] = {"connect": SECONDS, "first_token": SECONDS, "idle": SECONDS,
+                                      "total": OPTIONAL_SECONDS}
+CAPS: Dict[str, Read] = {
+    "sampling": one_of("both", "one", "none"),
+    "thinking": one_of("budget", "both", "adaptive", "none"), "can_disable_thinking": FLAG,
+    "efforts": list_of(one_of(*ALL_EFFORTS)), "forced_tools": one_of("yes", "refused", "auto"),
+    "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE}
+
+
 @dataclass(frozen=True)
-class ProviderTimeouts:
-    """The four deadlines towards one provider, where they differ from `timeouts`."""
+class Tuning:
+    """What may be said of a provider and, over it, of an alias."""
 
-    connect: Optional[float] = setting(SECONDS, "TCP and TLS to the provider")
-    first_token: Optional[float] = setting(SECONDS, "until a stream's first content")
-    idle: Optional[float] = setting(SECONDS, "between bytes of an answer")
-    total: Optional[float] = setting(OPTIONAL_SECONDS, "for a whole answer")
-
-
-@dataclass(frozen=True)
-class CapsChange:
-    """What a model takes, where the built-in table is wrong about it."""
-
-    sampling: Optional[str] = setting(one_of("both", "one", "none"), "temperature and top_p")
-    thinking: Optional[str] = setting(one_of("budget", "both", "adaptive", "none"), "its form")
-    can_disable_thinking: Optional[bool] = setting(FLAG, "whether it may be turned off")
-    efforts: Optional[Tuple[str, ...]] = setting(list_of(one_of(*ALL_EFFORTS)), "its levels")
-    forced_tools: Optional[str] = setting(one_of("yes", "refused", "auto"),
-                                          '"auto" asks for no more where a tool is forced')
-    mid_system: Optional[bool] = setting(FLAG, "system messages after the first turn")
-    json_schema: Optional[bool] = setting(FLAG, "structured output")
-    max_output: Optional[int] = setting(SIZE, "tokens that it may answer")
+    timeouts: JSON = setting(some_of(PROVIDER_TIMEOUTS), "deadlines of its own", {})
+    default_max_tokens: Optional[int] = setting(SIZE, "where a client sets no cap and must")
+    max_output_tokens: Optional[int] = setting(SIZE, "a ceiling for the cap that clients set")
+    caps: JSON = setting(some_of(CAPS), "what its models take, where the table is wrong", {})
+    set: JSON = setting(read_json_object, "body fields to set", {})
+    drop: Tuple[str, ...] = setting(list_of(TEXT), "body fields to leave out", ())
+    rename: Dict[str, str] = setting(map_of(TEXT), "body fields to rename", {})
 
 
 class Origin(NamedTuple):
@@ -3211,23 +3240,15 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(Tuning):
     """A configured upstream."""
 
-    api_key: str = setting(OPTIONAL_TEXT, "the provider's key", "", secret=True)
-    base_url: str = setting(TEXT, "where it is, with the API's version segment", "")
+    api_key: str = setting(HEADER_TEXT, "the provider's key", "", secret=True)
+    base_url: str = setting(HEADER_TEXT, "where it is, with the API's version segment", "")
     kind: str = setting(one_of(*KINDS), "what it speaks; by default what its name says", "")
     headers: Tuple[Tuple[str, str], ...] = setting(read_headers, "sent with every request", (),
                                                    secret=True)
-    timeouts: ProviderTimeouts = setting(table_of(ProviderTimeouts), "deadlines of its own",
-                                         ProviderTimeouts())
     done: bool = setting(FLAG, "whether its streams end in [DONE]", True)
-    default_max_tokens: Optional[int] = setting(SIZE, "where a client sets no cap and must")
-    max_output_tokens: Optional[int] = setting(SIZE, "a ceiling for the cap that clients set")
-    caps: CapsChange = setting(table_of(CapsChange), "what its models take", CapsChange())
-    set: Dict[str, Any] = setting(read_json_object, "body fields to set")
-    drop: Tuple[str, ...] = setting(list_of(TEXT), "body fields to leave out", ())
-    rename: Dict[str, str] = setting(map_of(TEXT), "body fields to rename")
     name: str = ""
     deadlines: Timeouts = Timeouts()
 
@@ -3247,7 +3268,7 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class Alias:
+class Alias(Tuning):
     """A model's name of the house's own, and what it stands for."""
 
     provider: str = setting(TEXT, "a name from `providers`", required=True)
@@ -3256,15 +3277,7 @@ class Alias:
     cost_per_million_output: Optional[float] = setting(PRICE, "dollars per million output tokens")
     cost_per_million_cache_read: Optional[float] = setting(PRICE, "... of it read from a cache")
     cost_per_million_cache_write: Optional[float] = setting(PRICE, "... of it written to a cache")
-    timeouts: ProviderTimeouts = setting(table_of(ProviderTimeouts), "deadlines of its own",
-                                         ProviderTimeouts())
     strict: bool = setting(FLAG, "400 for what the provider's wire cannot say", False)
-    default_max_tokens: Optional[int] = setting(SIZE, "where a client sets no cap and must")
-    max_output_tokens: Optional[int] = setting(SIZE, "a ceiling for the cap that clients set")
-    caps: CapsChange = setting(table_of(CapsChange), "what its models take", CapsChange())
-    set: Dict[str, Any] = setting(read_json_object, "body fields to set")
-    drop: Tuple[str, ...] = setting(list_of(TEXT), "body fields to leave out", ())
-    rename: Dict[str, str] = setting(map_of(TEXT), "body fields to rename")
 
 
 @dataclass(frozen=True)
@@ -3282,7 +3295,10 @@ class Rule:
 
 
 def is_date(value: object) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", value))
+    found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", value) if isinstance(value, str) else None
+    if not found or not 1 <= int(found[2]) <= 12 or int(found[1]) < 1970:
+        return False
+    return 1 <= int(found[3]) <= calendar.monthrange(int(found[1]), int(found[2]))[1]
 
 
 @dataclass(frozen=True)
@@ -3303,10 +3319,12 @@ class Config:
     """A whole config file."""
 
     listen: str = setting(TEXT, '":8080", "host:port", "[::1]:8080" or "unix:/path"', ":8080")
-    providers: Dict[str, Provider] = setting(map_of(table_of(Provider)), "by name", required=True)
-    models: Dict[str, Alias] = setting(map_of(table_of(Alias)), "aliases by name")
+    providers: Dict[str, Provider] = setting(map_of(table_of(Provider)), "by name", {},
+                                              required=True)
+    models: Dict[str, Alias] = setting(map_of(table_of(Alias)), "aliases by name", {})
     routing: Tuple[Rule, ...] = setting(list_of(table_of(Rule)), "rules for other names", ())
-    api_keys: Tuple[ApiKey, ...] = setting(list_of(table_of(ApiKey)), "who may call", required=True)
+    api_keys: Tuple[ApiKey, ...] = setting(list_of(table_of(ApiKey)), "who may call", (),
+                                            required=True)
     limits: Limits = setting(table_of(Limits), "bounds", Limits())
     timeouts: Timeouts = setting(table_of(Timeouts), "deadlines", Timeouts())
     log: str = setting(one_of("text", "json"), "the access log's form", "text")
@@ -3333,50 +3351,66 @@ def expand(tree: Any, env: Mapping[str, str], read_file: Callable[[str], str], p
     if not isinstance(tree, str) or "$" not in tree:
         return tree
 
+    broken = False
+
     def value_of(found: re.Match[str]) -> str:
-        braced, bare = found.groups()
-        if bare:
-            problems.error(path, f"write ${{{bare}}} for the environment variable, or $${bare} for "
-                                 "the text itself")
+        nonlocal broken
+        try:
+            return variable_value(found, env, read_file)
+        except ValueError as error:
+            problems.error(path, str(error))
+            broken = True
             return ""
-        if braced is None:
-            return "$"
-        name, has_default, default = braced.partition(":-")
-        if braced.startswith("file:"):
-            return read_secret(braced[5:], read_file, path, problems)
-        if env.get(name) or (name in env and not has_default):
-            return env[name]
-        if not has_default:
-            problems.error(path, f"environment variable {name} is not set; set it, or write "
-                                 f"${{{name}:-}} if it may be empty")
-        return default
 
-    return VARIABLE.sub(value_of, tree)
+    text = VARIABLE.sub(value_of, tree)
+    return Broken("?") if broken else text
 
 
-def read_secret(name: str, read_file: Callable[[str], str], path: str, problems: Problems) -> str:
+def variable_value(found: re.Match[str], env: Mapping[str, str],
+                   read_file: Callable[[str], str]) -> str:
+    """What stands in a variable's place; raises ValueError that says how to mend it."""
+    braced, end, bare = found.groups()
+    if bare:
+        raise ValueError(f"write ${{{bare}}} for the environment variable, or $${bare} for the "
+                         "text itself")
+    if braced is None:
+        return "$"
+    if not end:
+        raise ValueError("'${' is not closed by '}'; write $${ for the text itself")
+    if braced.startswith("file:"):
+        return read_secret(braced[5:], read_file)
+    name, has_default, default = braced.partition(":-")
+    if env.get(name) or (name in env and not has_default):
+        return env[name]
+    if not has_default:
+        raise ValueError(f"environment variable {name} is not set; set it, or write ${{{name}:-}} "
+                         "if it may be empty")
+    return default
+
+
+def read_secret(name: str, read_file: Callable[[str], str]) -> str:
     try:
         return read_file(name).rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        problems.error(path, f"cannot read {name}: {reason}")
-        return ""
+        raise ValueError(f"cannot read {name}: {reason}") from error
 
 
 def parse_config(text: str, where: str, env: Mapping[str, str],
                  read_file: Callable[[str], str]) -> Config:
     """A config file's text, checked as a whole; raises ConfigError with every problem."""
     problems = Problems(where)
-    tree = parse_config_json(text, problems)
-    if not problems.errors:
-        tree = expand(tree, env, read_file, "", problems)
-    broken = len(problems.errors)
     config: Optional[Config] = None
-    if tree is not None:
+    try:
+        tree = parse_config_json(text, problems)
+        tree = expand(tree, env, read_file, "", problems)
         config = table_of(Config)(tree, "", problems)
-    if config is not None:
-        config = settle(config, problems)
-    del broken
+        if config is not None:
+            config = settle(config, problems)
+    except RecursionError:
+        problems.error("", "nested too deeply")
+    except ValueError as error:
+        problems.error("", str(error))
     if problems.errors or config is None:
         raise ConfigError("", "\n".join(problems.errors + problems.warnings))
     return dataclasses.replace(config, warnings=tuple(problems.warnings))
@@ -3388,52 +3422,58 @@ YAML_HINT = ("this looks like YAML, and the config is JSON; convert it once: "
 
 
 def parse_config_json(text: str, problems: Problems) -> Any:
-    """The JSON tree, its comment lines left blank so that line numbers stay right."""
+    """The JSON tree, its comment lines left blank so that line numbers stay right. Raises
+    ValueError or RecursionError."""
     def unique(pairs: List[Tuple[str, Any]]) -> JSON:
-        for key, times in ((key, [name for name, _ in pairs].count(key)) for key in dict(pairs)):
-            if times > 1:
-                problems.error("", f"key {key!r} stands twice in one object")
-        return dict(pairs)
+        tree = dict(pairs)
+        if len(tree) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            problems.error("", f"key {twice!r} stands twice in one object")
+        return tree
 
     plain = COMMENT_LINE.sub("", text)
     try:
         return json.loads(plain, object_pairs_hook=unique, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         if not plain.lstrip().startswith(("{", "[", "\ufeff")) and ":" in plain:
-            problems.error("", YAML_HINT.format(problems.where))
-        else:
-            problems.error("", f"line {error.lineno}, column {error.colno}: {error.msg}")
-    except (ValueError, RecursionError) as error:
-        problems.error("", str(error) if isinstance(error, ValueError) else "nested too deeply")
-    return None
+            raise ValueError(YAML_HINT.format(problems.where)) from error
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
 
 
 def settle(config: Config, problems: Problems) -> Config:
     """What one field cannot say alone: names that must fit, addresses, keys that must differ."""
     try:
-        parse_listen(config.listen)
+        if not isinstance(config.listen, Broken):
+            parse_listen(config.listen)
     except ValueError as error:
         problems.error("listen", str(error))
     providers = {name: settled for name, settled in (
         (name, settle_provider(name, provider, config.timeouts, problems))
         for name, provider in config.providers.items() if provider is not None)
         if settled is not None}
-    for alias, model in (config.models or {}).items():
-        if model is not None and model.provider not in config.providers:
+    for alias, model in config.models.items():
+        if model is not None and not is_known(model.provider, config):
             problems.error(f"models.{alias}.provider",
                            unknown_provider(model.provider, config.providers))
     for i, rule in enumerate(config.routing):
-        if rule.provider and rule.provider not in config.providers:
+        if not is_known(rule.provider, config):
             problems.warn(f"routing[{i}].provider",
                           unknown_provider(rule.provider, config.providers))
         if [rule.prefix is not None, rule.match is not None, rule.default].count(True) != 1:
             problems.error(f"routing[{i}]", 'needs one of "prefix", "match" and "default": true')
     check_keys(config.api_keys, problems)
     for i, name in enumerate(config.log_headers):
-        if not TOKEN.fullmatch(name) or name.lower() in SECRET_HEADERS:
+        if not isinstance(name, Broken) and (not TOKEN.fullmatch(name)
+                                             or name.lower() in SECRET_HEADERS):
             problems.error(f"log_headers[{i}]", "is no header name, or one that carries secrets")
-    models = {alias: model for alias, model in (config.models or {}).items() if model is not None}
+    models = {alias: model for alias, model in config.models.items() if model is not None}
     return dataclasses.replace(config, providers=providers, models=models)
+
+
+def is_known(provider: Optional[str], config: Config) -> bool:
+    """Also true of a name that has an error already."""
+    return provider is None or isinstance(provider, Broken) or provider in config.providers
 
 
 SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-api-key",
@@ -3450,20 +3490,22 @@ def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
     """The provider with its kind, address and deadlines filled in."""
     path = f"providers.{name}"
     kind = provider.kind or name
+    if isinstance(kind, Broken):
+        return None
     row = KINDS.get(kind)
     if not TOKEN.fullmatch(name):
         problems.error(path, "a provider's name is made of letters, digits and -_.")
     if row is None:
-        problems.error(f"{path}.kind", f"is missing, and {name!r} is no known kind; set it to "
-                                       '"openai-compatible" and give base_url (known: '
-                                       + ", ".join(KINDS) + ")")
+        problems.error(f"{path}.kind", f"is missing, and {name!r} is no known kind; set it, and "
+                                       "give base_url (known: " + ", ".join(KINDS) + ")")
         return None
     base_url = provider.base_url or row.base_url
     if base_url is None:
         problems.error(f"{path}.base_url", f"is missing; kind {kind!r} has no address of its own")
         return None
     try:
-        base_url = settle_base_url(base_url, row.version)
+        if not isinstance(base_url, Broken):
+            base_url = settle_base_url(base_url, row.version)
     except ValueError as error:
         problems.error(f"{path}.base_url", str(error))
     settled = dataclasses.replace(provider, name=name, kind=kind, base_url=base_url,
@@ -3474,9 +3516,8 @@ def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
     return settled
 
 
-def merge_timeouts(timeouts: Timeouts, own: ProviderTimeouts) -> Timeouts:
-    given = {name: value for name, value in dataclasses.asdict(own).items() if value is not None}
-    return dataclasses.replace(timeouts, **given)
+def merge_timeouts(timeouts: Timeouts, own: JSON) -> Timeouts:
+    return dataclasses.replace(timeouts, **own)
 
 
 def settle_base_url(url: str, version: str) -> str:
@@ -3496,7 +3537,7 @@ def settle_base_url(url: str, version: str) -> str:
 def check_keys(keys: Sequence[ApiKey], problems: Problems) -> None:
     first: Dict[str, int] = {}
     for i, entry in enumerate(keys):
-        if entry.key is None:
+        if entry.key is None or isinstance(entry.key, Broken):
             continue
         if len(entry.key) < MIN_KEY_CHARACTERS:
             problems.error(f"api_keys[{i}].key", f"is shorter than {MIN_KEY_CHARACTERS} characters")
@@ -3505,7 +3546,7 @@ def check_keys(keys: Sequence[ApiKey], problems: Problems) -> None:
         if entry.key in first:
             problems.error(f"api_keys[{i}].key", f"is the key of api_keys[{first[entry.key]}] too")
         first.setdefault(entry.key, i)
-    if not keys:
+    if not keys and not problems.has_error("api_keys"):
         problems.warn("api_keys", "is empty: nobody may call")
 
 
@@ -3703,9 +3744,9 @@ def put_path(body: JSON, path: str, value: Any) -> None:
 def make_edits(provider: Provider, alias: Optional[Alias]) -> Edits:
     """The provider's edits, and over them the alias's."""
     given = [entry for entry in (provider, alias) if entry is not None]
-    return Edits({key: value for entry in given for key, value in (entry.set or {}).items()},
+    return Edits({key: value for entry in given for key, value in entry.set.items()},
                  tuple(name for entry in given for name in entry.drop),
-                 {old: new for entry in given for old, new in (entry.rename or {}).items()})
+                 {old: new for entry in given for old, new in entry.rename.items()})
 
 
 def make_target(provider: Provider, model: str, alias: Optional[Alias]) -> Target:
@@ -3714,8 +3755,7 @@ def make_target(provider: Provider, model: str, alias: Optional[Alias]) -> Targe
     default, ceiling = 8192, None
     for entry in (provider, alias):
         if entry is not None:
-            changes = {name: value for name, value in vars(entry.caps).items() if value is not None}
-            caps = dataclasses.replace(caps, **changes)
+            caps = dataclasses.replace(caps, **entry.caps)
             default = entry.default_max_tokens or default
             ceiling = entry.max_output_tokens or ceiling
     return Target(model, caps, default, ceiling)
@@ -3731,6 +3771,7 @@ class Router:
         self._aliases = {name: self._alias_route(name, alias)
                          for name, alias in config.models.items()
                          if alias.provider in self._providers}
+        self._off = set(config.models).difference(self._aliases)
         self._rules = [rule for rule in config.routing if rule.provider in self._providers]
 
     def _alias_route(self, name: str, alias: Alias) -> Route:
@@ -3747,11 +3788,11 @@ class Router:
         route = self._aliases.get(model)
         if route is not None:
             return route
-        name, slash, rest = model.partition("/")
+        name, slash, rest = ("", "", "") if model in self._off else model.partition("/")
         if slash and rest and name in self._providers:
             return self._rule_route(name, rest)
         for rule in self._rules:
-            if rule.fits(model):
+            if model not in self._off and rule.fits(model):
                 return self._rule_route(rule.provider, model)
         raise GatewayError(404, f"The model {clipped(model)!r} does not exist.", "model",
                            "model_not_found")
@@ -3781,6 +3822,9 @@ def override_price(price: Optional[Price], alias: Alias) -> Optional[Price]:
     return dataclasses.replace(base, tiers=(), **own)
 
 
+PLAIN_MODEL = re.compile(r"[!-~]{1,128}")
+
+
 class ModelNames:
     """Bounds the `model` label: an alias is its own; another name counts as itself once an
     upstream has answered 200 to it and while fewer than `cap` have, else as "other"."""
@@ -3792,7 +3836,7 @@ class ModelNames:
     def label(self, route: Route, answered: bool) -> str:
         if route.alias is not None:
             return route.alias
-        if answered and len(self._known) < self._cap:
+        if answered and len(self._known) < self._cap and PLAIN_MODEL.fullmatch(route.model):
             self._known.add(route.model)
         return route.model if route.model in self._known else "other"
 
@@ -4372,10 +4416,10 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 # What a client's request keeps to itself (credentials, cookies, what only this hop means), and
-# what of a provider's answer stays here. Who pays is the config's to say, hence openai-*.
+# what of a provider's answer stays here.
 REQUEST_ONLY_HERE = HOP_BY_HOP | SECRET_HEADERS | frozenset([
     "host", "content-length", "content-encoding", "accept-encoding", "expect", "origin",
-    "forwarded", "openai-organization", "openai-project"])
+    "forwarded"]) | WHO_PAYS
 PREFIXES_ONLY_HERE = ("sec-", "x-forwarded-", "x-gateway-")
 ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
     "content-length", "content-encoding", "set-cookie", "alt-svc", "server", "date",
@@ -6634,6 +6678,17 @@ def demo_config(upstream_port: int, listen: str) -> str:
     }).decode()
 
 
+DEMO_HINT = """
+Try it from another terminal:
+
+  curl -N http://127.0.0.1:{port}/v1/chat/completions -H 'Authorization: Bearer {key}' \\
+    -H 'Content-Type: application/json' \\
+    -d '{{"model": "gpt-demo", "stream": true, "messages": [{{"role": "user", "content": "Hi!"}}]}}'
+
+  curl http://127.0.0.1:{port}/metrics
+"""
+
+
 # ==================================================================================================
 # 15. Page
 #
@@ -6798,17 +6853,6 @@ async def serve_demo(listen: str, log: Log) -> None:
                 lambda: print(DEMO_HINT.format(port=port, key=DEMO_KEY), flush=True))
 
 
-DEMO_HINT = """
-Try it from another terminal:
-
-  curl -N http://127.0.0.1:{port}/v1/chat/completions -H 'Authorization: Bearer {key}' \\
-    -H 'Content-Type: application/json' \\
-    -d '{{"model": "gpt-demo", "stream": true, "messages": [{{"role": "user", "content": "Hi!"}}]}}'
-
-  curl http://127.0.0.1:{port}/metrics
-"""
-
-
 # ==================================================================================================
 # 17. Command line
 # ==================================================================================================
@@ -6958,9 +7002,12 @@ def command_health(named: str) -> int:
     """Reads `listen` alone, so that it needs none of the config's secrets."""
     path = find_config(named)
     problems = Problems(path)
-    tree = parse_config_json(read_config_text(path), problems)
-    listen = tree.get("listen", ":8080") if isinstance(tree, dict) else None
-    listen = expand(listen, os.environ, read_text, "listen", problems)
+    try:
+        tree = parse_config_json(read_config_text(path), problems)
+        listen = tree.get("listen", ":8080") if isinstance(tree, dict) else None
+        listen = expand(listen, os.environ, read_text, "listen", problems)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(path, str(error)) from error
     if problems.errors or not isinstance(listen, str):
         raise ConfigError("", "\n".join(problems.errors) or f"{path}: must be an object")
     try:

@@ -8,7 +8,9 @@ from typing import Any, Dict
 JSON = Dict[str, Any]
 
 VIRTUAL_KEY = "vk-bench-0123456789abcdef"
-MODEL = "gpt-5.2"
+UPSTREAM_KEY = "sk-upstream-bench-0123456789"
+MODELS = {"openai": "gpt-5.2", "anthropic": "claude-sonnet-4-6"}
+MODEL, CLAUDE = MODELS.values()
 PROMPT_TOKENS, COMPLETION_TOKENS = 187, 48
 # Stands once in every event that a client must see, and nowhere else: one byte cannot be split
 # between two reads, so counting it counts events, without a parser that costs as much as the proxy.
@@ -46,10 +48,10 @@ USAGE: JSON = {
 SENTENCE = "The committee reads the report, asks what it costs, and writes down who does what. "
 
 
-def request_body(stream: bool, prompt: str = SENTENCE * 9) -> bytes:
+def request_body(stream: bool, prompt: str = SENTENCE * 9, model: str = MODEL) -> bytes:
     """A chat request of about 1 kB. Like most clients it does not ask for the stream's usage."""
     body: JSON = {
-        "model": MODEL,
+        "model": model,
         "stream": stream,
         "messages": [
             {"role": "system", "content": "You are a helpful assistant. Answer in one paragraph."},
@@ -58,6 +60,25 @@ def request_body(stream: bool, prompt: str = SENTENCE * 9) -> bytes:
         "temperature": 0.2,
         "max_completion_tokens": 512,
     }
+    return json.dumps(body, ensure_ascii=False).encode()
+
+
+def conversation(model: str) -> bytes:
+    """What an agent sends after 200 turns: 1 MB of questions, calls, their results and answers."""
+    messages: list[JSON] = []
+    for turn in range(50):
+        call = {"id": f"call_{turn}", "type": "function", "function": {
+            "name": "read_file", "arguments": json.dumps({"path": "/src", "why": SENTENCE * 50})}}
+        messages += [
+            {"role": "user", "content": "Größe? " + SENTENCE * 64},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": "1\t# …\n" + SENTENCE * 64},
+            {"role": "assistant", "content": SENTENCE * 64},
+        ]
+    parameters = {"type": "object", "properties": {"path": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "read_file", "parameters": parameters}}
+    messages.append({"role": "user", "content": "Go on."})
+    body: JSON = {"model": model, "tools": [tool], "messages": messages}
     return json.dumps(body, ensure_ascii=False).encode()
 
 
@@ -82,6 +103,38 @@ def stream_events(count: int) -> list[bytes]:
     usage: JSON = {**_common("chat.completion.chunk"), "choices": [], "usage": USAGE}
     texts = [json.dumps(event, separators=(",", ":")) for event in [*marked, usage]]
     return [b"data: %s\n\n" % text.encode() for text in [*texts, "[DONE]"]]
+
+
+def message_body() -> bytes:
+    """An answer of about 1 kB as Anthropic spells it."""
+    content = [{"type": "text", "text": SENTENCE * 8}]
+    return json.dumps(_message(content, "end_turn", COMPLETION_TOKENS)).encode()
+
+
+def message_events(count: int) -> list[bytes]:
+    """What comes to `count` events in a client's chat stream, all but two of them marked."""
+    words = [MARK.decode() + word for word in (SENTENCE * (count // 15 + 1)).split(" ")]
+    usage = {"output_tokens": COMPLETION_TOKENS}
+    events: list[JSON] = [
+        {"type": "message_start", "message": _message([], None, 1)},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "ping"},
+        *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+          for word in words[: count - 2]),
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
+        {"type": "message_stop"},
+    ]  # fmt: skip
+    texts = [(event["type"], json.dumps(event, separators=(",", ":"))) for event in events]
+    return [f"event: {name}\ndata: {text}\n\n".encode() for name, text in texts]
+
+
+def _message(content: list[JSON], stop: str | None, output_tokens: int) -> JSON:
+    usage = {"input_tokens": PROMPT_TOKENS, "cache_creation_input_tokens": 0,
+             "cache_read_input_tokens": 0, "output_tokens": output_tokens}  # fmt: skip
+    identity = {"id": "msg_01XFDUDYJgAACzvnptvVoYEL", "type": "message", "role": "assistant"}
+    ending = {"stop_reason": stop, "stop_sequence": None, "usage": usage}
+    return {**identity, "model": CLAUDE, "content": content, **ending}
 
 
 def _common(kind: str) -> JSON:

@@ -68,11 +68,12 @@ class Bench:
         return smoke if self.smoke else full
 
     @contextlib.contextmanager
-    def side_by_side(self, upstream: Process, base: str, stream: bool) -> Iterator[list[Process]]:
-        """nginx and the gateway in front of the same upstream."""
-        url = f"http://127.0.0.1:{upstream.port}{base}"
-        with running(servers.nginx_proxy(self.home, upstream, base, stream)) as nginx:
-            with running(self.build.gateway(url), "/health") as gateway:
+    def side_by_side(self, upstream: Process, path: str, provider: str = "openai",
+                     own_path: str = "") -> Iterator[list[Process]]:  # fmt: skip
+        """nginx in front of a path of the upstream's, and the gateway, of that or its own one."""
+        url = f"http://127.0.0.1:{upstream.port}{own_path or path}"
+        with running(servers.nginx_proxy(self.home, upstream, path)) as nginx:
+            with running(self.build.gateway({provider: url}), "/health") as gateway:
                 yield [nginx, gateway]
 
     def compare(self, what: str, bar: float, unit: str, pair: list[Process],
@@ -93,34 +94,68 @@ class Bench:
         detail = f"{gateway:.1f} us, nginx {nginx:.1f}; {spread}"
         return Row(f"{what}, CPU per {unit}", statistics.median(ratios), bar, "x nginx", detail)
 
+    def flood(self, what: str, bar: float, pair: list[Process], body: bytes) -> Row:
+        """Compares what one request costs under as many as can be."""
+
+        def work(server: Process) -> int:
+            return load.wrk(server, body, self.home, self.pick(3, 1))
+
+        return self.compare(what, bar, "request", pair, work)
+
 
 def chat(bench: Bench) -> Iterator[Row]:
     """Plain completions of 1 kB."""
     body = canned.request_body(stream=False)
-
-    def work(server: Process) -> int:
-        return load.wrk(server, body, bench.home, bench.pick(3, 1))
-
     with running(servers.canned_upstream(bench.home)) as upstream:
-        with bench.side_by_side(upstream, "/chat/v1", stream=False) as pair:
+        with bench.side_by_side(upstream, "/chat.json/v1") as pair:
             for server in pair:
                 if load.post(server, body) != canned.chat_body():
                     raise WrongAnswer(f"{server.name} changed the answer's bytes")
-            yield bench.compare("chat", 5, "request", pair, work)
+            yield bench.flood("chat", 5, pair, body)
 
 
 def stream(bench: Bench) -> Iterator[Row]:
     """50 events as fast as they go."""
     body = canned.request_body(stream=True)
-
-    def work(server: Process) -> int:
-        return load.wrk(server, body, bench.home, bench.pick(3, 1))
-
     with running(servers.canned_upstream(bench.home)) as upstream:
-        with bench.side_by_side(upstream, "/stream/v1", stream=True) as pair:
+        with bench.side_by_side(upstream, "/chat.sse/v1") as pair:
             for server in pair:
                 load.streams(server, body, 1, 50)
-            yield bench.compare("stream of 50 events, unpaced", 2.5, "request", pair, work)
+            yield bench.flood("stream of 50 events, unpaced", 2.5, pair, body)
+
+
+def translated(bench: Bench) -> Iterator[Row]:
+    """The same to Anthropic, beside nginx that passes OpenAI's: what translation adds."""
+    with running(servers.canned_upstream(bench.home)) as upstream:
+        paths = "/chat.json/v1", "anthropic", "/message.json/v1"
+        body = canned.request_body(False, model=canned.CLAUDE)
+        with bench.side_by_side(upstream, *paths) as pair:
+            if canned.SENTENCE * 8 not in load.post(pair[1], body).decode():
+                raise WrongAnswer("the gateway lost the answer's text")
+            yield bench.flood("chat to Anthropic", 8, pair, body)
+        paths = "/chat.sse/v1", "anthropic", "/message.sse/v1"
+        body = canned.request_body(True, model=canned.CLAUDE)
+        with bench.side_by_side(upstream, *paths) as pair:
+            load.streams(pair[1], body, 1, 48)
+            yield bench.flood("stream of 50 events to Anthropic, unpaced", 5, pair, body)
+
+
+def long_conversation(bench: Bench) -> Iterator[Row]:
+    """What an agent sends again with each turn."""
+    count = bench.pick(30, 2)
+    with running(servers.canned_upstream(bench.home)) as upstream:
+        root = f"http://127.0.0.1:{upstream.port}"
+        urls = {"openai": f"{root}/chat.json/v1", "anthropic": f"{root}/message.json/v1"}
+        with running(bench.build.gateway(urls), "/health") as gateway:
+            costs: dict[str, list[int]] = {name: [] for name in urls}
+            for _ in range(count):
+                for name, model in canned.MODELS.items():
+                    body, before = canned.conversation(model), gateway.cpu_ns()
+                    load.post(gateway, body)
+                    costs[name].append(gateway.cpu_ns() - before)
+    passed, whole = (statistics.median(costs[name]) / 1e6 for name in urls)
+    what = f"a conversation of 200 turns and {len(body) / 1e6:.1f} MB, CPU to translate it"
+    yield Row(what, whole - passed, 30, "ms", f"{whole:.1f} ms, less {passed:.1f} to pass it")
 
 
 def paced(bench: Bench) -> Iterator[Row]:
@@ -132,7 +167,7 @@ def paced(bench: Bench) -> Iterator[Row]:
         return load.streams(server, body, count, events).events
 
     with running(servers.paced_upstream(bench.home, events)) as upstream:
-        with bench.side_by_side(upstream, "/v1", stream=True) as pair:
+        with bench.side_by_side(upstream, "/v1") as pair:
             yield bench.compare(f"{count} streams, an event each 20 ms", 3, "event", pair, work)
 
 
@@ -147,7 +182,7 @@ def _crowd(bench: Bench, scheme: str, bar: float) -> Row:
     pem = servers.make_certificate(bench.home) if scheme == "https" else None
     with running(servers.paced_upstream(bench.home, events, pem)) as upstream:
         url = f"{scheme}://127.0.0.1:{upstream.port}/v1"
-        with running(bench.build.gateway(url, ca=pem), "/health") as gateway:
+        with running(bench.build.gateway({"openai": url}, ca=pem), "/health") as gateway:
             began = time.monotonic()
             seen = load.streams(gateway, canned.request_body(stream=True), count, events)
             seconds, peak = time.monotonic() - began, gateway.peak_kb() / MB
@@ -174,7 +209,7 @@ def idle(bench: Bench) -> Iterator[Row]:
     for how, script, bar in (("from bytecode", False, 26), ("as a script", True, 36)):
         seconds, memory = [], []
         for _ in range(bench.pick(9, 1)):
-            gateway = bench.build.gateway(None, script=script)
+            gateway = bench.build.gateway({}, script=script)
             with running(gateway, "/health"):
                 seconds.append(gateway.ready_seconds)
                 memory.append(gateway.rss_kb() / MB)
@@ -186,7 +221,7 @@ def idle(bench: Bench) -> Iterator[Row]:
 def connections(bench: Bench) -> Iterator[Row]:
     """Idle kept-alive clients."""
     count = bench.pick(2000, 50)
-    with running(bench.build.gateway(None), "/health") as gateway:
+    with running(bench.build.gateway({}), "/health") as gateway:
         before = gateway.rss_kb()
         clients = load.idle_connections(gateway, count)
         each = (gateway.rss_kb() - before) / count
@@ -203,7 +238,7 @@ def large_body(bench: Bench) -> Iterator[Row]:
     large = canned.request_body(True, canned.SENTENCE * (size // len(canned.SENTENCE)))
     with running(servers.paced_upstream(bench.home, 2)) as upstream:
         url = f"http://127.0.0.1:{upstream.port}/v1"
-        with running(bench.build.gateway(url), "/health") as gateway:
+        with running(bench.build.gateway({"openai": url}), "/health") as gateway:
             load.post(gateway, canned.request_body(stream=True))
             before = gateway.rss_kb()
             gateway.reset_peak()
@@ -217,7 +252,7 @@ def large_body(bench: Bench) -> Iterator[Row]:
 
 # A new row is yielded by a scenario; a new scenario is a function and its name here.
 SCENARIOS: list[Callable[[Bench], Iterator[Row]]] = [
-    chat, stream, paced, crowd, idle, connections, large_body,
+    chat, stream, translated, long_conversation, paced, crowd, idle, connections, large_body,
 ]  # fmt: skip
 
 

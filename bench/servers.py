@@ -37,7 +37,7 @@ http {
   access_log off; keepalive_requests 100000000; keepalive_timeout 300;
   client_body_temp_path %(dir)s/body; proxy_temp_path %(dir)s/proxy;
   fastcgi_temp_path %(dir)s/f; uwsgi_temp_path %(dir)s/u; scgi_temp_path %(dir)s/s;
-  types { application/json json; text/event-stream sse; }
+  client_max_body_size 0; types { application/json json; text/event-stream sse; }
   %(http)s
 }
 """
@@ -47,9 +47,8 @@ CANNED_CONF = """
   %(headers)s
   server {
     listen 127.0.0.1:%(port)d backlog=4096; root %(dir)s;
-    location /chat/ { error_page 405 =200 /chat.json; return 405; }
-    location /stream/ { error_page 405 =200 /stream.sse; return 405; }
-    location = /stream.sse { ssi on; ssi_types text/event-stream; }
+    location ~ ^/(.*)/v1/ { error_page 405 =200 /$1; return 405; }
+    location ~ [.]sse$ { ssi on; ssi_types text/event-stream; }
   }
 """
 PROXY_CONF = """
@@ -66,7 +65,8 @@ PROXY_CONF = """
 class Process:
     """A server that answers on 127.0.0.1:port, and what /proc says about it."""
 
-    def __init__(self, name: str, port: int, argv: list[str], home: Path, **extra: Any) -> None:
+    def __init__(self, name: str, port: int, argv: list[str], home: Path,
+                 stdout: int = subprocess.DEVNULL, **extra: Any) -> None:  # fmt: skip
         self.name, self.port = name, port
         self.path = "/v1/chat/completions"
         self.ready_seconds = 0.0
@@ -74,8 +74,7 @@ class Process:
         self.started = time.monotonic()
         with self.errors.open("wb") as stderr:
             self.popen = subprocess.Popen(
-                argv, cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=stderr, **extra,
+                argv, cwd=home, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, **extra
             )  # fmt: skip
         self.proc = Path(f"/proc/{self.popen.pid}")
 
@@ -160,18 +159,20 @@ def free_port() -> int:
 
 
 def canned_upstream(home: Path) -> Process:
-    """nginx that answers /chat/* with a completion and /stream/* with 50 events, unpaced."""
+    """nginx that answers whatever is posted below /NAME/v1/ with the file of that name."""
     root = home / "upstream"
     root.mkdir(exist_ok=True)
     (root / "chat.json").write_bytes(canned.chat_body())
-    (root / "stream.sse").write_bytes(b"".join(canned.stream_events(50)))
+    (root / "chat.sse").write_bytes(b"".join(canned.stream_events(50)))
+    (root / "message.json").write_bytes(canned.message_body())
+    (root / "message.sse").write_bytes(b"".join(canned.message_events(50)))
     headers = [f'add_header {k} "{v}";' for k, v in canned.ANSWER_HEADERS.items()]
     return _nginx("upstream", home, CANNED_CONF, headers=" ".join(headers))
 
 
-def nginx_proxy(home: Path, upstream: Process, base: str, stream: bool) -> Process:
+def nginx_proxy(home: Path, upstream: Process, base: str) -> Process:
     """The yardstick: nginx in front of `upstream`, whose paths start with `base`."""
-    buffering = "off" if stream else "on"
+    buffering = "on" if "json" in base else "off"
     address = f"127.0.0.1:{upstream.port}"
     proxy = _nginx("nginx", home, PROXY_CONF, upstream=address, buffering=buffering)
     proxy.path = f"{base}/chat/completions"
@@ -217,21 +218,20 @@ class Build:
         compiled = str(home / "gateway.pyc")  # alone in its directory: no source beside it
         subprocess.run([python, "-c", code, str(GATEWAY), compiled], check=True)
 
-    def gateway(self, base_url: str | None, ca: Path | None = None, script: bool = False
-                ) -> Process:  # fmt: skip
-        """The gateway in front of `base_url`, or, idle, of the provider's own address."""
+    def gateway(self, urls: Mapping[str, str], ca: Path | None = None, script: bool = False,
+                stdout: int = subprocess.DEVNULL, **settings: Any) -> Process:  # fmt: skip
+        """The gateway in front of these base URLs by provider, with more settings of its config."""
         port = free_port()
-        provider = {"api_key": "sk-upstream-bench-0123456789"}
-        if base_url:
-            provider["base_url"] = base_url
         config = {
             "listen": f"127.0.0.1:{port}",
-            "providers": {"openai": provider},
-            "models": {canned.MODEL: {"provider": "openai", "model": canned.MODEL}},
+            "providers": {name: {"api_key": canned.UPSTREAM_KEY, "base_url": url}
+                          for name, url in urls.items()},
+            "models": {canned.MODELS[name]: {"provider": name} for name in urls},
             "api_keys": [{"key": canned.VIRTUAL_KEY, "app": "bench", "allowed_models": ["*"]}],
-        }
+            **settings,
+        }  # fmt: skip
         (self.home / "config.json").write_text(json.dumps(config, indent=2))
         argv = [self.python, *([str(GATEWAY)] if script else ["-m", "gateway"])]
         env = {**os.environ, **({"SSL_CERT_FILE": str(ca)} if ca else {})}
         argv += ["-config", str(self.home / "config.json")]
-        return Process("gateway", port, argv, self.home, env=env)
+        return Process("gateway", port, argv, self.home, stdout=stdout, env=env)
