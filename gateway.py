@@ -232,14 +232,6 @@ def utf8(text: str) -> bytes:
                        for c in text).encode()
 
 
-class Member(NamedTuple):
-    """A top-level member of a JSON object: its value, and the value's span in the text."""
-
-    value: Any
-    start: int
-    end: int
-
-
 class Body:
     """A JSON object as it came, whose top-level values can be replaced one by one.
 
@@ -251,7 +243,8 @@ class Body:
         self.body = body
         try:
             text = body.decode()
-            self.members = in_bytes(text, scan_members(text))
+            self._tree, spans = scan_members(text)
+            self._spans = in_bytes(text, spans)
         except UnicodeDecodeError as error:
             raise GatewayError(400, "The body is not valid UTF-8.") from error
         except RecursionError as error:
@@ -260,11 +253,10 @@ class Body:
             raise GatewayError(400, f"The body is not a JSON object: {error}.") from error
 
     def get(self, key: str) -> Any:
-        member = self.members.get(key)
-        return None if member is None else member.value
+        return self._tree.get(key)
 
     def tree(self) -> JSON:
-        return {key: member.value for key, member in self.members.items()}
+        return self._tree
 
     def with_values(self, values: Mapping[str, object]) -> bytes:
         """The body with these top-level values put in place, or at the end where they are new."""
@@ -273,58 +265,57 @@ class Body:
         body = memoryview(self.body)  # slices of it are no copies
         pieces: List[Union[bytes, memoryview]] = []
         at = 0
-        for key, member in self.members.items():
+        for key, (start, end) in self._spans.items():
             if key in values:
-                pieces += [body[at:member.start], dump_json(values[key])]
-                at = member.end
-        new = {key: value for key, value in values.items() if key not in self.members}
+                pieces += [body[at:start], dump_json(values[key])]
+                at = end
+        new = {key: value for key, value in values.items() if key not in self._spans}
         if new:
             brace = self.body.rindex(b"}")
-            pieces += [body[at:brace], b"," if self.members else b"", dump_json(new)[1:-1]]
+            pieces += [body[at:brace], b"," if self._spans else b"", dump_json(new)[1:-1]]
             at = brace
         return b"".join([*pieces, body[at:]])
 
 
-OPENING = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\})?[ \t\n\r]*")
-KEY = re.compile(r'("(?:[^"\\\x00-\x1f]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
-AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+Spans = Dict[str, Tuple[int, int]]  # where the values of an object's members start and end
+SPACE = r"[ \t\n\r]*"
+KEY = rf'"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"{SPACE}:'
+FIRST_KEY = re.compile(rf"{SPACE}\{{{SPACE}(?:{KEY}|\}}){SPACE}")
+NEXT_KEY = re.compile(rf"{SPACE}(?:,{SPACE}{KEY}|\}}){SPACE}")
 
 
-def scan_members(text: str) -> Dict[str, Member]:
-    """The members of the JSON object in `text`; raises ValueError or RecursionError."""
-    members: Dict[str, Member] = {}
-    found = OPENING.match(text)
-    if not found:
-        raise ValueError("it does not start with '{'")
-    at, ends = found.end(), found[1]
-    while not ends:
-        key = KEY.match(text, at)
-        if not key:
-            raise ValueError(f"a key and its ':' are missing at character {at}")
-        name = key[1][1:-1] if "\\" not in key[1] else DECODER.decode(key[1])
-        if name in members:
+def scan_members(text: str) -> Tuple[JSON, Spans]:
+    """The JSON object in `text` and its members' spans; raises ValueError or RecursionError."""
+    tree: JSON = {}
+    spans: Spans = {}
+    end = 0
+    found = FIRST_KEY.match(text)
+    while found and (name := found[1]) is not None:
+        if "\\" in name:
+            name = DECODER.decode(f'"{name}"')
+        if name in tree:
             raise ValueError("a top-level key stands twice")
-        value, end = DECODER.raw_decode(text, key.end())
-        members[name] = Member(value, key.end(), end)
-        found = AFTER_VALUE.match(text, end)
-        if not found:
-            raise ValueError(f"a ',' or '}}' is missing at character {end}")
-        at, ends = found.end(), found[1] == "}"
-    if at != len(text):
+        start = found.end()
+        tree[name], end = DECODER.raw_decode(text, start)
+        spans[name] = start, end
+        found = NEXT_KEY.match(text, end)
+    if not found:
+        raise ValueError(f"a key and ':', a ',' or a brace is missing at character {end}")
+    if found.end() != len(text):
         raise ValueError("more text follows it")
-    return members
+    return tree, spans
 
 
-def in_bytes(text: str, members: Dict[str, Member]) -> Dict[str, Member]:
-    """The members with their spans counted in UTF-8 bytes."""
+def in_bytes(text: str, spans: Spans) -> Spans:
+    """The spans counted in UTF-8 bytes."""
     if text.isascii():
-        return members
+        return spans
     counted, at, characters = {}, 0, 0
-    for key, member in members.items():
-        start = at + len(text[characters:member.start].encode())
-        at = start + len(text[member.start:member.end].encode())
-        characters = member.end
-        counted[key] = Member(member.value, start, at)
+    for key, (start, end) in spans.items():
+        first = at + len(text[characters:start].encode())
+        at = first + len(text[start:end].encode())
+        characters = end
+        counted[key] = first, at
     return counted
 
 
@@ -764,15 +755,18 @@ def split_events(block: bytes) -> Iterator[bytes]:
 
 
 def last_blank_line(block: bytes, before: int) -> int:
-    """Where the last blank line that starts before `before` ends; 0 where there is none."""
-    return max(at + len(blank) if at >= 0 else 0 for at, blank in (
-        (block.rfind(blank, 0, before), blank) for blank in (b"\n\n", b"\n\r\n", b"\r\r")))
+    """Where the last blank line before `before` ends; 0 where there is none."""
+    end = 0
+    for blank in (b"\n\n", b"\n\r\n", b"\r\r"):
+        at = block.rfind(blank, max(end - len(blank) + 1, 0), before)  # only one that ends later
+        end = at + len(blank) if at >= 0 else end
+    return end
 
 
-def event_around(block: bytes, at: int) -> Tuple[int, int]:
-    """The span of the event in which `at` lies, its blank line included."""
+def event_end(block: bytes, at: int) -> int:
+    """Where the event in which `at` lies ends, its blank line included."""
     blank = BLANK_LINE.search(block, at)
-    return last_blank_line(block, at), blank.end() if blank else len(block)
+    return blank.end() if blank else len(block)
 
 
 class EventCutter:
@@ -1879,6 +1873,8 @@ def find_usage(block: bytes, start: int = 0) -> int:
 def find_done(block: bytes) -> int:
     """Where the [DONE] of a stream's last event ends, or -1; the word in a text is none."""
     at = block.rfind(b"[DONE]")
+    if at < 0:
+        return -1
     line = max(block.rfind(b"\n", 0, at), block.rfind(b"\r", 0, at)) + 1
     return at + len(b"[DONE]") if DONE.match(block, line) else -1
 
@@ -1906,11 +1902,10 @@ class ChatWatch(Watch):
         self._events += block.count(b"\ndata:") + 1
         if b'"error"' in block:
             block = self._cut_at_error(block)
-        if b"[DONE]" in block:
-            done = find_done(block)
-            if done >= 0:
-                self.ended = True
-                block = block[:event_around(block, done)[1]]
+        done = find_done(block)
+        if done >= 0:
+            self.ended = True
+            block = block[:event_end(block, done)]
         if self._held:
             block = self._settle_held(block)
         if b'"usage"' in block:
@@ -1954,7 +1949,7 @@ class ChatWatch(Watch):
         """Reads the usage, and holds the chunk that carries nothing else."""
         at = find_usage(block)
         while at >= 0:
-            start, end = event_around(block, at)
+            start, end = last_blank_line(block, at), event_end(block, at)
             chunk = parse_chunk(block[start:end])
             self.usage = self._dialect.parse_usage(chunk.get("usage")) or self.usage
             if self._hide_usage and chunk.get("choices") == [] and not chunk.get("moderation"):
@@ -5144,8 +5139,7 @@ class Pool:
         transport, protocol = await loop.create_connection(
             lambda: asyncio.StreamReaderProtocol(reader, loop=loop), origin.host, origin.port,
             ssl=self.tls if origin.is_tls else None, happy_eyeballs_delay=0.25)
-        if hasattr(transport, "max_size"):
-            transport.max_size = MAX_READ_BYTES
+        limit_reads(transport)
         connection = Connection(origin, reader,
                                 asyncio.StreamWriter(transport, protocol, reader, loop))
         self._open.add(connection)
@@ -5235,6 +5229,12 @@ class Pool:
     def close(self) -> None:
         for connection in list(self._open):
             self.drop(connection)
+
+
+def limit_reads(transport: asyncio.BaseTransport) -> None:
+    """asyncio reads into 256 KiB, which malloc maps and unmaps anew for each read."""
+    if hasattr(transport, "max_size"):
+        transport.max_size = MAX_READ_BYTES
 
 
 def unreachable(provider: Provider) -> GatewayError:
@@ -6354,6 +6354,7 @@ class Server:
         assert isinstance(reader, Reader)
         client = Client(reader, writer)
         client.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
+        limit_reads(client.transport)
         self._clients.add(client)
         try:
             if len(self._clients) > self.limits.connections:
