@@ -4534,276 +4534,276 @@ def _parse_token_cost(dollars: object, where: str) -> int:
 # too, and what is left out there stays as it was. A dated name that costs what its undated name
 # does has no row: `find_price` falls back.
 PRICES = """\
-# anthropic                 input  output  read  write  write_1h
-claude-3-7-sonnet-20250219      3      15   0.3   3.75         6
-claude-3-haiku-20240307      0.25    1.25  0.03    0.3         -
-claude-3-opus-20240229         15      75   1.5  18.75        30
-claude-4-opus-20250514         15      75   1.5  18.75        30
-claude-4-sonnet-20250514        3      15   0.3   3.75         6
-claude-fable-5                 10      50     1   12.5        20
-claude-fable-5-1               10      50  0.25   12.5        20
-claude-haiku-4-5                1       5   0.1   1.25         2
-claude-haiku-5-5              0.1     0.5  0.01  0.125       0.2
-claude-mythos-5                10      50     1   12.5        20
-claude-mythos-5-1              10      50  0.25   12.5        20
-claude-mythos-preview          10      50     1   12.5        20
-claude-opus-4-1                15      75   1.5  18.75        30
-claude-opus-4-20250514         15      75   1.5  18.75        30
-claude-opus-4-5                 5      25   0.5   6.25        10
-claude-opus-4-6                 5      25   0.5   6.25        10
-claude-opus-4-7                 5      25   0.5   6.25        10
-claude-opus-4-8                 5      25   0.5   6.25        10
-claude-opus-5                   5      25   0.5   6.25        10
-claude-opus-5-5                 4      20   0.2      5         8
-claude-sonnet-4-20250514        3      15   0.3   3.75         6
-claude-sonnet-4-5               3      15   0.3   3.75         6
-claude-sonnet-4-6               3      15   0.3   3.75         6
-claude-sonnet-5                 2      10   0.2    2.5         4
-claude-sonnet-5-5               2      10   0.1    2.5         4
+# anthropic input output read write write_1h
+claude-3-7-sonnet-20250219 3 15 0.3 3.75 6
+claude-3-haiku-20240307 0.25 1.25 0.03 0.3 -
+claude-3-opus-20240229 15 75 1.5 18.75 30
+claude-4-opus-20250514 15 75 1.5 18.75 30
+claude-4-sonnet-20250514 3 15 0.3 3.75 6
+claude-fable-5 10 50 1 12.5 20
+claude-fable-5-1 10 50 0.25 12.5 20
+claude-haiku-4-5 1 5 0.1 1.25 2
+claude-haiku-5-5 0.1 0.5 0.01 0.125 0.2
+claude-mythos-5 10 50 1 12.5 20
+claude-mythos-5-1 10 50 0.25 12.5 20
+claude-mythos-preview 10 50 1 12.5 20
+claude-opus-4-1 15 75 1.5 18.75 30
+claude-opus-4-20250514 15 75 1.5 18.75 30
+claude-opus-4-5 5 25 0.5 6.25 10
+claude-opus-4-6 5 25 0.5 6.25 10
+claude-opus-4-7 5 25 0.5 6.25 10
+claude-opus-4-8 5 25 0.5 6.25 10
+claude-opus-5 5 25 0.5 6.25 10
+claude-opus-5-5 4 20 0.2 5 8
+claude-sonnet-4-20250514 3 15 0.3 3.75 6
+claude-sonnet-4-5 3 15 0.3 3.75 6
+claude-sonnet-4-6 3 15 0.3 3.75 6
+claude-sonnet-5 2 10 0.2 2.5 4
+claude-sonnet-5-5 2 10 0.1 2.5 4
 
-# deepseek                    input  output   read  write
-deepseek-chat                  0.28    0.42  0.028      -
-deepseek-coder                 0.14    0.28  0.014      -
-deepseek-flash                  0.3     1.2  0.006      0
-deepseek-r1                    0.55    2.19   0.14      -
-deepseek-reasoner              0.28    0.42  0.028      -
-deepseek-v3                    0.27     1.1   0.07      0
-deepseek-v3.2                  0.28     0.4  0.028      -
-deepseek-v4-flash               0.3     1.2  0.006      0
-deepseek-v4-flash-vision-exp    0.3     1.2  0.006      0
-deepseek-v4-pro                1.32    3.96  0.044      0
+# deepseek input output read write
+deepseek-chat 0.28 0.42 0.028 -
+deepseek-coder 0.14 0.28 0.014 -
+deepseek-flash 0.3 1.2 0.006 0
+deepseek-r1 0.55 2.19 0.14 -
+deepseek-reasoner 0.28 0.42 0.028 -
+deepseek-v3 0.27 1.1 0.07 0
+deepseek-v3.2 0.28 0.4 0.028 -
+deepseek-v4-flash 0.3 1.2 0.006 0
+deepseek-v4-flash-vision-exp 0.3 1.2 0.006 0
+deepseek-v4-pro 1.32 3.96 0.044 0
 
-# gemini                                 input  output   read  above  input  output  read
-deep-research-max-preview-04-2026            2      12      -
-deep-research-preview-04-2026                2      12      -
-deep-research-pro-preview-12-2025            2      12      -
-gemini-2.5-computer-use-preview-10-2025   1.25      10      -  >200k    2.5      15
-gemini-2.5-flash                           0.3     2.5   0.03
-gemini-2.5-flash-lite                      0.1     0.4   0.01
-gemini-2.5-pro                            1.25      10  0.125  >200k    2.5      15  0.25
-gemini-2.5-pro-preview-tts                   1      20  0.125
-gemini-3-flash-preview                     0.5       3   0.05
-gemini-3.1-flash-lite                     0.25     1.5  0.025
-gemini-3.1-flash-lite-preview             0.25     1.5  0.025
-gemini-3.1-pro-preview                       2      12    0.2  >200k      4      18   0.4
-gemini-3.1-pro-preview-customtools           2      12    0.2  >200k      4      18   0.4
-gemini-3.5-flash                           1.5       9   0.15
-gemini-3.5-flash-lite                      0.3     2.5   0.03
-gemini-3.6-flash                          0.75    3.75  0.075
-gemini-3.7-flash                          0.75    3.75  0.075
-gemini-3.8-flash                          0.75    3.75  0.075
-gemini-4-argon                               2      10    0.1
-gemini-embedding-001                      0.15       0      -
-gemini-embedding-2                         0.2       0      -
-gemini-embedding-2-preview                 0.2       0      -
-gemini-exp-1114                              0       0      -  >128k      0       0
-gemini-exp-1206                              0       0      -  >128k      0       0
-gemini-flash-latest                       0.75    3.75  0.075
-gemini-flash-lite-latest                   0.3     2.5   0.03
-gemini-gemma-2-27b-it                     0.35    1.05      -
-gemini-gemma-2-9b-it                      0.35    1.05      -
-gemini-omni-1.1-flash                      1.5       9      -
-gemini-omni-flash-preview                  1.5       9      -
-gemini-pro-latest                            2      12    0.2  >200k      4      18   0.4
-gemini-robotics-er-2-preview                 1       5    0.1
-gemini-robotics-er-2-streaming-preview       1       5      -
-gemma-3-27b-it                               0       0      -  >128k      0       0
-gemma-4-26b-a4b-it                           0       0      -
-gemma-4-31b-it                               0       0      -
-learnlm-1.5-pro-experimental                 0       0      -  >128k      0       0
-lyria-3-clip-preview                         0       0      -
-lyria-3-pro-preview                          0       0      -
-lyria-3.5                                    0       0      -
-lyria-3.5-clip-preview                       0       0      -
-lyria-3.5-pro-preview                        0       0      -
-lyria-realtime-exp                           0       0      -
+# gemini input output read above input output read
+deep-research-max-preview-04-2026 2 12 -
+deep-research-preview-04-2026 2 12 -
+deep-research-pro-preview-12-2025 2 12 -
+gemini-2.5-computer-use-preview-10-2025 1.25 10 - >200k 2.5 15
+gemini-2.5-flash 0.3 2.5 0.03
+gemini-2.5-flash-lite 0.1 0.4 0.01
+gemini-2.5-pro 1.25 10 0.125 >200k 2.5 15 0.25
+gemini-2.5-pro-preview-tts 1 20 0.125
+gemini-3-flash-preview 0.5 3 0.05
+gemini-3.1-flash-lite 0.25 1.5 0.025
+gemini-3.1-flash-lite-preview 0.25 1.5 0.025
+gemini-3.1-pro-preview 2 12 0.2 >200k 4 18 0.4
+gemini-3.1-pro-preview-customtools 2 12 0.2 >200k 4 18 0.4
+gemini-3.5-flash 1.5 9 0.15
+gemini-3.5-flash-lite 0.3 2.5 0.03
+gemini-3.6-flash 0.75 3.75 0.075
+gemini-3.7-flash 0.75 3.75 0.075
+gemini-3.8-flash 0.75 3.75 0.075
+gemini-4-argon 2 10 0.1
+gemini-embedding-001 0.15 0 -
+gemini-embedding-2 0.2 0 -
+gemini-embedding-2-preview 0.2 0 -
+gemini-exp-1114 0 0 - >128k 0 0
+gemini-exp-1206 0 0 - >128k 0 0
+gemini-flash-latest 0.75 3.75 0.075
+gemini-flash-lite-latest 0.3 2.5 0.03
+gemini-gemma-2-27b-it 0.35 1.05 -
+gemini-gemma-2-9b-it 0.35 1.05 -
+gemini-omni-1.1-flash 1.5 9 -
+gemini-omni-flash-preview 1.5 9 -
+gemini-pro-latest 2 12 0.2 >200k 4 18 0.4
+gemini-robotics-er-2-preview 1 5 0.1
+gemini-robotics-er-2-streaming-preview 1 5 -
+gemma-3-27b-it 0 0 - >128k 0 0
+gemma-4-26b-a4b-it 0 0 -
+gemma-4-31b-it 0 0 -
+learnlm-1.5-pro-experimental 0 0 - >128k 0 0
+lyria-3-clip-preview 0 0 -
+lyria-3-pro-preview 0 0 -
+lyria-3.5 0 0 -
+lyria-3.5-clip-preview 0 0 -
+lyria-3.5-pro-preview 0 0 -
+lyria-realtime-exp 0 0 -
 
-# groq                               input  output    read
-llama-guard-3-8b                       0.2     0.2       -
-meta-llama/llama-prompt-guard-2-22m   0.03    0.03       -
-meta-llama/llama-prompt-guard-2-86m   0.04    0.04       -
-openai/gpt-oss-120b                   0.15     0.6   0.075
-openai/gpt-oss-20b                   0.075     0.3  0.0375
-openai/gpt-oss-safeguard-20b         0.075     0.3   0.037
-qwen/qwen3.8-27b                       0.8       4       -
+# groq input output read
+llama-guard-3-8b 0.2 0.2 -
+meta-llama/llama-prompt-guard-2-22m 0.03 0.03 -
+meta-llama/llama-prompt-guard-2-86m 0.04 0.04 -
+openai/gpt-oss-120b 0.15 0.6 0.075
+openai/gpt-oss-20b 0.075 0.3 0.0375
+openai/gpt-oss-safeguard-20b 0.075 0.3 0.037
+qwen/qwen3.8-27b 0.8 4 -
 
-# mistral                    input  output   read
-codestral-2508                 0.3     0.9   0.03
-codestral-embed               0.15       0  0.015
-codestral-latest               0.3     0.9   0.03
-codestral-mamba-latest        0.25    0.25  0.025
-devstral-latest                0.4       2   0.04
-devstral-medium-latest         0.4       2   0.04
-devstral-small-latest          0.1     0.3   0.01
-glm-5-2                        1.4     4.4   0.14
-labs-leanstral-1-5               0       0      -
-labs-leanstral-1-5-1             0       0      -
-magistral-medium-latest        1.5     7.5   0.15
-magistral-small-latest        0.15     0.6  0.015
-ministral-14b-2512             0.2     0.2   0.02
-ministral-14b-latest           0.2     0.2   0.02
-ministral-3-14b-2512           0.2     0.2   0.02
-ministral-3-3b-2512            0.1     0.1   0.01
-ministral-3-8b-2512           0.15    0.15  0.015
-ministral-3b-2512              0.1     0.1   0.01
-ministral-3b-latest            0.1     0.1   0.01
-ministral-8b-2512             0.15    0.15  0.015
-ministral-8b-latest           0.15    0.15  0.015
-mistral-code-agent-latest      0.4       2   0.04
-mistral-code-fim-latest        0.3     0.9   0.03
-mistral-code-latest            0.3     0.9   0.03
-mistral-embed                  0.1       0      -
-mistral-large-2512             0.5     1.5   0.05
-mistral-large-3                0.5     1.5   0.05
-mistral-large-4               0.68    2.09  0.068
-mistral-large-4-0             0.68    2.09  0.068
-mistral-large-latest           0.5     1.5   0.05
-mistral-medium                 1.5     7.5   0.15
-mistral-medium-3               1.5     7.5   0.15
-mistral-medium-3-5             1.5     7.5   0.15
-mistral-medium-3.5             1.5     7.5   0.15
-mistral-medium-latest          1.5     7.5   0.15
-mistral-small                  0.1     0.3   0.01
-mistral-small-2603            0.15     0.6  0.015
-mistral-small-latest          0.15     0.6  0.015
-mistral-tiny                  0.25    0.25  0.025
-mistral-vibe-cli-fast         0.15     0.6  0.015
-mistral-vibe-cli-latest        1.5     7.5   0.15
-mistral-vibe-cli-with-tools    1.5     7.5   0.15
-open-mistral-nemo              0.3     0.3   0.03
-pixtral-large-latest             2       6    0.2
-voxtral-small-2507             0.1     0.4   0.01
-voxtral-small-latest           0.1     0.4   0.01
-zai-glm-5                      1.4     4.4   0.14
-zai-glm-5-2                    1.4     4.4   0.14
-zai-glm-5-3                    1.4     4.4   0.14
-zai-glm-latest                 1.4     4.4   0.14
+# mistral input output read
+codestral-2508 0.3 0.9 0.03
+codestral-embed 0.15 0 0.015
+codestral-latest 0.3 0.9 0.03
+codestral-mamba-latest 0.25 0.25 0.025
+devstral-latest 0.4 2 0.04
+devstral-medium-latest 0.4 2 0.04
+devstral-small-latest 0.1 0.3 0.01
+glm-5-2 1.4 4.4 0.14
+labs-leanstral-1-5 0 0 -
+labs-leanstral-1-5-1 0 0 -
+magistral-medium-latest 1.5 7.5 0.15
+magistral-small-latest 0.15 0.6 0.015
+ministral-14b-2512 0.2 0.2 0.02
+ministral-14b-latest 0.2 0.2 0.02
+ministral-3-14b-2512 0.2 0.2 0.02
+ministral-3-3b-2512 0.1 0.1 0.01
+ministral-3-8b-2512 0.15 0.15 0.015
+ministral-3b-2512 0.1 0.1 0.01
+ministral-3b-latest 0.1 0.1 0.01
+ministral-8b-2512 0.15 0.15 0.015
+ministral-8b-latest 0.15 0.15 0.015
+mistral-code-agent-latest 0.4 2 0.04
+mistral-code-fim-latest 0.3 0.9 0.03
+mistral-code-latest 0.3 0.9 0.03
+mistral-embed 0.1 0 -
+mistral-large-2512 0.5 1.5 0.05
+mistral-large-3 0.5 1.5 0.05
+mistral-large-4 0.68 2.09 0.068
+mistral-large-4-0 0.68 2.09 0.068
+mistral-large-latest 0.5 1.5 0.05
+mistral-medium 1.5 7.5 0.15
+mistral-medium-3 1.5 7.5 0.15
+mistral-medium-3-5 1.5 7.5 0.15
+mistral-medium-3.5 1.5 7.5 0.15
+mistral-medium-latest 1.5 7.5 0.15
+mistral-small 0.1 0.3 0.01
+mistral-small-2603 0.15 0.6 0.015
+mistral-small-latest 0.15 0.6 0.015
+mistral-tiny 0.25 0.25 0.025
+mistral-vibe-cli-fast 0.15 0.6 0.015
+mistral-vibe-cli-latest 1.5 7.5 0.15
+mistral-vibe-cli-with-tools 1.5 7.5 0.15
+open-mistral-nemo 0.3 0.3 0.03
+pixtral-large-latest 2 6 0.2
+voxtral-small-2507 0.1 0.4 0.01
+voxtral-small-latest 0.1 0.4 0.01
+zai-glm-5 1.4 4.4 0.14
+zai-glm-5-2 1.4 4.4 0.14
+zai-glm-5-3 1.4 4.4 0.14
+zai-glm-latest 1.4 4.4 0.14
 
-# openai                      input  output   read   write  above  input  output  read
-chat-latest                       5      30    0.5       -
-chatgpt-4o-latest                 5      15      -       -
-computer-use-preview              3      12      -       -
-daybreak-blue-latest              4      20    0.4       5  >272k      8      30   0.8
-daybreak-red-latest            12.5      75   1.25  15.625  >272k     25   112.5   2.5
-gpt-3.5-turbo                   0.5     1.5      -       -
-gpt-3.5-turbo-1106                1       2      -       -
-gpt-3.5-turbo-16k                 3       4      -       -
-gpt-4                            30      60      -       -
-gpt-4-0125-preview               10      30      -       -
-gpt-4-1106-preview               10      30      -       -
-gpt-4-turbo                      10      30      -       -
-gpt-4-turbo-preview              10      30      -       -
-gpt-4.1                           2       8    0.5       -
-gpt-4.1-mini                    0.4     1.6    0.1       -
-gpt-4.1-nano                    0.1     0.4  0.025       -
-gpt-4o                          2.5      10   1.25       -
-gpt-4o-2024-05-13                 5      15      -       -
-gpt-4o-audio-preview            2.5      10      -       -
-gpt-4o-mini                    0.15     0.6  0.075       -
-gpt-4o-mini-audio-preview      0.15     0.6      -       -
-gpt-4o-mini-realtime-preview    0.6     2.4      -       -
-gpt-4o-mini-search-preview     0.15     0.6  0.075       -
-gpt-4o-realtime-preview           5      20      -       -
-gpt-4o-search-preview           2.5      10   1.25       -
-gpt-5                          1.25      10  0.125       -
-gpt-5-chat                     1.25      10  0.125       -
-gpt-5-chat-latest              1.25      10  0.125       -
-gpt-5-codex                    1.25      10  0.125       -
-gpt-5-mini                     0.25       2  0.025       -
-gpt-5-nano                     0.05     0.4  0.005       -
-gpt-5-pro                        15     120      -       -
-gpt-5-search-api               1.25      10  0.125       -
-gpt-5.1                        1.25      10  0.125       -
-gpt-5.1-chat-latest            1.25      10  0.125       -
-gpt-5.1-codex                  1.25      10  0.125       -
-gpt-5.1-codex-max              1.25      10  0.125       -
-gpt-5.1-codex-mini             0.25       2  0.025       -
-gpt-5.2                        1.75      14  0.175       -
-gpt-5.2-chat-latest            1.75      14  0.175       -
-gpt-5.2-codex                  1.75      14  0.175       -
-gpt-5.2-pro                      21     168      -       -
-gpt-5.3-chat-latest            1.75      14  0.175       -
-gpt-5.3-codex                  1.75      14  0.175       -
-gpt-5.4                         2.5      15   0.25       -  >272k      5    22.5   0.5
-gpt-5.4-mini                   0.75     4.5  0.075       -
-gpt-5.4-nano                    0.2    1.25   0.02       -
-gpt-5.4-pro                      30     180      -       -  >272k     60     270
-gpt-5.5                           5      30    0.5       -  >272k     10      45     1
-gpt-5.5-cyber                  12.5      75   1.25       -
-gpt-5.5-cyber-preview          12.5      75   1.25       -
-gpt-5.5-pro                      30     180      -       -  >272k     60     270
-gpt-5.6                           4      20    0.4       5  >272k      8      30   0.8
-gpt-5.6-cyber                  12.5      75   1.25  15.625  >272k     25   112.5   2.5
-gpt-5.6-luna                    0.2     1.2   0.02    0.25  >272k    0.4     1.8  0.04
-gpt-5.6-sol                       4      20    0.4       5  >272k      8      30   0.8
-gpt-5.6-terra                     2      12    0.2     2.5  >272k      4      18   0.4
-gpt-6-astra                      10      50      1    12.5  >272k     20      75     2
-gpt-6-luna                      0.1     0.5   0.01   0.125  >272k    0.2    0.75  0.02
-gpt-6-sol                         2      10    0.2     2.5  >272k      4      15   0.4
-gpt-6.1-sol                       2      10    0.1     2.5  >272k      4      15   0.2
-gpt-audio                       2.5      10      -       -
-gpt-audio-1.5                   2.5      10      -       -
-gpt-audio-mini                  0.6     2.4      -       -
-gpt-daybreak-blue-latest          4      20    0.4       5  >272k      8      30   0.8
-gpt-daybreak-red-latest        12.5      75   1.25  15.625  >272k     25   112.5   2.5
-gpt-realtime                      4      16      -       -
-gpt-realtime-1.5                  4      16      -       -
-gpt-realtime-mini               0.6     2.4      -       -
-gpt-rosalind-discovery            5      25    0.5       -
-gpt-rosalind-research             5      25    0.5       -
-o1                               15      60    7.5       -
-o1-pro                          150     600      -       -
-o3                                2       8    0.5       -
-o3-deep-research                 10      40    2.5       -
-o3-mini                         1.1     4.4   0.55       -
-o3-pro                           20      80      -       -
-o4-mini                         1.1     4.4  0.275       -
-o4-mini-deep-research             2       8    0.5       -
-text-embedding-3-large         0.13       0      -       -
-text-embedding-3-small         0.02       0      -       -
-text-embedding-ada-002          0.1       0      -       -
-text-embedding-ada-002-v2       0.1       0      -       -
+# openai input output read write above input output read
+chat-latest 5 30 0.5 -
+chatgpt-4o-latest 5 15 - -
+computer-use-preview 3 12 - -
+daybreak-blue-latest 4 20 0.4 5 >272k 8 30 0.8
+daybreak-red-latest 12.5 75 1.25 15.625 >272k 25 112.5 2.5
+gpt-3.5-turbo 0.5 1.5 - -
+gpt-3.5-turbo-1106 1 2 - -
+gpt-3.5-turbo-16k 3 4 - -
+gpt-4 30 60 - -
+gpt-4-0125-preview 10 30 - -
+gpt-4-1106-preview 10 30 - -
+gpt-4-turbo 10 30 - -
+gpt-4-turbo-preview 10 30 - -
+gpt-4.1 2 8 0.5 -
+gpt-4.1-mini 0.4 1.6 0.1 -
+gpt-4.1-nano 0.1 0.4 0.025 -
+gpt-4o 2.5 10 1.25 -
+gpt-4o-2024-05-13 5 15 - -
+gpt-4o-audio-preview 2.5 10 - -
+gpt-4o-mini 0.15 0.6 0.075 -
+gpt-4o-mini-audio-preview 0.15 0.6 - -
+gpt-4o-mini-realtime-preview 0.6 2.4 - -
+gpt-4o-mini-search-preview 0.15 0.6 0.075 -
+gpt-4o-realtime-preview 5 20 - -
+gpt-4o-search-preview 2.5 10 1.25 -
+gpt-5 1.25 10 0.125 -
+gpt-5-chat 1.25 10 0.125 -
+gpt-5-chat-latest 1.25 10 0.125 -
+gpt-5-codex 1.25 10 0.125 -
+gpt-5-mini 0.25 2 0.025 -
+gpt-5-nano 0.05 0.4 0.005 -
+gpt-5-pro 15 120 - -
+gpt-5-search-api 1.25 10 0.125 -
+gpt-5.1 1.25 10 0.125 -
+gpt-5.1-chat-latest 1.25 10 0.125 -
+gpt-5.1-codex 1.25 10 0.125 -
+gpt-5.1-codex-max 1.25 10 0.125 -
+gpt-5.1-codex-mini 0.25 2 0.025 -
+gpt-5.2 1.75 14 0.175 -
+gpt-5.2-chat-latest 1.75 14 0.175 -
+gpt-5.2-codex 1.75 14 0.175 -
+gpt-5.2-pro 21 168 - -
+gpt-5.3-chat-latest 1.75 14 0.175 -
+gpt-5.3-codex 1.75 14 0.175 -
+gpt-5.4 2.5 15 0.25 - >272k 5 22.5 0.5
+gpt-5.4-mini 0.75 4.5 0.075 -
+gpt-5.4-nano 0.2 1.25 0.02 -
+gpt-5.4-pro 30 180 - - >272k 60 270
+gpt-5.5 5 30 0.5 - >272k 10 45 1
+gpt-5.5-cyber 12.5 75 1.25 -
+gpt-5.5-cyber-preview 12.5 75 1.25 -
+gpt-5.5-pro 30 180 - - >272k 60 270
+gpt-5.6 4 20 0.4 5 >272k 8 30 0.8
+gpt-5.6-cyber 12.5 75 1.25 15.625 >272k 25 112.5 2.5
+gpt-5.6-luna 0.2 1.2 0.02 0.25 >272k 0.4 1.8 0.04
+gpt-5.6-sol 4 20 0.4 5 >272k 8 30 0.8
+gpt-5.6-terra 2 12 0.2 2.5 >272k 4 18 0.4
+gpt-6-astra 10 50 1 12.5 >272k 20 75 2
+gpt-6-luna 0.1 0.5 0.01 0.125 >272k 0.2 0.75 0.02
+gpt-6-sol 2 10 0.2 2.5 >272k 4 15 0.4
+gpt-6.1-sol 2 10 0.1 2.5 >272k 4 15 0.2
+gpt-audio 2.5 10 - -
+gpt-audio-1.5 2.5 10 - -
+gpt-audio-mini 0.6 2.4 - -
+gpt-daybreak-blue-latest 4 20 0.4 5 >272k 8 30 0.8
+gpt-daybreak-red-latest 12.5 75 1.25 15.625 >272k 25 112.5 2.5
+gpt-realtime 4 16 - -
+gpt-realtime-1.5 4 16 - -
+gpt-realtime-mini 0.6 2.4 - -
+gpt-rosalind-discovery 5 25 0.5 -
+gpt-rosalind-research 5 25 0.5 -
+o1 15 60 7.5 -
+o1-pro 150 600 - -
+o3 2 8 0.5 -
+o3-deep-research 10 40 2.5 -
+o3-mini 1.1 4.4 0.55 -
+o3-pro 20 80 - -
+o4-mini 1.1 4.4 0.275 -
+o4-mini-deep-research 2 8 0.5 -
+text-embedding-3-large 0.13 0 - -
+text-embedding-3-small 0.02 0 - -
+text-embedding-ada-002 0.1 0 - -
+text-embedding-ada-002-v2 0.1 0 - -
 
-# xai                                             input  output  read  above  input  output  read
-grok-4.20                                          1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-0309-non-reasoning                       1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-0309-reasoning                           1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta                                     1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-0309-non-reasoning                  1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-0309-reasoning                      1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-latest                              1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-latest-non-reasoning                1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-latest-reasoning                    1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-non-reasoning                       1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-beta-reasoning                           1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-experimental-beta-0304                   1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-experimental-beta-0304-non-reasoning     1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-experimental-beta-0304-reasoning         1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-experimental-beta-latest                 1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-experimental-beta-non-reasoning-latest   1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-experimental-beta-reasoning-latest       1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-multi-agent                              1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-multi-agent-beta-0309                    1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-multi-agent-beta-latest                  1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-multi-agent-experimental-beta-0304       1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-multi-agent-experimental-beta-latest     1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-multi-agent-latest                       1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-non-reasoning                            1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-non-reasoning-gv2                        1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-non-reasoning-latest                     1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-reasoning                                1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-reasoning-gv2                            1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.20-reasoning-latest                         1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.3                                           1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.3-latest                                    1.25     2.5   0.2  >200k    2.5       5   0.4
-grok-4.5                                              2       6   0.3  >200k      4      12   0.6
-grok-4.5-latest                                       2       6   0.3  >200k      4      12   0.6
-grok-4.6                                              2       6   0.5  >200k      4      12     1
-grok-4.7                                              2       6   0.5  >200k      4      12     1
-grok-build-0.1                                        1       2   0.2  >200k      2       4   0.4
-grok-build-latest                                     2       6   0.3  >200k      4      12   0.6
-grok-code-fast                                        1       2   0.2  >200k      2       4   0.4
-grok-code-fast-1                                      1       2   0.2  >200k      2       4   0.4
+# xai input output read above input output read
+grok-4.20 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-0309-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-0309-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-0309-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-0309-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-latest-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-latest-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-beta-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-experimental-beta-0304 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-experimental-beta-0304-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-experimental-beta-0304-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-experimental-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-experimental-beta-non-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-experimental-beta-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-multi-agent 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-multi-agent-beta-0309 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-multi-agent-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-multi-agent-experimental-beta-0304 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-multi-agent-experimental-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-multi-agent-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-non-reasoning-gv2 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-non-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-reasoning-gv2 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.20-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.3 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.3-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.5 2 6 0.3 >200k 4 12 0.6
+grok-4.5-latest 2 6 0.3 >200k 4 12 0.6
+grok-4.6 2 6 0.5 >200k 4 12 1
+grok-4.7 2 6 0.5 >200k 4 12 1
+grok-build-0.1 1 2 0.2 >200k 2 4 0.4
+grok-build-latest 2 6 0.3 >200k 4 12 0.6
+grok-code-fast 1 2 0.2 >200k 2 4 0.4
+grok-code-fast-1 1 2 0.2 >200k 2 4 0.4
 """
 
 

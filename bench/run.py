@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import canned
 import load
@@ -173,12 +173,13 @@ def paced(bench: Bench) -> Iterator[Row]:
 
 def crowd(bench: Bench) -> Iterator[Row]:
     """More streams than one core carries at that pace: none may fail, all must be counted."""
-    yield _crowd(bench, "http", 60)
-    yield _crowd(bench, "https", 150)
-
-
-def _crowd(bench: Bench, scheme: str, bar: float) -> Row:
     count, events = bench.pick(1000, 20), bench.pick(250, 20)
+    yield measure_crowd(bench, "http", 60, count, events)
+    yield measure_crowd(bench, "https", 150, count, events)
+
+
+def measure_crowd(bench: Bench, scheme: str, bar: float, count: int, events: int) -> Row:
+    """`count` streams at once of so many events; `bar` is in MB."""
     pem = servers.make_certificate(bench.home) if scheme == "https" else None
     with running(servers.paced_upstream(bench.home, events, pem)) as upstream:
         url = f"{scheme}://127.0.0.1:{upstream.port}/v1"
@@ -250,8 +251,9 @@ def large_body(bench: Bench) -> Iterator[Row]:
     yield Row(f"{what}: RSS left behind", after / MB, 4, "MB")
 
 
+Scenario = Callable[[Any], Iterator[Row]]
 # A new row is yielded by a scenario; a new scenario is a function and its name here.
-SCENARIOS: list[Callable[[Bench], Iterator[Row]]] = [
+SCENARIOS: list[Scenario] = [
     chat, stream, translated, long_conversation, paced, crowd, idle, connections, large_body,
 ]  # fmt: skip
 
@@ -280,9 +282,9 @@ def missing(python: str) -> str | None:
     return None
 
 
-def run(bench: Bench, only: str) -> Iterator[Row | None]:
+def rows(scenarios: Sequence[Scenario], bench: Any, only: str) -> Iterator[Row | None]:
     """All rows; None for a scenario that does not work, which must not hide the others."""
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         if only in scenario.__name__:
             try:
                 yield from scenario(bench)
@@ -302,22 +304,29 @@ def main() -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # for the servers too
-
-    lines = [machine(args.python), "", "| | measured | at most | | |", "|---|---|---|---|---|"]
-    print("\n".join(lines), flush=True)
-    failed = False
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home), servers.Build(args.python, Path(home)), args.smoke)
-        for row in run(bench, args.only):
-            failed |= row is None or not (row.ok or args.smoke)
-            if row:
-                lines.append(str(row))
-                print(row, flush=True)
+        lines, failed = tabulate(SCENARIOS, bench, args, is_lenient=args.smoke)
     if not (args.smoke or args.only):
         RESULTS.write_text("\n".join(lines) + "\n")
     return int(failed)
+
+
+def tabulate(scenarios: Sequence[Scenario], bench: Any, args: argparse.Namespace,
+             is_lenient: bool = False) -> tuple[list[str], bool]:  # fmt: skip
+    """Prints the rows as they come; returns the table, and whether anything failed: if lenient,
+    only what does not work."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # for the servers too
+    lines = [machine(args.python), "", "| | measured | at most | | |", "|---|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    failed = False
+    for row in rows(scenarios, bench, args.only):
+        failed |= row is None or not (row.ok or is_lenient)
+        if row:
+            lines.append(str(row))
+            print(row, flush=True)
+    return lines, failed
 
 
 if __name__ == "__main__":
