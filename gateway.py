@@ -214,8 +214,25 @@ def refuse_constant(name: str) -> None:
 DECODER = json.JSONDecoder(
     parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int,
     parse_constant=refuse_constant)
-encode_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 encode_string = json.encoder.encode_basestring
+
+
+def encode_json(value: object) -> str:
+    try:
+        return ENCODER.encode(value)
+    except ValueError:
+        return ENCODER.encode(finite(value))
+
+
+def finite(value: object) -> object:
+    """The value without infinity: 1e400 is JSON, but what Python makes of it has no spelling."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return {float("inf"): 10**309, float("-inf"): -10**309}.get(value, value) \
+        if isinstance(value, float) else value
 
 
 def dump_json(value: object) -> bytes:
@@ -250,7 +267,8 @@ class Body:
         except RecursionError as error:
             raise GatewayError(400, "The body's JSON is nested too deeply.") from error
         except ValueError as error:
-            raise GatewayError(400, f"The body is not a JSON object: {error}.") from error
+            reason = str(error).partition(";")[0]  # what follows is advice for programmers
+            raise GatewayError(400, f"The body is not a JSON object: {reason}.") from error
 
     def get(self, key: str) -> Any:
         return self._tree.get(key)
@@ -410,14 +428,15 @@ class Turn:
 
 @dataclass
 class Tool:
-    """`schema` of its arguments; a custom tool takes freeform text, described by `grammar`."""
+    """`schema` of its arguments; a custom tool takes freeform text, by its `grammar` if it has one:
+    {"syntax", "definition"}."""
 
     name: str
     description: str = ""
     schema: Optional[JSON] = None
     strict: Optional[bool] = None
     is_custom: bool = False
-    grammar: str = ""
+    grammar: Optional[JSON] = None
     cache: Optional[JSON] = None
 
 
@@ -540,24 +559,42 @@ def unsupported(param: str, what: str = "") -> GatewayError:
 
 
 def canonical(turns: Iterable[Turn]) -> List[Turn]:
-    """Turns as every parser leaves them: no empty text, neighbours of one role merged, and in a
-    user's turn the tool results first, in the order of their calls."""
-    merged: List[Turn] = []
-    for turn in turns:
-        blocks = [block for block in turn.blocks if not (isinstance(block, Text) and not block.text)]
-        if merged and merged[-1].role == turn.role:
-            merged[-1].blocks += blocks
-        elif blocks:
-            merged.append(Turn(turn.role, blocks))
+    """Turns as every parser leaves them: no empty text, neighbours of one role merged, and tool
+    results right behind their calls: first in the turn, in the order of the calls."""
+    placed: List[Turn] = []
+    answers: Dict[str, List[Block]] = {}  # by the id of a call, the turn behind it
+    for turn in merged(turns):
+        rest = Turn(turn.role, [])
+        for block in turn.blocks:
+            place = answers.get(block.id) if isinstance(block, ToolResult) else None
+            (rest.blocks if place is None else place).append(block)
+        placed.append(rest)
+        ids = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+        if ids:
+            placed.append(Turn("user", []))
+            answers.update(dict.fromkeys(ids, placed[-1].blocks))
+    turns = merged(placed)
     order: Dict[str, int] = {}
-    for turn in merged:
+    for turn in turns:
         if turn.role == "assistant":
-            order = {block.id: i for i, block in enumerate(turn.blocks)
-                     if isinstance(block, ToolCall)}
+            ids = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+            order = {id_: i for i, id_ in enumerate(ids)}
         elif any(isinstance(block, ToolResult) for block in turn.blocks):
             turn.blocks.sort(key=lambda block: order.get(block.id, len(order))
                              if isinstance(block, ToolResult) else len(order) + 1)
-    return merged
+    return turns
+
+
+def merged(turns: Iterable[Turn]) -> List[Turn]:
+    """Neighbours of one role as one turn; empty text, and a turn left empty, are none."""
+    result: List[Turn] = []
+    for turn in turns:
+        blocks = [block for block in turn.blocks if not isinstance(block, Text) or block.text]
+        if result and result[-1].role == turn.role:
+            result[-1].blocks += blocks
+        elif blocks:
+            result.append(Turn(turn.role, blocks))
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,6 +606,7 @@ def canonical(turns: Iterable[Turn]) -> List[Turn]:
 class Start(NamedTuple):
     id: str
     model: str
+    usage: Optional[Usage] = None  # as far as it is known
 
 
 class BlockStart(NamedTuple):
@@ -614,83 +652,129 @@ StreamEvent = Union[Start, BlockStart, TextDelta, ThinkingDelta, SignatureDelta,
 def collect(events: Iterable[StreamEvent]) -> Reply:
     """The reply that a stream spells."""
     reply = Reply("", "", [], "stop", Usage())
-    arguments = ""
+    said: List[str] = []
     for event in events:
-        block = reply.blocks[-1] if reply.blocks else Text()
-        if isinstance(event, Start):
-            reply.id, reply.model = event
+        if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
+            said.append(event.text)
         elif isinstance(event, BlockStart):
             reply.blocks.append(dataclasses.replace(event.block))
-            arguments = ""
-        elif isinstance(event, (TextDelta, ThinkingDelta)) and isinstance(block, (Text, Thinking)):
-            block.text += event.text
+            said = []
+        elif isinstance(event, BlockStop):
+            close_block(reply.blocks[-1], "".join(said))
         elif isinstance(event, SignatureDelta):
-            block.signature = event.signature
-        elif isinstance(event, ArgumentsDelta):
-            arguments += event.text
+            reply.blocks[-1].signature = event.signature
         elif isinstance(event, CitationDelta):
             cited = reply.blocks[event.block]
             if isinstance(cited, Text):
                 cited.citations = [*cited.citations, event.citation]
-        elif isinstance(event, BlockStop) and isinstance(block, ToolCall):
-            close_call(block, arguments)
-        elif isinstance(event, Finish):
+        elif isinstance(event, Start):
+            reply.id, reply.model = event.id, event.model
+        else:
             reply.finish, reply.usage, reply.refusal, reply.service_tier = event
     return reply
 
 
-def close_call(call: ToolCall, arguments: str) -> None:
-    """Gives a call what its deltas spelt; raises GatewayError(502) where that is no object."""
-    if call.is_custom:
-        call.input = arguments
-    else:
-        call.arguments = parse_arguments(arguments, 502, "The model's arguments for a tool")
+def close_block(block: Block, said: str) -> None:
+    """Gives a block what its deltas spelt; raises GatewayError(502) where that must be JSON."""
+    if isinstance(block, (Text, Thinking)):
+        block.text = said
+    elif isinstance(block, ToolCall) and block.is_custom:
+        block.input = said
+    elif isinstance(block, ToolCall):
+        try:
+            block.arguments = parse_arguments(said)
+        except ValueError as error:
+            raise upstream_error(502, f"The model's arguments for a tool: {error}.",
+                                 "bad_answer") from error
 
 
-def parse_arguments(text: str, status: int, what: str) -> JSON:
-    """A call's arguments; none at all are an empty object."""
-    if not text.strip():
-        return {}
+def parse_arguments(text: str) -> JSON:
+    """A call's arguments; none at all are an empty object. Raises ValueError."""
     try:
-        arguments = DECODER.decode(text)
+        arguments = DECODER.decode(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise GatewayError(status, f"{what} are not valid JSON.") from error
+        raise ValueError("must be valid JSON") from error
     if not isinstance(arguments, dict):
-        raise GatewayError(status, f"{what} are not a JSON object.")
+        raise ValueError("must be a JSON object")
     return arguments
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading what a client sent: a value of the wrong type is a 400 that names its field.
+# Reading what a client sent.
 # --------------------------------------------------------------------------------------------------
 
 NUMBER = (int, float)
-TYPE_NAMES: Dict[object, str] = {str: "a string", bool: "true or false", int: "an integer",
-                                 NUMBER: "a number", list: "a list", dict: "an object"}
+TEXT_OR_LIST = (str, list)
+TEXT_OR_OBJECT = (str, dict)
+TYPE_NAMES: Dict[object, str] = {
+    str: "a string", bool: "true or false", int: "an integer", NUMBER: "a number", list: "a list",
+    dict: "an object", TEXT_OR_LIST: "a string or a list", TEXT_OR_OBJECT: "a string or an object"}
 
 
-def want(value: Any, kind: Any, param: str) -> Any:
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+class Fields:
+    """An object of a client's, and its place in the request. A value of the wrong type is a 400
+    that names its field; null counts as absent; what nobody reads is unknown."""
+
+    def __init__(self, wire: JSON, place: str = "", read: Optional[List[Fields]] = None) -> None:
+        self.wire = wire
+        self.place = place
+        self._unread = set(wire)
+        self._all = [] if read is None else read  # of the whole request
+        self._all.append(self)
+
+    def wrong(self, key: str, what: str, code: Optional[str] = None) -> GatewayError:
+        param = clipped(f"{self.place}{key}")
+        return GatewayError(400, f"'{param}' {what}.", param, code)
+
+    def get(self, key: str, kind: Any) -> Any:
+        """A value, None where it is absent or null."""
+        self._unread.discard(key)
+        value = self.wire.get(key)
+        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if value is None or is_right:
+            return value
+        raise self.wrong(key, f"must be {TYPE_NAMES[kind]}")
+
+    def need(self, key: str, kind: Any) -> Any:
+        value = self.get(key, kind)
+        if value is None:
+            raise self.wrong(key, "is missing")
         return value
-    raise GatewayError(400, f"'{param}' must be {TYPE_NAMES[kind]}.", param)
 
+    def one_of(self, key: str, choices: Iterable[str]) -> str:
+        value: str = self.need(key, str)
+        if value not in choices:
+            raise self.wrong(key, f"must be one of: {', '.join(choices)}")
+        return value
 
-def optional(wire: JSON, key: str, kind: Any, where: str = "") -> Any:
-    """The field's value, None where it is absent or null."""
-    value = wire.get(key)
-    return None if value is None else want(value, kind, f"{where}{key}")
+    def child(self, key: str, default: Optional[JSON] = None) -> Fields:
+        value = self.get(key, dict)
+        value = default if value is None else value
+        if value is None:
+            raise self.wrong(key, "is missing")
+        return Fields(value, f"{self.place}{key}.", self._all)
 
+    def children(self, key: str) -> Iterator[Fields]:
+        for i, item in enumerate(self.get(key, list) or ()):
+            if not isinstance(item, dict):
+                raise self.wrong(f"{key}[{i}]", "must be an object")
+            yield Fields(item, f"{self.place}{key}[{i}].", self._all)
 
-def required(wire: JSON, key: str, kind: Any, where: str = "") -> Any:
-    if wire.get(key) is None:
-        raise GatewayError(400, f"'{where}{key}' is missing.", f"{where}{key}")
-    return want(wire[key], kind, f"{where}{key}")
+    def strings(self, key: str) -> List[str]:
+        items: List[str] = self.get(key, list) or []
+        for i, item in enumerate(items):
+            if not isinstance(item, str):
+                raise self.wrong(f"{key}[{i}]", "must be a string")
+        return items
 
+    def skip(self, *keys: str) -> bool:
+        """Knows these fields without reading them; whether one says anything."""
+        self._unread.difference_update(keys)
+        return any(self.wire.get(key) not in (None, "", [], {}) for key in keys)
 
-def objects(value: Any, param: str) -> Iterator[Tuple[JSON, str]]:
-    """The objects of a list, each with its place."""
-    for i, item in enumerate(want(value, list, param)):
-        yield want(item, dict, f"{param}[{i}]"), f"{param}[{i}]."
+    def name_unknown(self, losses: Losses) -> None:
+        if any(fields.wire[key] is not None for fields in self._all for key in fields._unread):
+            losses.drop("unknown")
 
 
 def parse_data_uri(uri: str) -> Optional[Tuple[str, str]]:
@@ -829,9 +913,14 @@ class SSEDecoder:
 
     @staticmethod
     def _parse(block: bytes) -> List[Event]:
-        if not block:
-            return []
-        return [event for event in map(parse_event, split_events(block)) if event.data]
+        events, at = [], 0
+        plain = PLAIN_EVENT.match(block)
+        while plain:  # nearly all are; what follows another one is cut and read with more care
+            events.append(Event((plain[1] or b"").decode("utf-8", "replace"), plain[2]))
+            at = plain.end()
+            plain = PLAIN_EVENT.match(block, at)
+        events += map(parse_event, split_events(block[at:]))
+        return [event for event in events if event.data]
 
 
 # ==================================================================================================
@@ -864,8 +953,7 @@ class Watch:
     def end(self) -> bytes:
         """The provider closed: returns what is still held; a stream that has not ended fails."""
         if not self.ended and not self.failure:
-            self.failure = upstream_error(502, "The provider cut the stream before its end.",
-                                          "stream_error")
+            self.failure = cut_stream()
         return b""
 
     @property
@@ -875,14 +963,16 @@ class Watch:
         return max(self._bytes - self._events * self._envelope, self._events)
 
 
+def cut_stream() -> GatewayError:
+    return upstream_error(502, "The provider cut the stream before its end.", "stream_error")
+
+
 class DeltaTemplate:
     """Renders an event whose only moving part is one JSON string, at half the cost of encoding it
     all: what stands before and after it is encoded once."""
 
-    MARK = "\0"
-
     def __init__(self, render: Callable[[str], bytes]) -> None:
-        before, _, after = render(self.MARK).partition(b'"\\u0000"')
+        before, _, after = render("\0").partition(b'"\\u0000"')
         self._before, self._after = before.decode(), after.decode()
 
     def __call__(self, text: str) -> bytes:
@@ -898,6 +988,8 @@ class Parser:
         self.usage: Optional[Usage] = None
         self.content_bytes = 0
         self.ended = False
+        self._open: Optional[Block] = None
+        self._service_tier = ""
 
     def feed(self, event: Event) -> List[StreamEvent]:
         raise NotImplementedError
@@ -905,13 +997,12 @@ class Parser:
     def end(self) -> List[StreamEvent]:
         """The provider closed: a stream that has not ended fails."""
         if not self.ended:
-            raise upstream_error(502, "The provider cut the stream before its end.",
-                                 "stream_error")
+            raise cut_stream()
         return []
 
     def parse(self, event: Event) -> JSON:
         try:
-            wire = json.loads(event.data)
+            wire = DECODER.decode(event.data.decode())
         except (ValueError, RecursionError) as error:
             raise upstream_error(502, "The provider sent an event that is not JSON.",
                                  "bad_answer") from error
@@ -919,17 +1010,29 @@ class Parser:
             raise upstream_error(502, "The provider sent an event that is no object.", "bad_answer")
         return wire
 
-    def open_call(self, call: ToolCall) -> ToolCall:
+    def make_call(self, id_: object, name: object, is_custom: bool = False) -> ToolCall:
         """A call under the name that the client gave its tool."""
-        call.is_custom = call.is_custom or call.name in self.rewrites.custom
-        call.name = self.rewrites.names.get(call.name, call.name)
-        return call
+        name = name if isinstance(name, str) else ""
+        return ToolCall(id=id_ if isinstance(id_, str) else "",
+                        name=self.rewrites.names.get(name, name),
+                        is_custom=is_custom or name in self.rewrites.custom)
 
 
-def unwrap_custom(arguments: str) -> str:
-    """The freeform input of a custom tool that went out as a function with one string."""
-    value = parse_arguments(arguments, 502, "The model's arguments for a custom tool").get("input")
-    return value if isinstance(value, str) else arguments
+class Renderer:
+    """Writes a client's stream: model events in, bytes out."""
+
+    events: Mapping[type, Callable[[Any, Any], bytes]] = {}  # all but the deltas of the open block
+
+    def __init__(self) -> None:
+        self._open: Block = Text()
+        self._say: Callable[[str], bytes] = lambda text: b""  # a delta of the open block
+        self._said = 0  # characters of it
+
+    def feed(self, event: StreamEvent) -> bytes:
+        if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
+            self._said += len(event.text)
+            return self._say(event.text) if event.text else b""
+        return self.events[event.__class__](self, event)
 
 
 class Dialect:
@@ -937,13 +1040,7 @@ class Dialect:
 
     name = ""
     keepalive = b""  # what says no more than that a stream is alive
-
-    def error_event(self, body: bytes) -> bytes:
-        """An error's body as an event of a stream."""
-        return sse(body)
-
-    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
-        return self.error_event(self.render_error(error, request_id))
+    plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         """A client's request. Raises GatewayError(400) naming the field."""
@@ -977,9 +1074,31 @@ class Dialect:
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         raise NotImplementedError
 
+    def error_event(self, body: bytes) -> bytes:
+        """An error's body as an event of a stream."""
+        return sse(body)
+
+    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
+        return self.error_event(self.render_error(error, request_id))
+
     def parse_error(self, wire: object, status: int) -> GatewayError:
-        """The provider's error object as ours, its words kept."""
-        return read_error(wire, status)
+        """A provider's error object (or what stands in its place) as ours, its words kept. The
+        status is what it says of itself where it does: in a stream the HTTP status is 200."""
+        detail = wire if isinstance(wire, dict) else {"message": wire}
+        code, type_ = detail.get("code"), text_of(detail, "type")
+        message = text_of(detail, "message") or "The provider reported an error."
+        if status in (200, 502):
+            for told in (code, type_):
+                status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
+            status = code if isinstance(code, int) and 400 <= code < 600 else status
+        if "prompt is too long" in message:
+            code = "context_length_exceeded"  # agents key on it
+        elif status == 404 and type_ == "not_found_error":
+            code = code or "model_not_found"
+        return upstream_error(
+            status, message, error_label(status), type=type_ or None,
+            param=text_of(detail, "param") or None,
+            code=str(code) if isinstance(code, (str, int)) else None, is_quoted=True)
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
         raise NotImplementedError
@@ -996,840 +1115,68 @@ class Dialect:
         """What to put into a streamed request so that its answer ends in its usage."""
         return {}
 
-
-class Renderer:
-    """Writes a client's stream: model events in, bytes out."""
-
-    def feed(self, event: StreamEvent) -> bytes:
-        raise NotImplementedError
-
-
-class ChatCompletions(Dialect):
-    """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
-
-    name = "chat"
-    keepalive = b": keep-alive\n\n"
-
-    # ---- requests ----
-
-    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        """A client's request. Raises GatewayError(400) naming the field."""
-        refuse_what_has_no_meaning(wire)
-        chat = Chat(required(wire, "model", str), parse_chat_messages(wire),
-                    tools=parse_chat_tools(wire))
-        chat.legacy_functions = bool(wire.get("functions")) and not wire.get("tools")
-        chat.choice = parse_chat_choice(wire)
-        for name, kind in (("temperature", NUMBER), ("top_p", NUMBER), ("top_k", int)):
-            setattr(chat, name, optional(wire, name, kind))
-        chat.parallel = optional(wire, "parallel_tool_calls", bool)
-        chat.max_tokens = optional(wire, "max_completion_tokens", int)
-        if chat.max_tokens is None:
-            chat.max_tokens = optional(wire, "max_tokens", int)
+    def parse_plain_fields(self, root: Fields, chat: Chat) -> None:
+        for key, name, kind in self.plain_fields:
+            value = root.get(key, kind) if key in root.wire else None
+            if value is not None and getattr(chat, name) is None:
+                setattr(chat, name, value)
         if chat.max_tokens is not None and chat.max_tokens < 1:
-            raise GatewayError(400, "'max_tokens' must be at least 1.", "max_tokens")
-        chat.stop = parse_stop(wire)
-        chat.effort = optional(wire, "reasoning_effort", str)
-        chat.thinking = optional(wire, "thinking", dict)
-        chat.format = parse_chat_format(wire)
-        chat.user = optional(wire, "user", str) or optional(wire, "safety_identifier", str)
-        if optional(wire, "logprobs", bool):
-            chat.logprobs = optional(wire, "top_logprobs", int) or 0
-        chat.web_search = optional(wire, "web_search_options", dict)
-        chat.stream = bool(optional(wire, "stream", bool))
-        options = optional(wire, "stream_options", dict) or {}
-        chat.include_usage = bool(optional(options, "include_usage", bool, "stream_options."))
-        for key, value in wire.items():
-            if key in CHAT_OPTIONS and value is not None:
-                chat.options[key] = value
-            elif key not in CHAT_FIELDS and value is not None:
-                losses.drop("unknown")
-        return chat
+            raise next(root.wrong(key, "must be at least 1") for key, name, _ in self.plain_fields
+                       if name == "max_tokens" and root.wire.get(key) is not None)
 
-    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        wire: JSON = {"model": target.model, "messages": render_chat_messages(chat, losses)}
-        for name in ("temperature", "top_p", "top_k"):
-            if getattr(chat, name) is not None:
-                wire[name] = getattr(chat, name)
-        if chat.max_tokens is not None:
-            wire["max_completion_tokens"] = chat.max_tokens
-        if chat.stop:
-            wire["stop"] = chat.stop
-        if chat.effort is not None:
-            wire["reasoning_effort"] = chat.effort
-        if chat.thinking is not None:
-            wire["thinking"] = chat.thinking
-        if chat.format is not None:
-            wire["response_format"] = render_chat_format(chat.format)
-        if chat.user is not None:
-            wire["user"] = chat.user
-        if chat.logprobs is not None:
-            wire.update(logprobs=True, top_logprobs=chat.logprobs)
-        if chat.web_search is not None:
-            wire["web_search_options"] = chat.web_search
-        if chat.tools:
-            wire["tools"] = [render_chat_tool(tool) for tool in chat.tools]
-            if chat.choice is not None:
-                wire["tool_choice"] = render_chat_choice(chat.choice, chat.tools)
-            if chat.parallel is not None:
-                wire["parallel_tool_calls"] = chat.parallel
-        wire.update(chat.options)
-        if chat.stream:
-            wire.update(stream=True, stream_options={"include_usage": True})
-        return wire, Rewrites()
-
-    # ---- answers ----
-
-    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
-        """A provider's plain answer. Raises GatewayError(502)."""
-        parser = ChatParser(self, rewrites)
-        choices = wire.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise upstream_error(502, "The provider's answer has no choices.", "bad_answer")
-        message = choices[0].get("message")
-        message = message if isinstance(message, dict) else {}
-        events: List[StreamEvent] = [Start(str(wire.get("id") or ""), str(wire.get("model") or ""))]
-        events += parser.read_delta(message)
-        parser.note_finish(choices[0].get("finish_reason"))
-        parser.usage = self.parse_usage(wire.get("usage"))
-        parser.service_tier = str(wire.get("service_tier") or "")
-        return collect([*events, *parser.finish()])
-
-    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
-        texts = [block for block in reply.blocks if isinstance(block, Text)]
-        calls = [block for block in reply.blocks if isinstance(block, ToolCall)]
-        message: JSON = {
-            "role": "assistant",
-            "content": "".join(text.text for text in texts if not text.is_refusal) or None,
-            "refusal": "".join(text.text for text in texts if text.is_refusal) or reply.refusal
-            or None}
-        annotations = render_annotations(texts)
-        if annotations:
-            message["annotations"] = annotations
-        thinking = [block for block in reply.blocks if isinstance(block, Thinking)]
-        if thinking:
-            message["reasoning_content"] = "".join(block.text for block in thinking)
-            message["thinking_blocks"] = [render_thinking(block) for block in thinking]
-        if calls and chat.legacy_functions:
-            message["function_call"] = render_function(calls[0])
-        elif calls:
-            message["tool_calls"] = [render_chat_call(call) for call in calls]
-        finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
-        wire: JSON = {"id": chat_id(reply.id), "object": "chat.completion", "created": created,
-                      "model": reply.model, "system_fingerprint": None,
-                      "choices": [{"index": 0, "message": message, "logprobs": None,
-                                   "finish_reason": finish}],
-                      "usage": render_chat_usage(reply.usage)}
-        if reply.service_tier:
-            wire["service_tier"] = reply.service_tier
-        return wire
-
-    def parser(self, rewrites: Rewrites) -> Parser:
-        return ChatParser(self, rewrites)
-
-    def renderer(self, chat: Chat, created: int) -> ChatRenderer:
-        return ChatRenderer(chat, created)
-
-    # ---- errors ----
-
-    def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        return dump_json({"error": {"message": error.message, "type": error.type,
-                                    "param": error.param, "code": error.code}})
-
-    def parse_usage(self, wire: object) -> Optional[Usage]:
-        """The `usage` object; its counts hold the cached and the reasoning parts already."""
-        if not isinstance(wire, dict):
-            return None
-        read = wire.get("prompt_tokens_details") or {}
-        written = wire.get("completion_tokens_details") or {}
-        return Usage(count(wire.get("prompt_tokens")), count(wire.get("completion_tokens")),
-                     count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
-                     0, count(written.get("reasoning_tokens")))
-
-    def count_content(self, reply: JSON) -> int:
-        """The bytes of content of a plain reply that tells no usage."""
-        choices = reply.get("choices")
-        return sum(len(dump_json(choice.get("message"))) for choice in choices
-                   if isinstance(choice, dict)) if isinstance(choices, list) else 0
-
-    def asks_for_usage(self, body: Body) -> bool:
-        options = body.get("stream_options")
-        return isinstance(options, dict) and options.get("include_usage") is True
-
-    def values_for_usage(self, body: Body) -> Dict[str, object]:
-        """What to put into a streamed request so that its answer ends in its usage."""
-        options = body.get("stream_options")
-        return {"stream_options": {**(options if isinstance(options, dict) else {}),
-                                   "include_usage": True}}
-
-    def watch(self, hide_usage: bool, needs_done: bool) -> ChatWatch:
-        return ChatWatch(self, hide_usage, needs_done)
+    def render_plain_fields(self, chat: Chat, wire: JSON) -> None:
+        said: Set[str] = set()  # where two fields mean the same, the first is written
+        for key, name, _ in self.plain_fields:
+            value = getattr(chat, name)
+            if value is not None and name not in said:
+                said.add(name)
+                wire[key] = value
 
 
-# What a Chat Completions request may hold. CHAT_OPTIONS go on by name, or are named as losses.
-CHAT_HINTS = frozenset([
-    "store", "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "prediction", "service_tier", "moderation"])
-CHAT_OPTIONS = CHAT_HINTS | frozenset([
-    "seed", "logit_bias", "frequency_penalty", "presence_penalty", "verbosity"])
-CHAT_FIELDS = frozenset([
-    "model", "messages", "tools", "tool_choice", "functions", "function_call", "temperature",
-    "top_p", "top_k", "parallel_tool_calls", "max_completion_tokens", "max_tokens", "stop",
-    "reasoning_effort", "thinking", "response_format", "user", "safety_identifier", "logprobs",
-    "top_logprobs", "web_search_options", "stream", "stream_options", "n", "modalities", "audio"])
-CHAT_MESSAGE_FIELDS = frozenset([
-    "role", "content", "refusal", "tool_calls", "tool_call_id", "function_call", "name", "audio",
-    "thinking_blocks", "reasoning_content", "annotations", "provider_specific_fields", "cache_control"])
-
-
-def refuse_what_has_no_meaning(wire: JSON) -> None:
-    """One reply, of text: more cannot be said through another dialect."""
-    if (optional(wire, "n", int) or 1) != 1:
-        raise unsupported("n", "'n' must be 1 for this model.")
-    modalities = optional(wire, "modalities", list) or []
-    if wire.get("audio") is not None or any(mode != "text" for mode in modalities):
-        raise unsupported("modalities" if modalities else "audio", "This model answers in text only.")
-
-
-def parse_stop(wire: JSON) -> List[str]:
-    stop = wire.get("stop")
-    if stop is None:
-        return []
-    return [want(item, str, "stop") for item in ([stop] if isinstance(stop, str)
-                                                 else want(stop, list, "stop"))]
-
-
-def parse_chat_messages(wire: JSON) -> List[Turn]:
-    turns: List[Turn] = []
-    function_ids: Dict[str, str] = {}
-    for message, where in objects(required(wire, "messages", list), "messages"):
-        role = required(message, "role", str, where)
-        read = CHAT_ROLES.get(role)
-        if read is None:
-            raise GatewayError(400, f"'{where}role' must be one of: {', '.join(CHAT_ROLES)}.",
-                               f"{where}role")
-        turn_role, blocks_of = read
-        turns.append(Turn(turn_role, blocks_of(message, where, function_ids)))
-    if not any(turn.role != "system" for turn in turns):
-        raise GatewayError(400, "'messages' must hold a user message.", "messages")
-    return canonical(turns)
-
-
-def parse_chat_content(message: JSON, where: str, _: Dict[str, str]) -> List[Block]:
-    """A message's content, a string or parts, as blocks."""
-    content = message.get("content")
-    if content is None:
-        return []
+def parse_content(holder: Fields, key: str, parts: Mapping[str, Callable[[Fields], Block]]
+                  ) -> List[Block]:
+    """A string, or a list of parts read by their type ("" for any other); empty text is none."""
+    content = holder.get(key, TEXT_OR_LIST)
+    blocks: List[Block] = []
     if isinstance(content, str):
-        return [Text(text=content, cache=parse_cache(message, where))]
-    blocks = []
-    for part, place in objects(content, f"{where}content"):
-        kind = required(part, "type", str, place)
-        read = CHAT_PARTS.get(kind)
-        if read is None:
-            raise GatewayError(400, f"'{place}type' is unknown.", f"{place}type",
-                               "unsupported_parameter")
-        block = read(part, place)
-        block.cache = parse_cache(part, place)
-        blocks.append(block)
-    return blocks
+        blocks = [Text(text=content)]
+    else:
+        for part in holder.children(key):
+            cache = parse_cache(part)
+            blocks.append(parts.get(part.need("type", str), parts[""])(part))
+            blocks[-1].cache = cache
+    return [block for block in blocks if not isinstance(block, Text) or block.text]
 
 
-def parse_cache(part: JSON, where: str) -> Optional[JSON]:
+def parse_cache(part: Fields) -> Optional[JSON]:
     """A cache mark: Anthropic's own form as it stands, or OpenAI's breakpoint."""
-    mark: Optional[JSON] = optional(part, "cache_control", dict, where)
-    if mark is None and optional(part, "prompt_cache_breakpoint", dict, where) is not None:
-        ttl = part["prompt_cache_breakpoint"].get("ttl")
-        mark = {"type": "ephemeral", **({"ttl": "1h"} if ttl not in (None, "30m") else {})}
+    mark: Optional[JSON] = part.get("cache_control", dict)
+    if mark is None and part.get("prompt_cache_breakpoint", dict) is not None:
+        point = part.child("prompt_cache_breakpoint")
+        point.skip("mode")
+        is_short = point.get("ttl", str) in (None, "5m", "30m")
+        mark = {"type": "ephemeral"} if is_short else {"type": "ephemeral", "ttl": "1h"}
     return mark
 
 
-def parse_image_part(part: JSON, where: str) -> Block:
-    image = required(part, "image_url", dict, where)
-    url = required(image, "url", str, f"{where}image_url.")
-    detail = optional(image, "detail", str, f"{where}image_url.") or ""
-    data = parse_data_uri(url)
-    return (Image(media_type=data[0], data=data[1], detail=detail) if data
-            else Image(url=url, detail=detail))
+def part_of(wire: JSON, key: str) -> JSON:
+    value = wire.get(key)
+    return value if isinstance(value, dict) else {}
 
 
-def parse_file_part(part: JSON, where: str) -> Block:
-    file = required(part, "file", dict, where)
-    if file.get("file_id") is not None:
-        raise unsupported(f"{where}file.file_id", "Files of another vendor's store cannot be sent.")
-    uri = parse_data_uri(required(file, "file_data", str, f"{where}file."))
-    if uri is None:
-        raise GatewayError(400, f"'{where}file.file_data' must be a data: URI in base64.",
-                           f"{where}file.file_data")
-    media_type, data = uri
-    title = optional(file, "filename", str, f"{where}file.") or ""
-    if media_type == "text/plain":
-        return Document(media_type=media_type, text=decode_base64(data, f"{where}file.file_data"),
-                        title=title)
-    return Document(media_type=media_type, data=data, title=title)
+def text_of(wire: JSON, key: str) -> str:
+    value = wire.get(key)
+    return value if isinstance(value, str) else ""
 
 
-def decode_base64(data: str, param: str) -> str:
-    try:
-        return base64.b64decode(data, validate=True).decode()
-    except ValueError as error:
-        raise GatewayError(400, f"'{param}' is not UTF-8 text in base64.", param) from error
+def list_of_objects(wire: JSON, key: str) -> List[JSON]:
+    value = wire.get(key)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def parse_audio_part(part: JSON, where: str) -> Block:
-    audio = required(part, "input_audio", dict, where)
-    return Audio(data=required(audio, "data", str, f"{where}input_audio."),
-                 format=required(audio, "format", str, f"{where}input_audio."))
-
-
-CHAT_PARTS: Dict[str, Callable[[JSON, str], Block]] = {
-    "text": lambda part, where: Text(text=required(part, "text", str, where)),
-    "refusal": lambda part, where: Text(text=required(part, "refusal", str, where),
-                                        is_refusal=True),
-    "image_url": parse_image_part,
-    "file": parse_file_part,
-    "input_audio": parse_audio_part,
-}
-
-
-def parse_chat_assistant(message: JSON, where: str, function_ids: Dict[str, str]) -> List[Block]:
-    """Thinking, then text, then calls: the order in which a model says them."""
-    if message.get("audio") is not None:
-        raise unsupported(f"{where}audio", "Audio of an earlier answer cannot be sent.")
-    blocks: List[Block] = [parse_thinking_block(block, place) for block, place in objects(
-        message.get("thinking_blocks") or [], f"{where}thinking_blocks")]
-    blocks += parse_chat_content(message, where, function_ids)
-    refusal = optional(message, "refusal", str, where)
-    if refusal:
-        blocks.append(Text(text=refusal, is_refusal=True))
-    for call, place in objects(message.get("tool_calls") or [], f"{where}tool_calls"):
-        blocks.append(parse_chat_call(call, place))
-    function = optional(message, "function_call", dict, where)
-    if function is not None:
-        name = required(function, "name", str, f"{where}function_call.")
-        function_ids[name] = f"call_{name}_{len(function_ids)}"
-        blocks.append(ToolCall(id=function_ids[name], name=name, arguments=parse_arguments(
-            optional(function, "arguments", str, f"{where}function_call.") or "", 400,
-            f"'{where}function_call.arguments'")))
-    return blocks
-
-
-def parse_thinking_block(block: JSON, where: str) -> Thinking:
-    """A block that we gave out; its signature is Anthropic's unless it is in an envelope."""
-    if block.get("type") == "redacted_thinking":
-        return Thinking(signature=required(block, "data", str, where), issuer="anthropic",
-                        is_redacted=True)
-    signature = optional(block, "signature", str, where) or ""
-    return Thinking(text=optional(block, "thinking", str, where) or "", signature=signature,
-                    issuer="anthropic" if signature and not signature.startswith("gw1.") else "")
-
-
-def parse_chat_call(call: JSON, where: str) -> ToolCall:
-    id_ = required(call, "id", str, where)
-    if call.get("type") == "custom":
-        custom = required(call, "custom", dict, where)
-        return ToolCall(id=id_, name=required(custom, "name", str, f"{where}custom."),
-                        is_custom=True, input=required(custom, "input", str, f"{where}custom."))
-    function = required(call, "function", dict, where)
-    place = f"{where}function."
-    return ToolCall(id=id_, name=required(function, "name", str, place), arguments=parse_arguments(
-        optional(function, "arguments", str, place) or "", 400, f"'{place}arguments'"))
-
-
-def parse_chat_result(message: JSON, where: str, function_ids: Dict[str, str]) -> List[Block]:
-    return [ToolResult(id=required(message, "tool_call_id", str, where),
-                       cache=optional(message, "cache_control", dict, where),
-                       content=parse_chat_content({"content": message.get("content")}, where, {}))]
-
-
-def parse_function_result(message: JSON, where: str, function_ids: Dict[str, str]) -> List[Block]:
-    name = required(message, "name", str, where)
-    return [ToolResult(id=function_ids.get(name, name),
-                       content=parse_chat_content(message, where, {}))]
-
-
-CHAT_ROLES: Dict[str, Tuple[str, Callable[[JSON, str, Dict[str, str]], List[Block]]]] = {
-    "system": ("system", parse_chat_content), "developer": ("system", parse_chat_content),
-    "user": ("user", parse_chat_content), "assistant": ("assistant", parse_chat_assistant),
-    "tool": ("user", parse_chat_result), "function": ("user", parse_function_result),
-}
-
-
-def parse_chat_tools(wire: JSON) -> List[Tool]:
-    tools = []
-    for item, where in objects(wire.get("tools") or [], "tools"):
-        kind = required(item, "type", str, where)
-        if kind not in ("function", "custom"):
-            raise GatewayError(400, f"'{where}type' must be function or custom.", f"{where}type")
-        tools.append(parse_chat_tool(item, kind, where))
-    for item, where in objects(wire.get("functions") or [], "functions"):
-        tools.append(parse_chat_tool({"function": item}, "function", where))
-    return tools
-
-
-def parse_chat_tool(item: JSON, kind: str, where: str) -> Tool:
-    about = required(item, kind, dict, where)
-    place = f"{where}{kind}."
-    tool = Tool(required(about, "name", str, place), is_custom=kind == "custom",
-                description=optional(about, "description", str, place) or "",
-                cache=optional(item, "cache_control", dict, where)
-                or optional(about, "cache_control", dict, place))
-    if kind == "custom":
-        form = optional(about, "format", dict, place) or {}
-        tool.grammar = dump_json(form["grammar"]).decode() if form.get("grammar") else ""
-    else:
-        tool.schema = optional(about, "parameters", dict, place)
-        tool.strict = optional(about, "strict", bool, place)
-    return tool
-
-
-def parse_chat_choice(wire: JSON) -> Optional[ToolChoice]:
-    choice = wire.get("tool_choice")
-    choice = wire.get("function_call") if choice is None else choice
-    if choice is None:
-        return None
-    if isinstance(choice, str):
-        if choice not in ("auto", "required", "none"):
-            raise GatewayError(400, "'tool_choice' must be auto, required, none or an object.",
-                               "tool_choice")
-        return ToolChoice(choice)
-    want(choice, dict, "tool_choice")
-    if choice.get("type") == "allowed_tools":
-        return parse_allowed_tools(required(choice, "allowed_tools", dict, "tool_choice."))
-    inner = choice.get(choice.get("type", "")) or choice
-    return ToolChoice("tool", required(inner, "name", str, "tool_choice."))
-
-
-def parse_allowed_tools(allowed: JSON) -> ToolChoice:
-    where = "tool_choice.allowed_tools."
-    mode = required(allowed, "mode", str, where)
-    if mode not in ("auto", "required"):
-        raise GatewayError(400, f"'{where}mode' must be auto or required.", f"{where}mode")
-    names = []
-    for item, place in objects(required(allowed, "tools", list, where), f"{where}tools"):
-        inner = item.get(item.get("type", "")) or item
-        names.append(required(want(inner, dict, place), "name", str, place))
-    return ToolChoice(mode, allowed=names)
-
-
-def parse_chat_format(wire: JSON) -> Optional[Format]:
-    form = optional(wire, "response_format", dict)
-    kind = required(form, "type", str, "response_format.") if form is not None else "text"
-    if form is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return Format()
-    if kind != "json_schema":
-        raise GatewayError(400, "'response_format.type' must be text, json_object or json_schema.",
-                           "response_format.type")
-    where = "response_format.json_schema."
-    about = required(form, "json_schema", dict, "response_format.")
-    return Format(schema=optional(about, "schema", dict, where) or {"type": "object"},
-                  name=required(about, "name", str, where),
-                  description=optional(about, "description", str, where) or "",
-                  strict=optional(about, "strict", bool, where))
-
-
-def render_chat_messages(chat: Chat, losses: Losses) -> List[JSON]:
-    messages: List[JSON] = []
-    for turn in chat.turns:
-        results = [block for block in turn.blocks if isinstance(block, ToolResult)]
-        for result in results:
-            messages.append({"role": "tool", "tool_call_id": result.id, "content":
-                             render_chat_content(result.content, losses) or ""})
-        rest = [block for block in turn.blocks if not isinstance(block, ToolResult)]
-        if turn.role == "assistant":
-            messages.append(render_chat_assistant(rest, losses))
-        elif rest:
-            messages.append({"role": turn.role, "content": render_chat_content(rest, losses)})
-    return messages
-
-
-def render_chat_assistant(blocks: List[Block], losses: Losses) -> JSON:
-    thinking = [block for block in blocks if isinstance(block, Thinking)]
-    calls = [block for block in blocks if isinstance(block, ToolCall)]
-    message: JSON = {"role": "assistant", "content": render_chat_content(
-        [block for block in blocks if not isinstance(block, (Thinking, ToolCall))], losses)}
-    if thinking:
-        message["thinking_blocks"] = [render_thinking(block) for block in thinking]
-    if calls:
-        message["tool_calls"] = [render_chat_call(call) for call in calls]
-    return message
-
-
-def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
-    """A string where one plain text is all, else parts; None for nothing."""
-    parts = [part for part in (render_chat_part(block, losses) for block in blocks) if part]
-    if len(parts) == 1 and list(parts[0]) == ["type", "text"]:
-        return parts[0]["text"]
-    return parts or None
-
-
-def render_chat_part(block: Block, losses: Losses) -> Optional[JSON]:
-    part: JSON
-    if isinstance(block, Text):
-        part = ({"type": "refusal", "refusal": block.text} if block.is_refusal
-                else {"type": "text", "text": block.text})
-    elif isinstance(block, Image):
-        url = block.url or f"data:{block.media_type};base64,{block.data}"
-        part = {"type": "image_url", "image_url": {
-            "url": url, **({"detail": block.detail} if block.detail else {})}}
-    elif isinstance(block, Document):
-        part = render_chat_file(block)
-    elif isinstance(block, Audio):
-        part = {"type": "input_audio", "input_audio": {"data": block.data, "format": block.format}}
-    else:
-        losses.hint("content")
-        return None
-    if block.cache:
-        part["cache_control"] = block.cache
-    return part
-
-
-def render_chat_file(block: Document) -> JSON:
-    if block.url:
-        raise unsupported("file", "A document by URL cannot be sent to this model.")
-    data = block.data or base64.b64encode(block.text.encode()).decode()
-    return {"type": "file", "file": {"file_data": f"data:{block.media_type};base64,{data}",
-                                     **({"filename": block.title} if block.title else {})}}
-
-
-def render_thinking(block: Thinking) -> JSON:
-    if block.is_redacted:
-        return {"type": "redacted_thinking", "data": block.signature}
-    return {"type": "thinking", "thinking": block.text, "signature": block.signature}
-
-
-def render_function(call: ToolCall) -> JSON:
-    return {"name": call.name, "arguments": encode_json(call.arguments)}
-
-
-def render_chat_call(call: ToolCall) -> JSON:
-    if call.is_custom:
-        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.input}}
-    return {"id": call.id, "type": "function", "function": render_function(call)}
-
-
-def render_chat_tool(tool: Tool) -> JSON:
-    about: JSON = {"name": tool.name}
-    if tool.description:
-        about["description"] = tool.description
-    if tool.is_custom and tool.grammar:
-        about["format"] = {"type": "grammar", "grammar": json.loads(tool.grammar)}
-    if tool.schema is not None:
-        about["parameters"] = tool.schema
-    if tool.strict is not None:
-        about["strict"] = tool.strict
-    kind = "custom" if tool.is_custom else "function"
-    return {"type": kind, kind: about, **({"cache_control": tool.cache} if tool.cache else {})}
-
-
-def render_chat_choice(choice: ToolChoice, tools: List[Tool]) -> Any:
-    kinds = {tool.name: "custom" if tool.is_custom else "function" for tool in tools}
-    if choice.allowed is not None:
-        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": [
-            {"type": kinds.get(name, "function"), kinds.get(name, "function"): {"name": name}}
-            for name in choice.allowed]}}
-    if choice.mode == "tool":
-        kind = kinds.get(choice.name, "function")
-        return {"type": kind, kind: {"name": choice.name}}
-    return choice.mode
-
-
-def render_chat_format(form: Format) -> JSON:
-    if form.schema is None:
-        return {"type": "json_object"}
-    about: JSON = {"name": form.name, "schema": form.schema}
-    if form.description:
-        about["description"] = form.description
-    if form.strict is not None:
-        about["strict"] = form.strict
-    return {"type": "json_schema", "json_schema": about}
-
-
-def render_chat_usage(usage: Usage) -> JSON:
-    return {"prompt_tokens": usage.input, "completion_tokens": usage.output,
-            "total_tokens": usage.input + usage.output,
-            "prompt_tokens_details": {"cached_tokens": usage.cache_read,
-                                      "cache_write_tokens": usage.cache_write},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
-
-
-def render_annotations(texts: List[Text]) -> List[JSON]:
-    """The citations as annotations, each over the span of its text in the whole content."""
-    annotations, at = [], 0
-    for text in texts:
-        annotations += [annotation(citation, at, at + len(text.text))
-                        for citation in text.citations]
-        at += len(text.text)
-    return annotations
-
-
-def annotation(citation: JSON, start: int, end: int) -> JSON:
-    return {"type": "url_citation", "url_citation": {**citation, "start_index": start,
-                                                     "end_index": end}}
-
-
-def parse_annotations(message: JSON) -> List[JSON]:
-    found = []
-    for item in message.get("annotations") or []:
-        about = item.get("url_citation") if isinstance(item, dict) else None
-        if isinstance(about, dict):
-            found.append({"url": about.get("url", ""), "title": about.get("title", "")})
-    return found
-
-
-def chat_id(id_: str) -> str:
-    return id_ if id_.startswith("chatcmpl-") else f"chatcmpl-{id_}"
-
-
-CHAT_FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls",
-                 "function_call": "tool_calls", "content_filter": "filter"}
-FINISHES_IN_CHAT = {"length": "length", "context": "length", "refusal": "content_filter",
-                    "filter": "content_filter"}
-
-
-def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
-    if finish == "tool_calls" and has_calls:
-        return "function_call" if legacy else "tool_calls"
-    return FINISHES_IN_CHAT.get(finish, "stop")
-
-
-class ChatParser(Parser):
-    """Reads a Chat Completions stream. One block is open at a time: what servers interleave by
-    index is kept until the open call ends."""
-
-    def __init__(self, dialect: ChatCompletions, rewrites: Rewrites) -> None:
-        super().__init__(rewrites)
-        self._dialect = dialect
-        self._is_started = False
-        self._open: Optional[Block] = None
-        self._thinking_blocks: List[JSON] = []
-        self._calls: Dict[int, Tuple[ToolCall, List[str]]] = {}
-        self._citations: List[JSON] = []
-        self._blocks = 0
-        self._finish = ""
-        self.service_tier = ""
-
-    def feed(self, event: Event) -> List[StreamEvent]:
-        if event.data.strip() == b"[DONE]":
-            self.ended = True
-            return self.finish()
-        wire = self.parse(event)
-        if wire.get("error"):
-            raise self._dialect.parse_error(wire["error"], 502)
-        events: List[StreamEvent] = []
-        if not self._is_started:
-            self._is_started = True
-            events.append(Start(str(wire.get("id") or ""), str(wire.get("model") or "")))
-        self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
-        choices = wire.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else {}
-        if isinstance(choice, dict):
-            delta = choice.get("delta")
-            events += self.read_delta(delta if isinstance(delta, dict) else {})
-            self.note_finish(choice.get("finish_reason"))
-        return events
-
-    def note_finish(self, reason: object) -> None:
-        if isinstance(reason, str):
-            if reason in ("error", "abort"):
-                raise upstream_error(502, "The provider failed.", "stream_error")
-            self._finish = CHAT_FINISHES.get(reason, "stop")
-
-    def read_delta(self, delta: JSON) -> List[StreamEvent]:
-        """A delta, or a whole message, which has the same fields."""
-        events: List[StreamEvent] = []
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-        blocks = delta.get("thinking_blocks")
-        if isinstance(blocks, list):
-            self._thinking_blocks += [block for block in blocks if isinstance(block, dict)]
-        if isinstance(reasoning, str) and reasoning:
-            events += [*self._switch(Thinking()), ThinkingDelta(reasoning)]
-        for key, is_refusal in (("content", False), ("refusal", True)):
-            text = delta.get(key)
-            if isinstance(text, str) and text:
-                events += [*self._switch(Text(is_refusal=is_refusal)), TextDelta(text)]
-                self.content_bytes += len(text)
-        self._citations += parse_annotations(delta)
-        calls = delta.get("tool_calls")
-        for position, call in enumerate(calls if isinstance(calls, list) else []):
-            if isinstance(call, dict):
-                self._read_call(call, position)
-        function = delta.get("function_call")
-        if isinstance(function, dict):
-            self._read_call({"index": 0, "id": "call_0", "function": function}, 0)
-        return events
-
-    def _read_call(self, call: JSON, position: int) -> None:
-        """Some servers leave the index out: a new id is then a new call."""
-        index = call.get("index")
-        if not isinstance(index, int):
-            index = len(self._calls) if call.get("id") else max(len(self._calls) - 1, 0)
-        about = call.get("function") or call.get("custom") or {}
-        if index not in self._calls:
-            self._calls[index] = (self.open_call(ToolCall(
-                id=str(call.get("id") or f"call_{index}"), name=str(about.get("name") or ""),
-                is_custom=call.get("type") == "custom")), [])
-        text = about.get("arguments") or about.get("input")
-        if isinstance(text, str):
-            self._calls[index][1].append(text)
-            self.content_bytes += len(text)
-
-    def _switch(self, block: Block) -> List[StreamEvent]:
-        """Closes the open block and opens another, where it is of another kind."""
-        if self._open == block:
-            return []
-        events = [*self._close(), BlockStart(block)]
-        self._open = dataclasses.replace(block)
-        return events
-
-    def _close(self) -> List[StreamEvent]:
-        if self._open is None:
-            return []
-        events: List[StreamEvent] = []
-        if isinstance(self._open, Thinking) and self._thinking_blocks:
-            signature = self._thinking_blocks.pop(0).get("signature")
-            events = [SignatureDelta(signature)] if isinstance(signature, str) else []
-        elif isinstance(self._open, Text):
-            events = [CitationDelta(self._blocks, citation) for citation in self._citations]
-            self._citations = []
-        self._open = None
-        self._blocks += 1
-        return [*events, BlockStop()]
-
-    def finish(self) -> List[StreamEvent]:
-        """Flushes the calls, which are live one after the other, and ends."""
-        events = self._close()
-        for call, pieces in self._calls.values():
-            text = "".join(pieces)
-            events += [BlockStart(call), *([ArgumentsDelta(text)] if text else []), BlockStop()]
-        finish = "tool_calls" if self._calls and self._finish in ("", "stop") else self._finish
-        self.usage = self.usage or Usage()
-        return [*events, Finish(finish or "stop", self.usage, service_tier=self.service_tier)]
-
-
-class ChatRenderer(Renderer):
-    """Writes a Chat Completions stream: model events in, bytes out."""
-
-    def __init__(self, chat: Chat, created: int) -> None:
-        self._chat = chat
-        self._base: JSON = {"id": "", "object": "chat.completion.chunk", "created": created,
-                            "model": chat.model, "system_fingerprint": None}
-        self._calls = 0
-        self._has_arguments = False
-        self._open: Optional[Block] = None
-        self._texts: List[int] = []  # where each block starts in the content
-        self._length = 0
-        self._thinking: List[Thinking] = []
-        self._text_template = self._thinking_template = DeltaTemplate(lambda text: b'"\\u0000"')
-        self._arguments_template = self._text_template
-
-    def feed(self, event: StreamEvent) -> bytes:
-        return RENDER_CHAT[event.__class__](self, event)
-
-    def _chunk(self, delta: JSON, finish: Optional[str] = None) -> bytes:
-        chunk = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
-                                            "finish_reason": finish}]}
-        if self._chat.include_usage:
-            chunk["usage"] = None
-        return sse(dump_json(chunk))
-
-    def _start(self, event: Start) -> bytes:
-        self._base["id"] = chat_id(event.id)
-        self._text_template = DeltaTemplate(lambda text: self._chunk({"content": text}))
-        self._thinking_template = DeltaTemplate(
-            lambda text: self._chunk({"reasoning_content": text}))
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def _block_start(self, event: BlockStart) -> bytes:
-        self._open = block = event.block
-        self._texts.append(self._length)
-        if isinstance(block, Thinking):
-            self._thinking.append(dataclasses.replace(block))
-        if not isinstance(block, ToolCall):
-            return b""
-        index, self._calls, self._has_arguments = self._calls, self._calls + 1, False
-        self._arguments_template = DeltaTemplate(
-            lambda text: self._chunk(self._call_delta({"index": index}, block, text)))
-        return self._chunk(self._call_delta(
-            {"index": index, "id": block.id, "type": "custom" if block.is_custom else "function"},
-            block, "", {"name": block.name}))
-
-    def _call_delta(self, head: JSON, call: ToolCall, text: str, name: Optional[JSON] = None) -> JSON:
-        about = {**(name or {}), ("input" if call.is_custom else "arguments"): text}
-        if self._chat.legacy_functions:
-            return {"function_call": about}
-        return {"tool_calls": [{**head, "custom" if call.is_custom else "function": about}]}
-
-    def _text(self, event: TextDelta) -> bytes:
-        if isinstance(self._open, Text) and self._open.is_refusal:
-            return self._chunk({"refusal": event.text})
-        self._length += len(event.text)
-        return self._text_template(event.text)
-
-    def _thought(self, event: ThinkingDelta) -> bytes:
-        self._thinking[-1].text += event.text
-        return self._thinking_template(event.text)
-
-    def _signature(self, event: SignatureDelta) -> bytes:
-        self._thinking[-1].signature = event.signature
-        return b""
-
-    def _arguments(self, event: ArgumentsDelta) -> bytes:
-        self._has_arguments = self._has_arguments or bool(event.text)
-        return self._arguments_template(event.text) if event.text else b""
-
-    def _citation(self, event: CitationDelta) -> bytes:
-        return self._chunk({"annotations": [
-            annotation(event.citation, self._texts[event.block], self._length)]})
-
-    def _block_stop(self, event: BlockStop) -> bytes:
-        block, self._open = self._open, None
-        if isinstance(block, ToolCall) and not block.is_custom and not self._has_arguments:
-            return self._arguments_template("{}")
-        return b""
-
-    def _finish(self, event: Finish) -> bytes:
-        out = b""
-        if self._thinking:
-            out += self._chunk({"thinking_blocks": list(map(render_thinking, self._thinking))})
-        if event.refusal:
-            out += self._chunk({"refusal": event.refusal})
-        if event.service_tier:
-            self._base["service_tier"] = event.service_tier
-        out += self._chunk({}, chat_finish(event.finish, self._calls > 0,
-                                           self._chat.legacy_functions))
-        if self._chat.include_usage:
-            out += sse(dump_json({**self._base, "choices": [],
-                                  "usage": render_chat_usage(event.usage)}))
-        return out + sse(b"[DONE]")
-
-
-RENDER_CHAT: Dict[type, Callable[[ChatRenderer, Any], bytes]] = {
-    Start: ChatRenderer._start, BlockStart: ChatRenderer._block_start,
-    TextDelta: ChatRenderer._text, ThinkingDelta: ChatRenderer._thought,
-    SignatureDelta: ChatRenderer._signature, ArgumentsDelta: ChatRenderer._arguments,
-    CitationDelta: ChatRenderer._citation, BlockStop: ChatRenderer._block_stop,
-    Finish: ChatRenderer._finish,
-}
-
-
-def read_error(wire: object, status: int) -> GatewayError:
-    """A provider's error object (or what stands in its place) as ours, its words kept. The status
-    is what it says of itself where it does: in a stream the HTTP status is 200."""
-    detail = wire if isinstance(wire, dict) else {"message": wire}
-    code, type_, message = detail.get("code"), detail.get("type"), detail.get("message")
-    if status in (200, 502):
-        for told in (code, type_):
-            status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
-        status = code if isinstance(code, int) and 400 <= code < 600 else status
-    message = message if isinstance(message, str) else "The provider reported an error."
-    if "prompt is too long" in message:
-        code = "context_length_exceeded"  # agents key on it
-    return upstream_error(
-        status, message, error_label(status), type=type_ if isinstance(type_, str) else None,
-        param=detail.get("param") if isinstance(detail.get("param"), str) else None,
-        code=str(code) if isinstance(code, (str, int)) else None, is_quoted=True)
+def without_none(**members: Any) -> JSON:
+    """The members that say something."""
+    return {key: value for key, value in members.items() if value not in (None, "", [])}
 
 
 # What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
@@ -1851,8 +1198,681 @@ def error_label(status: int) -> str:
     return "client_error" if status < 500 else "server_error"
 
 
+class ChatCompletions(Dialect):
+    """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
+
+    name = "chat"
+    keepalive = b": keep-alive\n\n"
+    plain_fields = (
+        ("max_completion_tokens", "max_tokens", int), ("max_tokens", "max_tokens", int),
+        ("temperature", "temperature", NUMBER), ("top_p", "top_p", NUMBER), ("top_k", "top_k", int),
+        ("reasoning_effort", "effort", str), ("thinking", "thinking", dict),
+        ("user", "user", str), ("safety_identifier", "user", str),
+        ("web_search_options", "web_search", dict))
+
+    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
+        root = Fields(wire)
+        chat = Chat(root.need("model", str), canonical(parse_chat_turns(root, losses)))
+        if root.get("n", int) not in (None, 1):
+            raise unsupported("n", "'n' must be 1 for this model.")
+        for key, is_asked in (("audio", root.get("audio", dict) is not None),
+                              ("modalities", set(root.strings("modalities")) - {"text"})):
+            if is_asked:
+                raise unsupported(key, "This model answers in text only.")
+        self.parse_plain_fields(root, chat)
+        chat.parallel = root.get("parallel_tool_calls", bool)
+        chat.tools = [parse_chat_tool(item.child(kind), kind, parse_cache(item))
+                      for item in root.children("tools")
+                      for kind in [item.one_of("type", ("function", "custom"))]]
+        functions = [parse_chat_tool(item, "function", None) for item in root.children("functions")]
+        chat.legacy_functions = bool(functions) and not chat.tools
+        chat.tools += functions
+        chat.choice = parse_chat_choice(root)
+        stop = root.get("stop", TEXT_OR_LIST)
+        chat.stop = [stop] if isinstance(stop, str) else root.strings("stop")
+        chat.format = parse_chat_format(root)
+        alternatives = root.get("top_logprobs", int)
+        if root.get("logprobs", bool):
+            chat.logprobs = alternatives or 0
+        elif alternatives:
+            raise root.wrong("top_logprobs", "needs 'logprobs'")
+        chat.stream = bool(root.get("stream", bool))
+        options = root.child("stream_options", {})
+        chat.include_usage = bool(options.get("include_usage", bool))
+        if options.get("include_obfuscation", bool) is not None:
+            losses.hint("include_obfuscation")
+        for key in filter(OPTIONS.__contains__, wire):
+            value = root.get(key, OPTIONS[key].kind)
+            if value is not None:
+                chat.options[key] = value
+        root.name_unknown(losses)
+        return chat
+
+    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
+        wire: JSON = {"model": target.model, "messages": [
+            message for turn in chat.turns for message in render_chat_turn(turn, losses)]}
+        self.render_plain_fields(chat, wire)
+        if chat.stop:
+            wire["stop"] = chat.stop
+        if chat.format is not None:
+            wire["response_format"] = render_chat_format(chat.format)
+        if chat.logprobs is not None:
+            wire.update(logprobs=True, top_logprobs=chat.logprobs)
+        if chat.tools:
+            wire["tools"] = [render_chat_tool(tool) for tool in chat.tools]
+            if chat.choice is not None:
+                wire["tool_choice"] = render_chat_choice(chat.choice, chat.tools)
+            if chat.parallel is not None:
+                wire["parallel_tool_calls"] = chat.parallel
+        wire.update(chat.options)
+        if chat.stream:
+            wire.update(stream=True, stream_options={"include_usage": True})
+        return wire, Rewrites()
+
+    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
+        if not list_of_objects(wire, "choices"):
+            raise upstream_error(502, "The provider's answer has no choices.", "bad_answer")
+        parser = ChatParser(self, rewrites)
+        return collect([*parser.read(wire, "message"), *parser.finish()])
+
+    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
+        texts = [block for block in reply.blocks if isinstance(block, Text)]
+        calls = [block for block in reply.blocks if isinstance(block, ToolCall)]
+        thinking = [block for block in reply.blocks if isinstance(block, Thinking)]
+        ends = [0, *itertools.accumulate(len(text.text) for text in texts)]
+        annotations = [annotation(citation, start, end) for text, start, end in zip(
+            texts, ends, ends[1:]) for citation in text.citations]
+        message: JSON = {
+            "role": "assistant",
+            "content": "".join(text.text for text in texts if not text.is_refusal) or None,
+            "refusal": "".join(text.text for text in texts if text.is_refusal) or reply.refusal
+            or None, **without_none(
+                annotations=annotations,
+                reasoning_content="".join(block.text for block in thinking),
+                thinking_blocks=render_thinking_blocks(thinking))}
+        if calls and chat.legacy_functions:
+            message["function_call"] = render_function(calls[0])
+        elif calls:
+            message["tool_calls"] = [render_chat_call(call) for call in calls]
+        finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
+        return {"id": chat_id(reply.id), "object": "chat.completion", "created": created,
+                "model": reply.model, "system_fingerprint": None,
+                "choices": [{"index": 0, "message": message, "logprobs": None,
+                             "finish_reason": finish}],
+                "usage": render_chat_usage(reply.usage),
+                **without_none(service_tier=reply.service_tier)}
+
+    def parser(self, rewrites: Rewrites) -> ChatParser:
+        return ChatParser(self, rewrites)
+
+    def renderer(self, chat: Chat, created: int) -> ChatRenderer:
+        return ChatRenderer(chat, created)
+
+    def watch(self, hide_usage: bool, needs_done: bool) -> ChatWatch:
+        return ChatWatch(self, hide_usage, needs_done)
+
+    def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        return dump_json({"error": {"message": error.message, "type": error.type,
+                                    "param": error.param, "code": error.code}})
+
+    def parse_usage(self, wire: object) -> Optional[Usage]:
+        """The `usage` object; its counts hold the cached and the reasoning parts already."""
+        if not isinstance(wire, dict):
+            return None
+        read = part_of(wire, "prompt_tokens_details")
+        written = part_of(wire, "completion_tokens_details")
+        return Usage(count(wire.get("prompt_tokens")), count(wire.get("completion_tokens")),
+                     count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
+                     0, count(written.get("reasoning_tokens")))
+
+    def count_content(self, reply: JSON) -> int:
+        return sum(len(dump_json(choice.get("message")))
+                   for choice in list_of_objects(reply, "choices"))
+
+    def asks_for_usage(self, body: Body) -> bool:
+        options = body.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    def values_for_usage(self, body: Body) -> Dict[str, object]:
+        options = body.get("stream_options")
+        return {"stream_options": {**(options if isinstance(options, dict) else {}),
+                                   "include_usage": True}}
+
+
+class Option(NamedTuple):
+    """A field that asks for no more than a word in the target; at its default it says nothing."""
+
+    kind: Any
+    is_hint: bool = True
+    default: Any = None
+
+
+OPTIONS: Dict[str, Option] = {
+    "store": Option(bool, default=False), "metadata": Option(dict, default={}),
+    "prompt_cache_key": Option(str), "prompt_cache_options": Option(dict, default={}),
+    "prompt_cache_retention": Option(str), "prediction": Option(dict),
+    "service_tier": Option(str, default="auto"), "moderation": Option(dict),
+    "seed": Option(int, False), "logit_bias": Option(dict, False, {}),
+    "frequency_penalty": Option(NUMBER, False, 0), "presence_penalty": Option(NUMBER, False, 0),
+    "verbosity": Option(str, False, "medium"),
+}
+
+
+# ---- from the wire ----
+
+
+def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
+    root.need("messages", list)
+    function_ids: Dict[str, str] = {}  # by the name of a deprecated function, its last call's
+    for message in root.children("messages"):
+        role = message.one_of("role", CHAT_ROLES)
+        content = parse_content(message, "content", CHAT_PARTS)
+        if role == "function":
+            name = message.need("name", str)
+            blocks: List[Block] = [ToolResult(id=function_ids.get(name, name), content=content)]
+        elif role == "tool":
+            blocks = [ToolResult(id=message.need("tool_call_id", str), content=content)]
+        elif role == "assistant":
+            blocks = parse_chat_assistant(message, content, function_ids, losses)
+        else:
+            blocks = content
+        if message.get("name", str) and role != "function":
+            losses.hint("name")
+        cache = parse_cache(message)
+        if cache and blocks:
+            blocks[-1].cache = cache
+        yield Turn(CHAT_ROLES[role], blocks)
+
+
+CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+              "tool": "user", "function": "user"}
+
+
+def parse_image_part(part: Fields) -> Block:
+    image = part.child("image_url")
+    url, detail = image.need("url", str), image.get("detail", str) or ""
+    data = parse_data_uri(url)
+    return (Image(media_type=data[0], data=data[1], detail=detail) if data
+            else Image(url=url, detail=detail))
+
+
+def parse_file_part(part: Fields) -> Block:
+    file = part.child("file")
+    if file.get("file_id", str) is not None:
+        raise file.wrong("file_id", "names a file in another vendor's store",
+                         "unsupported_parameter")
+    uri = parse_data_uri(file.need("file_data", str))
+    if uri is None:
+        raise file.wrong("file_data", "must be a data: URI in base64")
+    (media_type, data), title = uri, file.get("filename", str) or ""
+    if not media_type.startswith("text/"):
+        return Document(media_type=media_type, data=data, title=title)
+    try:
+        text = base64.b64decode(data, validate=True).decode()
+    except ValueError as error:
+        raise file.wrong("file_data", "must be UTF-8 text in base64") from error
+    return Document(media_type=media_type, text=text, title=title)
+
+
+def refuse_part(part: Fields) -> Block:
+    raise part.wrong("type", "is not known", "unsupported_parameter")
+
+
+def parse_audio_part(part: Fields) -> Block:
+    audio = part.child("input_audio")
+    return Audio(data=audio.need("data", str), format=audio.need("format", str))
+
+
+CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
+    "text": lambda part: Text(text=part.need("text", str)),
+    "refusal": lambda part: Text(text=part.need("refusal", str), is_refusal=True),
+    "image_url": parse_image_part, "file": parse_file_part, "input_audio": parse_audio_part,
+    "": refuse_part,
+}
+
+
+def parse_chat_assistant(message: Fields, content: List[Block], function_ids: Dict[str, str],
+                         losses: Losses) -> List[Block]:
+    """Thinking, then text, then calls: the order in which a model says them."""
+    if message.get("audio", dict) is not None:
+        raise message.wrong("audio", "cannot be sent to this model", "unsupported_parameter")
+    blocks: List[Block] = [parse_thinking(block) for block in message.children("thinking_blocks")]
+    if message.get("reasoning_content", str) and not blocks:
+        losses.hint("reasoning_content")
+    if message.skip("annotations"):
+        losses.hint("annotations")
+    blocks += content
+    refusal = message.get("refusal", str)
+    if refusal:
+        blocks.append(Text(text=refusal, is_refusal=True))
+    blocks += map(parse_chat_call, message.children("tool_calls"))
+    if message.get("function_call", dict) is not None:
+        function = message.child("function_call")
+        name = function.need("name", str)
+        function_ids[name] = f"call_{name}_{len(function_ids)}"
+        blocks.append(ToolCall(id=function_ids[name], name=name,
+                               arguments=parse_chat_arguments(function)))
+    return blocks
+
+
+def parse_thinking(block: Fields) -> Thinking:
+    """A block that we gave out; its signature is Anthropic's unless it is in an envelope."""
+    if block.one_of("type", ("thinking", "redacted_thinking")) == "redacted_thinking":
+        return Thinking(signature=block.need("data", str), issuer="anthropic", is_redacted=True)
+    signature = block.get("signature", str) or ""
+    return Thinking(text=block.get("thinking", str) or "", signature=signature,
+                    issuer="anthropic" if signature and not signature.startswith("gw1.") else "")
+
+
+def parse_chat_call(call: Fields) -> ToolCall:
+    id_ = call.need("id", str)
+    call.skip("index")  # some clients give a stream's back
+    if call.get("type", str) == "custom":
+        custom = call.child("custom")
+        return ToolCall(id=id_, name=custom.need("name", str), is_custom=True,
+                        input=custom.need("input", str))
+    function = call.child("function")
+    return ToolCall(id=id_, name=function.need("name", str),
+                    arguments=parse_chat_arguments(function))
+
+
+def parse_chat_arguments(function: Fields) -> JSON:
+    try:
+        return parse_arguments(function.get("arguments", str) or "")
+    except ValueError as error:
+        raise function.wrong("arguments", str(error)) from error
+
+
+def parse_chat_tool(about: Fields, kind: str, cache: Optional[JSON]) -> Tool:
+    tool = Tool(about.need("name", str), about.get("description", str) or "",
+                is_custom=kind == "custom", cache=cache or parse_cache(about))
+    if not tool.is_custom:
+        tool.schema, tool.strict = about.get("parameters", dict), about.get("strict", bool)
+        return tool
+    form = about.child("format", {"type": "text"})
+    if form.one_of("type", ("text", "grammar")) == "grammar":
+        grammar = form.child("grammar")
+        tool.grammar = {key: grammar.need(key, str) for key in ("syntax", "definition")}
+    return tool
+
+
+def parse_chat_choice(root: Fields) -> Optional[ToolChoice]:
+    key = "function_call" if root.wire.get("tool_choice") is None else "tool_choice"
+    root.get("function_call", TEXT_OR_OBJECT)
+    choice = root.get(key, TEXT_OR_OBJECT)
+    if choice is None or isinstance(choice, str):
+        modes = ("auto", "required", "none")
+        return None if choice is None else ToolChoice(root.one_of(key, modes))
+    place = root.child(key)
+    if key == "function_call":
+        return ToolChoice("tool", place.need("name", str))
+    kind = place.one_of("type", ("function", "custom", "allowed_tools"))
+    about = place.child(kind)
+    if kind != "allowed_tools":
+        return ToolChoice("tool", about.need("name", str))
+    about.need("tools", list)
+    return ToolChoice(about.one_of("mode", ("auto", "required")), allowed=[
+        item.child(item.one_of("type", ("function", "custom"))).need("name", str)
+        for item in about.children("tools")])
+
+
+def parse_chat_format(root: Fields) -> Optional[Format]:
+    form = root.child("response_format", {"type": "text"})
+    kind = form.one_of("type", ("text", "json_object", "json_schema"))
+    if kind != "json_schema":
+        return None if kind == "text" else Format()
+    about = form.child("json_schema")
+    return Format(about.get("schema", dict) or {"type": "object"}, about.need("name", str),
+                  about.get("description", str) or "", about.get("strict", bool))
+
+
+# ---- to the wire ----
+
+
+def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
+    rest = []
+    for block in turn.blocks:
+        if isinstance(block, ToolResult):
+            content = render_chat_content(block.content, losses) or ""
+            if block.is_error:  # for which this wire has no flag
+                content = f"Error: {content}" if isinstance(content, str) else [
+                    {"type": "text", "text": "Error:"}, *content]
+            yield {"role": "tool", "tool_call_id": block.id, "content": content,
+                   **without_none(cache_control=block.cache)}
+        else:
+            rest.append(block)
+    calls = [render_chat_call(block) for block in rest if isinstance(block, ToolCall)]
+    thinking = [block for block in rest if isinstance(block, Thinking)]
+    content = render_chat_content([block for block in rest
+                                   if not isinstance(block, (ToolCall, Thinking))], losses)
+    if turn.role == "assistant":
+        yield {"role": "assistant", "content": content, **without_none(
+            thinking_blocks=render_thinking_blocks(thinking), tool_calls=calls)}
+    elif content:
+        yield {"role": turn.role, "content": content}
+
+
+def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
+    """A string where one plain text is all, else parts; None for nothing."""
+    parts = [part for part in (render_chat_part(block, losses) for block in blocks) if part]
+    return plain_content(parts) or None
+
+
+def plain_content(blocks: List[JSON]) -> Any:
+    """One plain text as a string, which is what most clients send."""
+    if len(blocks) == 1 and list(blocks[0]) == ["type", "text"]:
+        return blocks[0]["text"]
+    return blocks
+
+
+def render_chat_part(block: Block, losses: Losses) -> Optional[JSON]:
+    part: JSON
+    if isinstance(block, Text):
+        part = {"type": "refusal", "refusal": block.text} if block.is_refusal else \
+            {"type": "text", "text": block.text}
+    elif isinstance(block, Image):
+        url = block.url or f"data:{block.media_type};base64,{block.data}"
+        part = {"type": "image_url", "image_url": {"url": url, **without_none(detail=block.detail)}}
+    elif isinstance(block, Document):
+        if block.url:
+            raise unsupported("file", "A document by URL cannot be sent to this model.")
+        data = block.data or base64.b64encode(utf8(block.text)).decode()
+        part = {"type": "file", "file": {"file_data": f"data:{block.media_type};base64,{data}",
+                                         **without_none(filename=block.title)}}
+    elif isinstance(block, Audio):
+        part = {"type": "input_audio", "input_audio": {"data": block.data, "format": block.format}}
+    else:
+        losses.hint("content")
+        return None
+    return {**part, **without_none(cache_control=block.cache)}
+
+
+def render_thinking_blocks(blocks: List[Thinking]) -> List[JSON]:
+    """What can be given back: thoughts that nobody signed are for reading only."""
+    return [{"type": "redacted_thinking", "data": block.signature} if block.is_redacted else
+            {"type": "thinking", "thinking": block.text, "signature": block.signature}
+            for block in blocks if block.signature]
+
+
+def render_function(call: ToolCall) -> JSON:
+    return {"name": call.name, "arguments": encode_json(call.arguments)}
+
+
+def render_chat_call(call: ToolCall) -> JSON:
+    if call.is_custom:
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.input}}
+    return {"id": call.id, "type": "function", "function": render_function(call)}
+
+
+def render_chat_tool(tool: Tool) -> JSON:
+    kind = "custom" if tool.is_custom else "function"
+    about = {"name": tool.name, **without_none(
+        description=tool.description, parameters=tool.schema, strict=tool.strict,
+        format=tool.grammar and {"type": "grammar", "grammar": tool.grammar})}
+    return {"type": kind, kind: about, **without_none(cache_control=tool.cache)}
+
+
+def render_chat_choice(choice: ToolChoice, tools: List[Tool]) -> Any:
+    def named(name: str) -> JSON:
+        is_custom = any(tool.is_custom for tool in tools if tool.name == name)
+        kind = "custom" if is_custom else "function"
+        return {"type": kind, kind: {"name": name}}
+
+    if choice.allowed is not None:
+        return {"type": "allowed_tools", "allowed_tools": {
+            "mode": choice.mode, "tools": list(map(named, choice.allowed))}}
+    return named(choice.name) if choice.mode == "tool" else choice.mode
+
+
+def render_chat_format(form: Format) -> JSON:
+    if form.schema is None:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.schema,
+            **without_none(description=form.description, strict=form.strict)}}
+
+
+def render_chat_usage(usage: Usage) -> JSON:
+    return {"prompt_tokens": usage.input, "completion_tokens": usage.output,
+            "total_tokens": usage.input + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read,
+                                      "cache_write_tokens": usage.cache_write},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+
+
+def annotation(citation: JSON, start: int, end: int) -> JSON:
+    return {"type": "url_citation", "url_citation": {**citation, "start_index": start,
+                                                     "end_index": end}}
+
+
+def chat_id(id_: str) -> str:
+    return id_ if id_.startswith("chatcmpl-") else f"chatcmpl-{id_}"
+
+
+CHAT_FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls",
+                 "function_call": "tool_calls", "content_filter": "filter"}
+FINISHES_IN_CHAT = {"length": "length", "context": "length", "refusal": "content_filter",
+                    "filter": "content_filter"}
+
+
+def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
+    if finish == "tool_calls" and has_calls:
+        return "function_call" if legacy else "tool_calls"
+    return FINISHES_IN_CHAT.get(finish, "stop")
+
+
+class ChatParser(Parser):
+    """Reads a Chat Completions stream. One block is open at a time: a call stays open to the end,
+    since more of it may come, and what is said beside it waits."""
+
+    def __init__(self, dialect: ChatCompletions, rewrites: Rewrites) -> None:
+        super().__init__(rewrites)
+        self._dialect = dialect
+        self._id: Optional[str] = None
+        self._open_key: object = None
+        self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
+        self._calls: Dict[object, Tuple[int, ToolCall]] = {}  # by index: a number, the call
+        self._call_count = 0
+        self._block_count = 0
+        self._text_block = -1
+        self._has_refused = False
+        self._finish = ""
+
+    def feed(self, event: Event) -> List[StreamEvent]:
+        if self.ended:
+            return []
+        if event.data.strip() == b"[DONE]":
+            self.ended = True
+            return self.finish()
+        return self.read(self.parse(event), "delta")
+
+    def read(self, wire: JSON, part: str) -> List[StreamEvent]:
+        """A chunk, or with its `part` "message" a whole answer: they have the same fields."""
+        if wire.get("error"):
+            raise self._dialect.parse_error(wire["error"], 502)
+        events: List[StreamEvent] = []
+        self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
+        self._service_tier = text_of(wire, "service_tier") or self._service_tier
+        if self._id is None:
+            self._id = text_of(wire, "id")
+            events.append(Start(self._id, text_of(wire, "model"), self.usage))
+        for choice in list_of_objects(wire, "choices")[:1]:
+            events += self._read_delta(part_of(choice, part))
+            reason = text_of(choice, "finish_reason")
+            if reason in ("error", "abort"):
+                raise upstream_error(502, "The provider failed.", "stream_error")
+            self._finish = CHAT_FINISHES.get(reason, "stop") if reason else self._finish
+        return events
+
+    def _read_delta(self, delta: JSON) -> List[StreamEvent]:
+        events: List[StreamEvent] = []
+        for key, block in (("reasoning_content", Thinking()), ("content", Text()),
+                           ("refusal", Text(is_refusal=True))):
+            text = text_of(delta, key) or key == "reasoning_content" and text_of(delta, "reasoning")
+            if text:
+                events += self._say(key, block, text)
+        for item in list_of_objects(delta, "annotations"):
+            about = part_of(item, "url_citation")
+            if about and self._text_block >= 0:
+                events.append(CitationDelta(self._text_block, {
+                    "url": text_of(about, "url"), "title": text_of(about, "title")}))
+        for call in list_of_objects(delta, "tool_calls"):
+            events += self._read_call(call)
+        if isinstance(delta.get("function_call"), dict):
+            events += self._read_call({"index": 0, "function": delta["function_call"]})
+        self._has_refused = self._has_refused or bool(delta.get("refusal"))
+        return events
+
+    def _read_call(self, call: JSON) -> List[StreamEvent]:
+        """A call or a piece of one. Some servers leave the index out, or say 0 for each: a new id
+        with a name is then a new call."""
+        about = part_of(call, "custom") or part_of(call, "function")
+        id_, name, index = text_of(call, "id"), text_of(about, "name"), call.get("index")
+        if not isinstance(index, int):
+            index = -1
+        known = self._calls.get(index)
+        if known is None or name and id_ != known[1].id and (id_ or index < 0):
+            made = self.make_call(id_ or f"call_{(self._id or '')[-24:]}_{self._call_count}", name,
+                                  call.get("type") == "custom")
+            known = self._calls[index] = (self._call_count, made)
+            self._call_count += 1
+        return self._say(known[0], known[1], text_of(about, "arguments") or text_of(about, "input"))
+
+    def _say(self, key: object, block: Block, text: str) -> List[StreamEvent]:
+        self.content_bytes += len(text)
+        events: List[StreamEvent] = []
+        if key != self._open_key:
+            if isinstance(self._open, ToolCall):
+                self._waiting.setdefault(key, (block, []))[1].append(text)
+                return []
+            events = [*self._close(), BlockStart(block)]
+            self._open_key, self._open = key, block
+            if key == "content":
+                self._text_block = self._block_count
+        return [*events, DELTAS[type(block)](text)] if text else events
+
+    def _close(self) -> List[StreamEvent]:
+        if self._open is None:
+            return []
+        self._open, self._block_count = None, self._block_count + 1
+        return [BlockStop()]
+
+    def finish(self) -> List[StreamEvent]:
+        """Says what has waited, and ends."""
+        events = self._close()
+        for block, pieces in self._waiting.values():
+            text = "".join(pieces)
+            events += [BlockStart(block), *([DELTAS[type(block)](text)] if text else []),
+                       BlockStop()]
+        finish = self._finish or "stop"
+        if finish == "stop" and self._call_count:
+            finish = "tool_calls"
+        elif finish in ("stop", "filter") and self._has_refused:
+            finish = "refusal"
+        return [*events, Finish(finish, self.usage or Usage(), service_tier=self._service_tier)]
+
+
+DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
+    Text: TextDelta, Thinking: ThinkingDelta, ToolCall: ArgumentsDelta}
+
+
+class ChatRenderer(Renderer):
+    """Writes a Chat Completions stream."""
+
+    def __init__(self, chat: Chat, created: int) -> None:
+        super().__init__()
+        self._chat = chat
+        self._base: JSON = {"id": "", "object": "chat.completion.chunk", "created": created,
+                            "model": chat.model, "system_fingerprint": None}
+        self._ends = [0]  # of the blocks in the content, after a first end at its start
+        self._citations: List[CitationDelta] = []
+        self._calls = 0
+        self._thinking: List[Thinking] = []
+        self._thought: List[str] = []
+
+    def _chunk(self, delta: JSON, finish: Optional[str] = None) -> bytes:
+        chunk = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
+                                            "finish_reason": finish}]}
+        if self._chat.include_usage:
+            chunk["usage"] = None
+        return sse(dump_json(chunk))
+
+    def _start(self, event: Start) -> bytes:
+        self._base["id"] = chat_id(event.id)
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _block_start(self, event: BlockStart) -> bytes:
+        block = self._open = event.block
+        self._said = 0
+        if isinstance(block, ToolCall):
+            return self._call_start(block)
+        key = "refusal" if isinstance(block, Text) and block.is_refusal else "content"
+        if isinstance(block, Thinking):
+            key = "reasoning_content"
+            self._thinking.append(dataclasses.replace(block))
+            self._thought = []
+        say = self._say = DeltaTemplate(lambda text: self._chunk({key: text}))
+        if isinstance(block, Thinking):
+            self._say = lambda text: say(self._keep(text))
+        return b""
+
+    def _keep(self, thought: str) -> str:
+        self._thought.append(thought)
+        return thought
+
+    def _call_start(self, call: ToolCall) -> bytes:
+        kind, key = ("custom", "input") if call.is_custom else ("function", "arguments")
+        index, self._calls = self._calls, self._calls + 1
+
+        def delta(about: JSON, **head: str) -> bytes:
+            return self._chunk({"function_call": about} if self._chat.legacy_functions else {
+                "tool_calls": [{"index": index, **head, kind: about}]})
+
+        if self._chat.legacy_functions and index:  # there is but one
+            self._say = lambda text: b""
+            return b""
+        self._say = DeltaTemplate(lambda text: delta({key: text}))
+        return delta({"name": call.name, key: ""}, id=call.id, type=kind)
+
+    def _signature(self, event: SignatureDelta) -> bytes:
+        self._thinking[-1].signature = event.signature
+        return b""
+
+    def _citation(self, event: CitationDelta) -> bytes:
+        self._citations.append(event)  # the SDK takes all of them in one chunk only
+        return b""
+
+    def _block_stop(self, event: BlockStop) -> bytes:
+        block, is_content = self._open, isinstance(self._open, Text) and not self._open.is_refusal
+        self._ends.append(self._ends[-1] + (self._said if is_content else 0))
+        if isinstance(block, Thinking):
+            self._thinking[-1].text = "".join(self._thought)
+        elif isinstance(block, ToolCall) and not block.is_custom and not self._said:
+            return self._say("{}")
+        return b""
+
+    def _finish(self, event: Finish) -> bytes:
+        lists = without_none(
+            thinking_blocks=render_thinking_blocks(self._thinking),
+            annotations=[annotation(citation, *self._ends[block:block + 2])
+                         for block, citation in self._citations])
+        out = self._chunk(lists) if lists else b""
+        if event.refusal:
+            out += self._chunk({"refusal": event.refusal})
+        self._base.update(without_none(service_tier=event.service_tier))
+        out += self._chunk({}, chat_finish(event.finish, self._calls > 0,
+                                           self._chat.legacy_functions))
+        if self._chat.include_usage:
+            out += sse(dump_json({**self._base, "choices": [],
+                                  "usage": render_chat_usage(event.usage)}))
+        return out + sse(b"[DONE]")
+
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
+
+
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 DONE = re.compile(rb"data:[ \t]*\[DONE\]")
+DONE_LINE = re.compile(rb"(?:\A|[\r\n])" + DONE.pattern)
 COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)*")
 
 
@@ -1871,12 +1891,9 @@ def find_usage(block: bytes, start: int = 0) -> int:
 
 
 def find_done(block: bytes) -> int:
-    """Where the [DONE] of a stream's last event ends, or -1; the word in a text is none."""
-    at = block.rfind(b"[DONE]")
-    if at < 0:
-        return -1
-    line = max(block.rfind(b"\n", 0, at), block.rfind(b"\r", 0, at)) + 1
-    return at + len(b"[DONE]") if DONE.match(block, line) else -1
+    """Where the stream's first [DONE] ends, or -1; the word in a text is none."""
+    found = DONE_LINE.search(block) if b"[DONE]" in block else None
+    return found.end() if found else -1
 
 
 class ChatWatch(Watch):
@@ -1898,19 +1915,18 @@ class ChatWatch(Watch):
     def feed(self, block: bytes) -> bytes:
         if not self.has_content or not self._needs_done:
             self._look_at_each(block)
-        self._bytes += len(block)
-        self._events += block.count(b"\ndata:") + 1
-        if b'"error"' in block:
-            block = self._cut_at_error(block)
+        if self.has_content:
+            self._bytes += len(block)
+            self._events += block.count(b"\ndata:") + 1
         done = find_done(block)
         if done >= 0:
             self.ended = True
             block = block[:event_end(block, done)]
+        if b'"error"' in block:
+            block = self._cut_at_error(block)
         if self._held:
-            block = self._settle_held(block)
-        if b'"usage"' in block:
-            block = self._take_usage(block)
-        return block
+            return self._settle_held(block)
+        return self._take_usage(block) if b'"usage"' in block else block
 
     def end(self) -> bytes:
         if not self._needs_done and self._open_choices and not any(self._open_choices.values()):
@@ -1924,9 +1940,9 @@ class ChatWatch(Watch):
         """Finds the first content, and what an event of this stream weighs without; where no
         [DONE] is to come, goes on to watch which choices are still open."""
         for raw in split_events(block):
-            for choice in chunk_choices(raw):
-                self._open_choices[choice.get("index")] = not choice.get("finish_reason")
-                said = [value for key, value in (choice.get("delta") or {}).items()
+            for choice in list_of_objects(parse_chunk(raw), "choices"):
+                self._open_choices[str(choice.get("index"))] = not choice.get("finish_reason")
+                said = [value for key, value in part_of(choice, "delta").items()
                         if key != "role" and value]
                 if not self.has_content and (said or choice.get("finish_reason")):
                     self.has_content = True
@@ -1942,6 +1958,7 @@ class ChatWatch(Watch):
             chunk = parse_chunk(raw) if b'"error"' in raw else {}
             if chunk.get("error"):
                 self.failure = self._dialect.parse_error(chunk["error"], 502)
+                self.ended = False
                 return block[:at]
         return block
 
@@ -1952,7 +1969,8 @@ class ChatWatch(Watch):
             start, end = last_blank_line(block, at), event_end(block, at)
             chunk = parse_chunk(block[start:end])
             self.usage = self._dialect.parse_usage(chunk.get("usage")) or self.usage
-            if self._hide_usage and chunk.get("choices") == [] and not chunk.get("moderation"):
+            if self._hide_usage and chunk.get("choices") == [] and part_of(chunk, "usage") \
+                    and not chunk.get("moderation"):
                 self._held = block[start:end]
                 return block[:start] + self._settle_held(block[end:])
             at = find_usage(block, end)
@@ -1978,112 +1996,85 @@ def parse_chunk(raw: bytes) -> JSON:
     return chunk if isinstance(chunk, dict) else {}
 
 
-def chunk_choices(raw: bytes) -> List[JSON]:
-    choices = parse_chunk(raw).get("choices")
-    return [choice for choice in choices if isinstance(choice, dict)] \
-        if isinstance(choices, list) else []
-
-
 class Messages(Dialect):
     """Anthropic's Messages (docs.claude.com/en/api/messages)."""
 
     name = "messages"
     keepalive = sse(b'{"type":"ping"}', "ping")
-
-    # ---- requests ----
+    plain_fields = (
+        ("max_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
+        ("top_p", "top_p", NUMBER), ("top_k", "top_k", int), ("thinking", "thinking", dict))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        """A client's request. Raises GatewayError(400) naming the field."""
-        turns = [Turn("system", parse_text_blocks(wire.get("system"), "system."))]
-        for message, where in objects(required(wire, "messages", list), "messages"):
-            role = required(message, "role", str, where)
-            if role not in ("user", "assistant", "system"):
-                raise GatewayError(400, f"'{where}role' must be user, assistant or system.",
-                                   f"{where}role")
-            turns.append(Turn(role, parse_blocks(message.get("content"), f"{where}content")))
-        chat = Chat(required(wire, "model", str), canonical(turns))
-        chat.max_tokens = required(wire, "max_tokens", int)
-        for item, where in objects(wire.get("tools") or [], "tools"):
-            chat.tools.append(parse_messages_tool(item, where))
-        for name, kind in (("temperature", NUMBER), ("top_p", NUMBER), ("top_k", int)):
-            setattr(chat, name, optional(wire, name, kind))
-        chat.stop = [want(item, str, "stop_sequences")
-                     for item in optional(wire, "stop_sequences", list) or []]
-        self._parse_choice(wire, chat)
-        chat.thinking = optional(wire, "thinking", dict)
-        config = optional(wire, "output_config", dict) or {}
-        chat.effort = optional(config, "effort", str, "output_config.")
-        form = optional(config, "format", dict, "output_config.")
-        if form is not None:
-            chat.format = Format(schema=required(form, "schema", dict, "output_config.format."))
-        chat.user = optional(optional(wire, "metadata", dict) or {}, "user_id", str, "metadata.")
-        chat.stream = bool(optional(wire, "stream", bool))
-        for key, value in wire.items():
-            if key == "service_tier":
-                chat.options[key] = {"standard_only": "default"}.get(str(value), "auto")
-            elif key in MESSAGES_HINTS and value is not None:
+        root = Fields(wire)
+        turns = [Turn("system", parse_content(root, "system", MESSAGES_PARTS))]
+        root.need("messages", list)
+        for message in root.children("messages"):
+            role = message.one_of("role", ("user", "assistant", "system"))
+            message.need("content", TEXT_OR_LIST)
+            turns.append(Turn(role, parse_content(message, "content", MESSAGES_PARTS)))
+        chat = Chat(root.need("model", str), canonical(turns))
+        root.need("max_tokens", int)
+        self.parse_plain_fields(root, chat)
+        chat.tools = [parse_messages_tool(item, losses) for item in root.children("tools")]
+        chat.stop = root.strings("stop_sequences")
+        if root.get("tool_choice", dict) is not None:
+            choice = root.child("tool_choice")
+            mode = MESSAGES_CHOICES[choice.one_of("type", MESSAGES_CHOICES)]
+            chat.choice = ToolChoice(mode, choice.need("name", str) if mode == "tool" else "")
+            single = choice.get("disable_parallel_tool_use", bool)
+            chat.parallel = None if single is None else not single
+        output = root.child("output_config", {})
+        chat.effort = output.get("effort", str)
+        if output.get("format", dict) is not None:
+            form = output.child("format")
+            form.one_of("type", ("json_schema",))
+            chat.format = Format(form.need("schema", dict))
+        chat.user = root.child("metadata", {}).get("user_id", str)
+        chat.stream = bool(root.get("stream", bool))
+        tier = root.get("service_tier", str)
+        if tier is not None:
+            chat.options["service_tier"] = {"standard_only": "default"}.get(tier, "auto")
+        for key in MESSAGES_HINTS:
+            if root.skip(key):
                 losses.hint(key)
-            elif key not in MESSAGES_FIELDS and value is not None:
-                losses.drop("unknown")
+        root.name_unknown(losses)
         return chat
 
-    @staticmethod
-    def _parse_choice(wire: JSON, chat: Chat) -> None:
-        choice = optional(wire, "tool_choice", dict)
-        if choice is None:
-            return
-        kind = required(choice, "type", str, "tool_choice.")
-        if kind not in MESSAGES_CHOICES:
-            raise GatewayError(400, "'tool_choice.type' must be auto, any, tool or none.",
-                               "tool_choice.type")
-        name = required(choice, "name", str, "tool_choice.") if kind == "tool" else ""
-        chat.choice = ToolChoice(MESSAGES_CHOICES[kind], name)
-        single = optional(choice, "disable_parallel_tool_use", bool, "tool_choice.")
-        chat.parallel = None if single is None else not single
-
     def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        """A request to the provider; the same chat gives the same bytes, since prompt caches
-        depend on it. Raises GatewayError(400) for what would make the answer wrong."""
-        return MessagesRequest(chat, target, losses).render()
-
-    # ---- answers ----
+        request = MessagesRequest(chat, target, losses)
+        try:
+            return request.render(), request.rewrites
+        except RecursionError as error:
+            raise GatewayError(400, "The request is nested too deeply.") from error
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
-        """A provider's plain answer, read as the stream that it could have been."""
-        parser = MessagesParser(self, rewrites)
-        content = wire.get("content")
-        if not isinstance(content, list):
+        """Read as the stream that it could have been."""
+        if not isinstance(wire.get("content"), list):
             raise upstream_error(502, "The provider's answer has no content.", "bad_answer")
-        events = parser.start(wire)
-        for block in content:
-            if isinstance(block, dict):
-                events += parser.whole_block(block)
-        parser.note_stop(wire)
-        return collect([*events, *parser.finish()])
+        parser = MessagesParser(self, rewrites)
+        events = parser.message_start({"message": wire})
+        for block in list_of_objects(wire, "content"):
+            events += parser.block_start({"content_block": block}) + parser.block_stop({})
+        return collect([*events, *parser.message_delta({"delta": wire}), *parser.finish({})])
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         has_calls = any(isinstance(block, ToolCall) for block in reply.blocks)
-        content = [render_block(block, Losses()) for block in reply.blocks]
-        wire = {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model,
-                "content": [block for block in content if block],
-                "stop_reason": messages_stop(reply.finish, has_calls), "stop_sequence": None,
+        return {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model,
+                "content": BlockWriter(Losses()).blocks(reply.blocks),
+                **messages_end(reply.finish, has_calls, reply.refusal),
                 "usage": render_messages_usage(reply.usage)}
-        if reply.refusal:
-            wire["stop_details"] = render_stop_details(reply.refusal)
-        return wire
 
-    def parser(self, rewrites: Rewrites) -> Parser:
+    def parser(self, rewrites: Rewrites) -> MessagesParser:
         return MessagesParser(self, rewrites)
 
     def renderer(self, chat: Chat, created: int) -> MessagesRenderer:
-        return MessagesRenderer(chat)
-
-    # ---- errors and usage ----
+        return MessagesRenderer()
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        fallback = "invalid_request_error" if error.status < 500 else "api_error"
         return dump_json({"type": "error", "request_id": request_id, "error": {
-            "type": MESSAGES_ERRORS.get(error.status, "invalid_request_error" if error.status < 500
-                                        else "api_error"), "message": error.message}})
+            "type": MESSAGES_ERRORS.get(error.status, fallback), "message": error.message}})
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
@@ -2095,437 +2086,492 @@ class Messages(Dialect):
             return None
         read = count(wire.get("cache_read_input_tokens"))
         written = count(wire.get("cache_creation_input_tokens"))
-        parts = wire.get("cache_creation")
-        details = wire.get("output_tokens_details")
         return Usage(
             count(wire.get("input_tokens")) + read + written, count(wire.get("output_tokens")),
             read, written,
-            count(parts.get("ephemeral_1h_input_tokens")) if isinstance(parts, dict) else 0,
-            count(details.get("thinking_tokens")) if isinstance(details, dict) else 0)
+            count(part_of(wire, "cache_creation").get("ephemeral_1h_input_tokens")),
+            count(part_of(wire, "output_tokens_details").get("thinking_tokens")))
 
 
-MESSAGES_FIELDS = frozenset([
-    "model", "messages", "system", "max_tokens", "tools", "tool_choice", "temperature", "top_p",
-    "top_k", "stop_sequences", "thinking", "output_config", "metadata", "stream", "service_tier"])
-MESSAGES_HINTS = frozenset([
-    "cache_control", "container", "context_management", "diagnostics", "inference_geo", "speed",
-    "user_profile_id", "workspace_id"])
+MESSAGES_HINTS = ("cache_control", "container", "context_management", "diagnostics",
+                  "inference_geo", "speed", "user_profile_id", "workspace_id")
+MESSAGES_TOOL_HINTS = ("eager_input_streaming", "defer_loading", "input_examples",
+                       "allowed_callers")
 MESSAGES_CHOICES = {"auto": "auto", "any": "required", "tool": "tool", "none": "none"}
+CHOICES_IN_MESSAGES = {mode: kind for kind, mode in MESSAGES_CHOICES.items()}
 MESSAGES_ERRORS = {
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
     403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
     413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
     529: "overloaded_error"}
+
+
+# ---- from the wire ----
+
+
+def parse_opaque(block: Fields) -> Block:
+    block.skip(*block.wire)
+    return Opaque(dialect="messages", wire={
+        key: value for key, value in block.wire.items() if key != "cache_control"})
+
+
+def parse_text_block(block: Fields) -> Block:
+    block.skip("citations")
+    return Text(text=block.need("text", str))
+
+
+def parse_image_block(block: Fields) -> Block:
+    source = block.child("source")
+    if source.one_of("type", ("base64", "url")) == "url":
+        return Image(url=source.need("url", str))
+    return Image(media_type=source.need("media_type", str), data=source.need("data", str))
+
+
+def parse_document_block(block: Fields) -> Block:
+    source, title = block.child("source"), block.get("title", str) or ""
+    block.skip("citations", "context")
+    kind = source.one_of("type", ("base64", "text", "url"))
+    if kind == "url":
+        return Document(url=source.need("url", str), title=title)
+    media_type, data = source.need("media_type", str), source.need("data", str)
+    if kind == "text":
+        return Document(media_type=media_type, text=data, title=title)
+    return Document(media_type=media_type, data=data, title=title)
+
+
+MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
+    "text": parse_text_block, "image": parse_image_block, "document": parse_document_block,
+    "thinking": parse_thinking, "redacted_thinking": parse_thinking,
+    "tool_use": lambda block: ToolCall(id=block.need("id", str), name=block.need("name", str),
+                                       arguments=block.get("input", dict) or {}),
+    "tool_result": lambda block: ToolResult(
+        id=block.need("tool_use_id", str), is_error=bool(block.get("is_error", bool)),
+        content=parse_content(block, "content", MESSAGES_PARTS)),
+    "": parse_opaque,
+}
+
+
+def parse_messages_tool(item: Fields, losses: Losses) -> Tool:
+    if item.get("type", str) not in (None, "custom"):
+        raise item.wrong("type", "names a tool that runs at its own provider only",
+                         "unsupported_parameter")
+    for key in MESSAGES_TOOL_HINTS:
+        if item.skip(key):
+            losses.hint(key)
+    return Tool(item.need("name", str), item.get("description", str) or "",
+                item.need("input_schema", dict), item.get("strict", bool),
+                cache=item.get("cache_control", dict))
+
+
+# ---- to the wire ----
+
 IMAGE_TYPES = frozenset(["image/jpeg", "image/png", "image/gif", "image/webp"])
 LEGAL_ID = re.compile(r"[A-Za-z0-9_-]+")
 MAX_CACHE_MARKS = 4
 JSON_TOOL = "json_answer"
 CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}")
+MAX_USER_CHARACTERS = 256
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+MIN_BUDGET = 1024
+THINKING_BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768,
+                    "max": 32768}
+SERVICE_TIERS = {"auto": "auto", "default": "standard_only"}
+
+
+def hashed(text: str, length: int) -> str:
+    return hashlib.sha1(utf8(text), usedforsecurity=False).hexdigest()[:length]
 
 
 def legal_id(id_: str) -> str:
     """A call's id as Anthropic takes it: the same for a call and its result."""
-    if LEGAL_ID.fullmatch(id_):
-        return id_
-    return f"toolu_{hashlib.sha1(id_.encode(), usedforsecurity=False).hexdigest()[:22]}"
+    return id_ if LEGAL_ID.fullmatch(id_) else f"toolu_{hashed(id_, 22)}"
 
 
 def legal_name(name: str, limit: int = 128) -> str:
     """A tool's name as Anthropic takes it."""
     if len(name) <= limit and LEGAL_ID.fullmatch(name):
         return name
-    mark = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()[:8]
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:limit - 9]}_{mark}"
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:limit - 9]}_{hashed(name, 8)}"
 
 
-class MessagesRequest:
-    """One request on its way to Messages wire."""
+class BlockWriter:
+    """Writes blocks, with what is counted and rewritten over the whole of a request."""
 
-    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
-        self.chat = chat
-        self.target = target
-        self.caps = target.caps
+    def __init__(self, losses: Losses) -> None:
         self.losses = losses
         self.rewrites = Rewrites()
         self._cache_marks = 0
 
-    def render(self) -> Tuple[JSON, Rewrites]:
-        chat = self.chat
-        if chat.logprobs is not None:
-            raise unsupported("logprobs")
-        system, messages = self._turns()
-        if not messages:
-            raise GatewayError(400, "'messages' must hold a user message.", "messages")
-        tools = self._tools(messages)
-        wire: JSON = {"model": self.target.model, "max_tokens": self._max_tokens()}
-        if system:
-            wire["system"] = system
-        wire["messages"] = messages
-        if tools:
-            wire["tools"] = tools
-        choice = self._choice(tools)
-        if choice:
-            wire["tool_choice"] = choice
-        self._add_thinking(wire)
-        self._add_format(wire)
-        self._add_sampling(wire)
-        if chat.stop:
-            wire["stop_sequences"] = [stop for stop in chat.stop if stop.strip()]
-        self._add_options(wire)
-        if chat.stream:
-            wire["stream"] = True
-        return wire, self.rewrites
+    def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
+        return [wire for wire in map(self.block, blocks) if wire]
 
-    # ---- turns ----
+    def block(self, block: Block) -> Optional[JSON]:
+        """A block on the wire; None for one that cannot go there."""
+        wire = self.kinds[type(block)](self, block)
+        return self.marked(wire, block.cache) if wire else None
 
-    def _turns(self) -> Tuple[Any, List[JSON]]:
-        """The system prompt, and the messages. Later system turns stay in place where the model
-        takes them, so that what is cached before them holds."""
-        system: List[JSON] = []
-        messages: List[JSON] = []
-        calls: List[str] = []
-        for turn in self._merged_turns():
-            if turn.role == "system":
-                content = self._blocks(turn.blocks)
-                if messages and self.caps.mid_system:
-                    messages.append({"role": "system", "content": content})
-                else:
-                    system += content
-                continue
-            self._check_results(turn, calls)
-            calls = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
-            content = self._blocks(turn.blocks)
-            if content:
-                messages.append({"role": turn.role, "content": plain_content(content)})
-        if self.chat.format is not None and self.chat.format.schema is None:
-            system.append({"type": "text",
-                           "text": "Answer with one JSON object and nothing else."})
-        self._trim_prefill(messages)
-        return plain_content(system), messages
-
-    def _merged_turns(self) -> List[Turn]:
-        """Where later system turns cannot stand in place, their neighbours become one turn."""
-        turns = self.chat.turns
-        if self.caps.mid_system:
-            return turns
-        return canonical([Turn(turn.role, list(turn.blocks)) for turn in (
-            *(turn for turn in turns if turn.role == "system"),
-            *(turn for turn in turns if turn.role != "system"))])
-
-    @staticmethod
-    def _check_results(turn: Turn, calls: List[str]) -> None:
-        """Every call is answered in the next turn, and nothing else is."""
-        results = [block.id for block in turn.blocks if isinstance(block, ToolResult)]
-        for id_ in results:
-            if id_ not in calls:
-                raise GatewayError(400, f"The tool result {clipped(id_, 64)!r} answers no tool call "
-                                        "of the message before it.", "messages")
-        missing = [id_ for id_ in calls if id_ not in results]
-        if missing and turn.role == "user":
-            raise GatewayError(400, f"The tool call {clipped(missing[0], 64)!r} has no result in "
-                                    "the message after it.", "messages")
-
-    @staticmethod
-    def _trim_prefill(messages: List[JSON]) -> None:
-        """The start of an answer may not end in white space."""
-        last = messages[-1] if messages else {"role": "user"}
-        if last["role"] == "assistant" and isinstance(last["content"], str):
-            last["content"] = last["content"].rstrip()
-
-    def _blocks(self, blocks: List[Block]) -> List[JSON]:
-        rendered = []
-        for block in blocks:
-            wire = render_block(block, self.losses, self._name)
-            if wire is None:
-                continue
-            if block.cache:
-                self._mark(wire, block.cache)
-            rendered.append(wire)
-        return rendered
-
-    def _mark(self, wire: JSON, cache: JSON) -> None:
+    def marked(self, wire: JSON, cache: Optional[JSON]) -> JSON:
+        if not cache or wire.get("type") in ("thinking", "redacted_thinking"):
+            return wire
         self._cache_marks += 1
-        if self._cache_marks <= MAX_CACHE_MARKS:
-            wire["cache_control"] = cache
-        else:
+        if self._cache_marks > MAX_CACHE_MARKS:
             self.losses.hint("cache_control")
+            return wire
+        return {**wire, "cache_control": cache}
 
-    def _name(self, name: str) -> str:
+    def tool_name(self, name: str) -> str:
         legal = legal_name(name)
         if legal != name:
             self.rewrites.names[legal] = name
         return legal
 
-    # ---- tools ----
+    def _text(self, block: Text) -> JSON:
+        return {"type": "text", "text": block.text,
+                **without_none(citations=list(map(render_citation, block.citations)))}
 
-    def _tools(self, messages: List[JSON]) -> List[JSON]:
-        chat, tools = self.chat, []
-        allowed = chat.choice.allowed if chat.choice else None
-        for tool in chat.tools:
-            if allowed is None or tool.name in allowed:
-                tools.append(self._tool(tool))
-        if not tools:  # a history with calls needs their tools
-            names = dict.fromkeys(block.name for turn in chat.turns for block in turn.blocks
-                                  if isinstance(block, ToolCall))
-            tools = [{"name": self._name(name), "input_schema": {"type": "object"}}
-                     for name in names]
+    def _image(self, block: Image) -> JSON:
+        if block.detail not in ("", "auto"):
+            self.losses.hint("detail")
+        if block.url:
+            return {"type": "image", "source": {"type": "url", "url": block.url}}
+        if block.media_type not in IMAGE_TYPES:
+            raise unsupported("image_url", "An image must be JPEG, PNG, GIF or WebP for this "
+                                           "model.")
+        return {"type": "image", "source": {
+            "type": "base64", "media_type": block.media_type, "data": block.data}}
+
+    def _document(self, block: Document) -> JSON:
+        if block.url:
+            source: JSON = {"type": "url", "url": block.url}
+        elif not block.data:
+            source = {"type": "text", "media_type": "text/plain", "data": block.text}
+        elif block.media_type == "application/pdf":
+            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        else:
+            raise unsupported("file", "A file must be a PDF or plain text for this model.")
+        return {"type": "document", "source": source, **without_none(title=block.title)}
+
+    def _audio(self, block: Audio) -> JSON:
+        raise unsupported("input_audio", "This model does not take audio.")
+
+    def _thinking(self, block: Thinking) -> Optional[JSON]:
+        """Only what Anthropic signed goes back to it; the rest is never shown as text."""
+        if block.issuer == "anthropic" and block.signature:
+            return render_thinking_blocks([block])[0]
+        self.losses.hint("thinking_blocks")
+        return None
+
+    def _call(self, block: ToolCall) -> JSON:
+        return {"type": "tool_use", "id": legal_id(block.id), "name": self.tool_name(block.name),
+                "input": {"input": block.input} if block.is_custom else block.arguments}
+
+    def _result(self, block: ToolResult) -> JSON:
+        return {"type": "tool_result", "tool_use_id": legal_id(block.id),
+                "content": plain_content(self.blocks(block.content)) or "",
+                **({"is_error": True} if block.is_error else {})}
+
+    def _opaque(self, block: Opaque) -> Optional[JSON]:
+        if block.dialect == "messages":
+            return block.wire
+        self.losses.hint("content")
+        return None
+
+    kinds: Mapping[type, Callable[[Any, Any], Optional[JSON]]] = {
+        Text: _text, Image: _image, Document: _document, Audio: _audio, Thinking: _thinking,
+        ToolCall: _call, ToolResult: _result, Opaque: _opaque}
+
+
+class MessagesRequest(BlockWriter):
+    """One request on its way to the wire."""
+
+    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
+        super().__init__(losses)
+        self.chat = chat
+        self.target = target
+        self.caps = target.caps
+        self.wire: JSON = {"model": target.model}
+
+    def render(self) -> JSON:
+        chat, wire = self.chat, self.wire
+        if chat.logprobs is not None:
+            raise unsupported("logprobs")
+        self._add_turns()
+        self._add_tools()
+        self._add_choice()
+        self._add_format()
+        self._add_thinking()
+        self._add_sampling()
+        stops = [stop for stop in chat.stop if stop.strip()]
+        if len(stops) < len(chat.stop):
+            self.losses.drop("stop")
+        user = chat.user
+        if user and (CONTACT.fullmatch(user) or len(user) > MAX_USER_CHARACTERS):
+            self.losses.hint("user")  # ids that look like addresses are refused
+            user = None
+        wire.update(without_none(stop_sequences=stops, metadata=user and {"user_id": user},
+                                 stream=chat.stream or None))
+        self._add_options()
+        return wire
+
+    def _add_turns(self) -> None:
+        """Later system turns stay in place where the model takes them, so that what is cached
+        before them holds; else all go first."""
+        system: List[JSON] = []
+        messages: List[JSON] = []
+        calls: List[str] = []
+        for turn in self._ordered_turns():
+            check_blocks(turn)
+            if turn.role != "system":
+                check_results(turn, calls)
+                calls = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+            content = self.blocks(turn.blocks)
+            if turn.role == "system" and not (messages and self.caps.mid_system):
+                system += content
+            elif content:
+                messages.append({"role": turn.role, "content": content})
+        if messages and messages[-1]["role"] == "assistant":
+            messages[-1]["content"] = trim_prefill(messages[-1]["content"])
+        messages = [{**message, "content": plain_content(message["content"])}
+                    for message in messages if message["content"]]
+        if not messages:
+            raise GatewayError(400, "'messages' must hold a user message.", "messages")
+        if self.chat.format is not None and self.chat.format.schema is None:
+            system.append({"type": "text",
+                           "text": "Answer with one JSON object and nothing else."})
+        if system:
+            self.wire["system"] = plain_content(system)
+        self.wire["messages"] = messages
+
+    def _ordered_turns(self) -> List[Turn]:
+        turns = self.chat.turns
+        if not self.caps.mid_system:
+            turns = canonical(sorted(turns, key=lambda turn: turn.role != "system"))
+        return [Turn(turn.role, sorted(turn.blocks, key=lambda block: not isinstance(
+            block, Thinking))) if turn.role == "assistant" else turn for turn in turns]
+
+    def _add_tools(self) -> None:
+        chat = self.chat
+        names = [tool.name for tool in chat.tools]
+        choice = chat.choice or ToolChoice("auto")
+        for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
+            if name not in names:
+                raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
+                                        "does not have.", "tool_choice")
+        tools = [self._tool(tool) for tool in chat.tools
+                 if choice.allowed is None or tool.name in choice.allowed]
         if chat.web_search is not None:
-            tools.append(render_web_search(chat.web_search))
-        return tools
+            tools.append(render_web_search(Fields(chat.web_search, "web_search_options."),
+                                           self.losses))
+        if tools:
+            self.wire["tools"] = tools
 
     def _tool(self, tool: Tool) -> JSON:
-        wire: JSON = {"name": self._name(tool.name)}
-        description = tool.description
+        wire: JSON = {"name": self.tool_name(tool.name)}
+        description, schema = tool.description, tool.schema or {"properties": {}}
         if tool.is_custom:
             self.rewrites.custom.add(wire["name"])
-            schema: JSON = {"type": "object", "properties": {"input": {"type": "string"}},
-                            "required": ["input"]}
-            if tool.grammar:
-                description = f"{description}\nThe input follows this grammar: {tool.grammar}".strip()
-        else:
-            schema = {"type": "object", **(tool.schema or {"properties": {}})}
-        if description:
-            wire["description"] = description
-        wire["input_schema"] = schema
+            schema = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+        if tool.grammar:
+            description = (f"{description}\nThe input follows this {tool.grammar['syntax']} "
+                           f"grammar:\n{tool.grammar['definition']}").strip()
+        wire.update(without_none(description=description), input_schema=typed_object(schema))
         if tool.strict:
             if is_closed(schema):
                 wire["strict"] = True
             else:
                 self.losses.drop("strict")
-        if tool.cache:
-            self._mark(wire, tool.cache)
-        return wire
+        return self.marked(wire, tool.cache)
 
-    def _choice(self, tools: List[JSON]) -> Optional[JSON]:
-        chat, choice = self.chat, self.chat.choice
-        if not tools:
-            return None
-        mode = choice.mode if choice else "auto"
-        if mode == "tool" and choice is not None and all(
-                tool.name != choice.name for tool in chat.tools):
-            raise GatewayError(400, "'tool_choice' names a tool that 'tools' does not have.",
-                               "tool_choice")
+    def _add_choice(self) -> None:
+        """A history with calls needs their tools, though the client offers none: then they are
+        there for show."""
+        chat = self.chat
+        mode = chat.choice.mode if chat.choice else "auto"
+        if "tools" not in self.wire:
+            if mode in ("required", "tool"):
+                raise GatewayError(400, "'tool_choice' needs 'tools'.", "tool_choice")
+            names = dict.fromkeys(block.name for turn in chat.turns for block in turn.blocks
+                                  if isinstance(block, ToolCall))
+            if names:
+                self.wire["tools"] = [{"name": self.tool_name(name),
+                                       "input_schema": {"type": "object"}} for name in names]
+                self.wire["tool_choice"] = {"type": "none"}
+            return
         if mode in ("required", "tool") and self.caps.forced_tools == "auto":
             self.losses.drop("tool_choice")
             mode = "auto"
-        wire: JSON = {"type": {"required": "any"}.get(mode, mode)}
-        if mode == "tool" and choice is not None:
-            wire["name"] = self._name(choice.name)
-        if chat.parallel is False and mode != "none":
+        wire: JSON = {"type": CHOICES_IN_MESSAGES[mode]}
+        if mode == "tool" and chat.choice:
+            wire["name"] = self.tool_name(chat.choice.name)
+        if mode != "none" and (chat.parallel is False or chat.legacy_functions and mode != "tool"):
             wire["disable_parallel_tool_use"] = True
-        is_default = wire == {"type": "auto"} and (choice is None or choice.allowed is not None)
-        return None if is_default else wire
+        if chat.choice or len(wire) > 1:
+            self.wire["tool_choice"] = wire
 
-    # ---- the rest ----
-
-    def _max_tokens(self) -> int:
-        asked = self.chat.max_tokens
-        ceiling = min(self.target.max_output_tokens or self.caps.max_output, self.caps.max_output)
-        if asked is None:
-            return min(self.target.default_max_tokens, ceiling)
-        if asked > ceiling:
-            self.losses.drop("max_tokens")
-        return min(asked, ceiling)
-
-    def _add_thinking(self, wire: JSON) -> None:
-        chat, caps = self.chat, self.caps
-        if chat.thinking is not None:
-            wire["thinking"] = chat.thinking
-            if chat.effort is not None and caps.efforts:
-                wire["output_config"] = {"effort": chat.effort}
-            return
-        if chat.effort is None:
-            return
-        if chat.effort not in EFFORTS:
-            raise GatewayError(400, f"'reasoning_effort' must be one of: {', '.join(EFFORTS)}.",
-                               "reasoning_effort")
-        if caps.thinking == "budget":
-            self._add_budget(wire)
-        elif chat.effort == "none":
-            self._add_no_thinking(wire)
-        elif caps.thinking in ("both", "adaptive"):
-            wire["thinking"] = {"type": "adaptive", "display": "summarized"}
-            wire["output_config"] = {"effort": self._nearest_effort(chat.effort)}
-        else:
-            self.losses.drop("reasoning_effort")
-        if "thinking" in wire and wire.get("tool_choice", {}).get("type") in ("any", "tool"):
-            del wire["thinking"]  # a tool cannot be forced while it thinks
-            self.losses.drop("reasoning_effort")
-
-    def _add_no_thinking(self, wire: JSON) -> None:
-        if self.caps.can_disable_thinking:
-            wire["thinking"] = {"type": "disabled"}
-        elif self.caps.efforts and self.caps.thinking == "adaptive":
-            wire["output_config"] = {"effort": "low"}
-            self.losses.drop("reasoning_effort")
-
-    def _add_budget(self, wire: JSON) -> None:
-        """A budget below the answer's cap; where the client set none the cap grows by it."""
-        budget = THINKING_BUDGETS[self.chat.effort or "none"]
-        if not budget or self._lacks_thinking():
-            return
-        if self.chat.max_tokens is None:
-            ceiling = min(self.target.max_output_tokens or self.caps.max_output,
-                          self.caps.max_output)
-            wire["max_tokens"] = min(wire["max_tokens"] + budget, ceiling)
-        budget = min(budget, wire["max_tokens"] - 512)
-        if budget < 1024:
-            self.losses.drop("reasoning_effort")
-        else:
-            wire["thinking"] = {"type": "enabled", "budget_tokens": budget}
-
-    def _lacks_thinking(self) -> bool:
-        """Whether the open tool loop lost its thinking on the way through the client: such a turn
-        is refused while thinking is on, and accepted without."""
-        turns = [turn for turn in self.chat.turns if turn.role == "assistant"]
-        blocks = turns[-1].blocks if turns else []
-        return (any(isinstance(block, ToolCall) for block in blocks)
-                and not any(isinstance(block, Thinking) and block.signature for block in blocks))
-
-    def _nearest_effort(self, effort: str) -> str:
-        wanted = {"minimal": "low"}.get(effort, effort)
-        if wanted in self.caps.efforts or not self.caps.efforts:
-            return wanted
-        self.losses.drop("reasoning_effort")
-        above = [level for level in EFFORTS[EFFORTS.index(wanted):] if level in self.caps.efforts]
-        return above[0] if above else self.caps.efforts[-1]
-
-    def _add_format(self, wire: JSON) -> None:
-        form = self.chat.format
+    def _add_format(self) -> None:
+        form, wire = self.chat.format, self.wire
         if form is None or form.schema is None:
             return
         if self.caps.json_schema:
             schema = clean_schema(form.schema)
-            wire.setdefault("output_config", {})["format"] = {"type": "json_schema",
-                                                              "schema": schema}
+            if form.description:
+                schema.setdefault("description", form.description)
+            wire["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
             return
-        if wire.get("tools"):
+        if self.chat.tools:
             raise unsupported("response_format", "This model cannot be given tools and a response "
                                                  "format at once.")
         self.rewrites.json_tool = JSON_TOOL
-        wire["tools"] = [{"name": JSON_TOOL, "description": "Gives the answer.",
-                          "input_schema": {"type": "object", **form.schema}}]
+        wire.setdefault("tools", []).append({
+            "name": JSON_TOOL, "description": form.description or "Gives the answer.",
+            "input_schema": typed_object(form.schema)})
         wire["tool_choice"] = {"type": "tool", "name": JSON_TOOL}
-        wire.pop("thinking", None)
 
-    def _add_sampling(self, wire: JSON) -> None:
+    def _add_thinking(self) -> None:
+        """Thinking, effort, and the cap of the whole answer, against which a budget counts."""
+        chat, wire = self.chat, self.wire
+        param = "reasoning_effort" if chat.thinking is None else "thinking"
+        thinking = chat.thinking or self._thinking_by_effort()
+        if chat.thinking and chat.effort not in (None, "none"):
+            self._add_effort(chat.effort)
+        if thinking and thinking.get("type") != "disabled":
+            if wire.get("tool_choice", {}).get("type") in ("any", "tool"):
+                self.losses.drop(param)  # no tool can be forced while it thinks
+                thinking = None
+            elif thinking.get("type") == "enabled" and self._lacks_thinking():
+                self.losses.hint(param)
+                thinking = None
+        budget = count((thinking or {}).get("budget_tokens"))
+        ceiling = min(self.target.max_output_tokens or self.caps.max_output, self.caps.max_output)
+        wanted = chat.max_tokens or self.target.default_max_tokens + budget
+        if chat.max_tokens and chat.max_tokens > ceiling:
+            self.losses.drop("max_tokens")
+        wire["max_tokens"] = min(wanted, ceiling)
+        if thinking and budget and chat.thinking is None:
+            budget = min(budget, wire["max_tokens"] - 512)
+            thinking = {"type": "enabled", "budget_tokens": budget}
+            if budget < MIN_BUDGET:
+                self.losses.drop(param)
+                thinking = None
+        if thinking:
+            wire["thinking"] = thinking
+
+    def _thinking_by_effort(self) -> Optional[JSON]:
+        caps, effort = self.caps, self.chat.effort
+        if effort is None:
+            return None
+        if effort not in EFFORTS:
+            raise GatewayError(400, f"'reasoning_effort' must be one of: {', '.join(EFFORTS)}.",
+                               "reasoning_effort")
+        if effort == "none":
+            if caps.can_disable_thinking:
+                return {"type": "disabled"}
+            if caps.thinking == "adaptive" and caps.efforts:
+                self._add_effort("low")
+                self.losses.drop("reasoning_effort")
+            return None
+        if caps.thinking == "budget":
+            return {"type": "enabled", "budget_tokens": THINKING_BUDGETS[effort]}
+        if caps.thinking == "none":
+            self.losses.drop("reasoning_effort")
+            return None
+        self._add_effort(effort)
+        return {"type": "adaptive", "display": "summarized"}
+
+    def _add_effort(self, effort: Optional[str]) -> None:
+        """The level, or the nearest that the model has, the higher first."""
+        levels = [level for level in EFFORTS if level in self.caps.efforts]
+        level = "low" if effort == "minimal" else effort or ""
+        if level not in levels:
+            self.losses.drop("reasoning_effort")
+            above = levels if level not in EFFORTS else [
+                each for each in levels if EFFORTS.index(each) > EFFORTS.index(level)]
+            level = (above or levels[-1:] or [""])[0]
+        if level:
+            self.wire.setdefault("output_config", {})["effort"] = level
+
+    def _lacks_thinking(self) -> bool:
+        """Whether the open tool loop lost its thinking on the way through the client: such a turn
+        is refused while thinking is on, and accepted without."""
+        blocks = next((turn.blocks for turn in reversed(self.chat.turns)
+                       if turn.role == "assistant"), [])
+        return (any(isinstance(block, ToolCall) for block in blocks)
+                and not any(isinstance(block, Thinking) and block.signature
+                            and block.issuer == "anthropic" for block in blocks))
+
+    def _add_sampling(self) -> None:
         """Newer models take none of it, and none of them any while thinking."""
-        chat = self.chat
-        thinks = wire.get("thinking", {}).get("type") in ("enabled", "adaptive")
+        thinks = self.wire.get("thinking", {}).get("type") not in (None, "disabled")
         for name in ("temperature", "top_p", "top_k"):
-            value = getattr(chat, name)
+            value = getattr(self.chat, name)
+            is_second = (name == "top_p" and "temperature" in self.wire
+                         and self.caps.sampling == "one")
             if value is None:
                 continue
-            is_second = name == "top_p" and "temperature" in wire and self.caps.sampling == "one"
             if self.caps.sampling == "none" or thinks or is_second:
-                self.losses.drop(name)
+                if name == "top_k" or value != 1:  # the default of the others
+                    self.losses.drop(name)
             elif name == "temperature" and value > 1:
                 self.losses.drop(name)
-                wire[name] = 1
+                self.wire[name] = 1
             else:
-                wire[name] = value
+                self.wire[name] = value
 
-    def _add_options(self, wire: JSON) -> None:
-        chat = self.chat
-        if chat.user is not None:
-            if CONTACT.fullmatch(chat.user):  # ids that look like addresses are refused
-                self.losses.hint("user")
-            else:
-                wire["metadata"] = {"user_id": chat.user}
-        for name, value in chat.options.items():
-            tier = SERVICE_TIERS.get(str(value)) if name == "service_tier" else None
-            if tier:
-                wire["service_tier"] = tier
-            elif name in CHAT_HINTS:
-                self.losses.hint(name)
-            elif value not in (0, {}):
-                self.losses.drop(name)
+    def _add_options(self) -> None:
+        for name, value in self.chat.options.items():
+            if name == "service_tier" and value in SERVICE_TIERS:
+                self.wire[name] = SERVICE_TIERS[value]
+            elif value != OPTIONS[name].default:
+                (self.losses.hint if OPTIONS[name].is_hint else self.losses.drop)(name)
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-THINKING_BUDGETS = {"none": 0, "minimal": 1024, "low": 1024, "medium": 4096, "high": 16384,
-                    "xhigh": 32768, "max": 32768}
-SERVICE_TIERS = {"auto": "auto", "default": "standard_only"}
+def check_blocks(turn: Turn) -> None:
+    """Whether the turn may hold what it holds."""
+    for block in turn.blocks:
+        if not isinstance(block, TURN_BLOCKS.get(turn.role, Block)):
+            raise unsupported("messages", f"The {turn.role}'s messages can hold text only for this "
+                                          "model.")
 
 
-def plain_content(blocks: List[JSON]) -> Any:
-    """One plain text as a string, which is what most clients send."""
-    if len(blocks) == 1 and list(blocks[0]) == ["type", "text"]:
-        return blocks[0]["text"]
-    return blocks
+TURN_BLOCKS: Dict[str, Any] = {
+    "system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
 
 
-def same_name(name: str) -> str:
-    return name
+def check_results(turn: Turn, calls: List[str]) -> None:
+    """Every call is answered in the next turn, and nothing else is."""
+    results = [block.id for block in turn.blocks if isinstance(block, ToolResult)]
+    for id_ in results:
+        if id_ not in calls:
+            raise GatewayError(400, f"The tool result {clipped(id_, 64)!r} answers no tool call of "
+                                    "the message before it.", "messages")
+    for id_ in calls:
+        if id_ not in results and turn.role == "user":
+            raise GatewayError(400, f"The tool call {clipped(id_, 64)!r} has no result in the "
+                                    "message after it.", "messages")
 
 
-def render_block(block: Block, losses: Losses,
-                 name_of: Callable[[str], str] = same_name) -> Optional[JSON]:
-    """A block on the wire, without its cache mark; None for one that cannot go there."""
-    if isinstance(block, Text):
-        return {"type": "text", "text": block.text}
-    if isinstance(block, Image):
-        return {"type": "image", "source": render_image_source(block)}
-    if isinstance(block, Document):
-        return {"type": "document", "source": render_document_source(block),
-                **({"title": block.title} if block.title else {})}
-    if isinstance(block, Audio):
-        raise unsupported("input_audio", "This model does not take audio.")
-    if isinstance(block, Thinking):
-        return render_signed_thinking(block, losses)
-    if isinstance(block, ToolCall):
-        return {"type": "tool_use", "id": legal_id(block.id), "name": name_of(block.name),
-                "input": {"input": block.input} if block.is_custom else block.arguments}
-    if isinstance(block, ToolResult):
-        return render_result(block, losses)
-    if isinstance(block, Opaque) and block.dialect == "messages":
-        return block.wire
-    losses.hint("content")
-    return None
+def trim_prefill(content: List[JSON]) -> List[JSON]:
+    """The start of an answer may not end in white space."""
+    while content and content[-1]["type"] == "text":
+        *content, last = content
+        text = last["text"].rstrip()
+        if text:
+            return [*content, {**last, "text": text}]
+    return content
 
 
-def render_signed_thinking(block: Thinking, losses: Losses) -> Optional[JSON]:
-    """Only what Anthropic signed goes back to it; the rest is never shown as text."""
-    if block.issuer != "anthropic":
-        losses.hint("thinking_blocks")
-        return None
-    return render_thinking(block)
+def typed_object(schema: JSON) -> JSON:
+    return {"type": "object", **{key: value for key, value in schema.items() if key != "type"}}
 
 
-def render_result(block: ToolResult, losses: Losses) -> JSON:
-    content = [wire for wire in (render_block(part, losses) for part in block.content) if wire]
-    wire: JSON = {"type": "tool_result", "tool_use_id": legal_id(block.id),
-                  "content": plain_content(content) or ""}
-    if block.is_error:
-        wire["is_error"] = True
-    return wire
-
-
-def render_image_source(image: Image) -> JSON:
-    if image.url:
-        return {"type": "url", "url": image.url}
-    if image.media_type not in IMAGE_TYPES:
-        raise unsupported("image_url", "An image must be JPEG, PNG, GIF or WebP for this model.")
-    return {"type": "base64", "media_type": image.media_type, "data": image.data}
-
-
-def render_document_source(document: Document) -> JSON:
-    if document.url:
-        return {"type": "url", "url": document.url}
-    if document.data:
-        if document.media_type != "application/pdf":
-            raise unsupported("file", "A file must be a PDF or plain text for this model.")
-        return {"type": "base64", "media_type": "application/pdf", "data": document.data}
-    return {"type": "text", "media_type": "text/plain", "data": document.text}
-
-
-def render_web_search(options: JSON) -> JSON:
-    tool: JSON = {"type": "web_search_20250305", "name": "web_search"}
-    location = optional(options, "user_location", dict, "web_search_options.") or {}
-    place = optional(location, "approximate", dict, "web_search_options.user_location.")
-    if place:
-        tool["user_location"] = {"type": "approximate", **place}
-    return tool
+def render_web_search(options: Fields, losses: Losses) -> JSON:
+    location = options.child("user_location", {}).child("approximate", {})
+    place = {key: location.get(key, str) for key in ("city", "country", "region", "timezone")}
+    if options.get("search_context_size", str) not in (None, "medium"):
+        losses.drop("search_context_size")
+    return {"type": "web_search_20250305", "name": "web_search", **without_none(
+        user_location={"type": "approximate", **without_none(**place)} if any(place.values())
+        else None)}
 
 
 def is_closed(schema: object) -> bool:
@@ -2540,13 +2586,11 @@ def is_closed(schema: object) -> bool:
 
 
 # What structured output does not take; the SDK moves it into the description too.
-UNSUPPORTED_KEYWORDS = frozenset([
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
-    "maxLength", "pattern", "uniqueItems", "maxItems", "contains", "minContains", "maxContains",
-    "not", "if", "then", "else", "patternProperties", "propertyNames", "minProperties",
-    "maxProperties", "dependentRequired", "dependentSchemas", "dependencies",
-    "unevaluatedProperties", "unevaluatedItems"])
+UNSUPPORTED_KEYWORD = re.compile(
+    "minimum|maximum|exclusive.+|multipleOf|(min|max)(Length|Contains|Properties)|maxItems|pattern"
+    "|patternProperties|uniqueItems|contains|not|if|then|else|propertyNames|depend.+|unevaluated.+")
 SCHEMA_MAPS = frozenset(["properties", "$defs", "definitions"])
+SCHEMA_VALUES = frozenset(["enum", "const", "default", "examples", "required"])
 
 
 def clean_schema(schema: Any) -> Any:
@@ -2558,11 +2602,11 @@ def clean_schema(schema: Any) -> Any:
     clean: JSON = {}
     told = []
     for key, value in schema.items():
-        if key in UNSUPPORTED_KEYWORDS or (key == "minItems" and value not in (0, 1)):
+        if UNSUPPORTED_KEYWORD.fullmatch(key) or key == "minItems" and value not in (0, 1):
             told.append(f"{key}: {encode_json(value)}")
         elif key in SCHEMA_MAPS and isinstance(value, dict):
             clean[key] = {name: clean_schema(item) for name, item in value.items()}
-        elif key in ("enum", "const", "default", "examples", "required"):
+        elif key in SCHEMA_VALUES:
             clean[key] = value
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
@@ -2574,101 +2618,21 @@ def clean_schema(schema: Any) -> Any:
     return clean
 
 
-def parse_text_blocks(content: Any, where: str) -> List[Block]:
-    return [] if content is None else parse_blocks(content, where.rstrip("."))
-
-
-def parse_blocks(content: Any, where: str) -> List[Block]:
-    """A string, or a list of blocks."""
-    if content is None:
-        raise GatewayError(400, f"'{where}' is missing.", where)
-    if isinstance(content, str):
-        return [Text(text=content)]
-    blocks = []
-    for wire, place in objects(content, where):
-        block = BLOCK_PARSERS.get(required(wire, "type", str, place), parse_opaque)(wire, place)
-        block.cache = optional(wire, "cache_control", dict, place)
-        blocks.append(block)
-    return blocks
-
-
-def parse_opaque(wire: JSON, where: str) -> Block:
-    return Opaque(dialect="messages",
-                  wire={key: value for key, value in wire.items() if key != "cache_control"})
-
-
-def parse_image_block(wire: JSON, where: str) -> Block:
-    source = required(wire, "source", dict, where)
-    place = f"{where}source."
-    if source.get("type") == "url":
-        return Image(url=required(source, "url", str, place))
-    return Image(media_type=required(source, "media_type", str, place),
-                 data=required(source, "data", str, place))
-
-
-def parse_document_block(wire: JSON, where: str) -> Block:
-    source = required(wire, "source", dict, where)
-    place = f"{where}source."
-    title = optional(wire, "title", str, where) or ""
-    if source.get("type") == "url":
-        return Document(url=required(source, "url", str, place), title=title)
-    data = required(source, "data", str, place)
-    if source.get("type") == "text":
-        return Document(media_type="text/plain", text=data, title=title)
-    return Document(media_type=required(source, "media_type", str, place), data=data, title=title)
-
-
-def parse_thinking_wire(wire: JSON, where: str) -> Block:
-    return parse_thinking_block(wire, where)
-
-
-def parse_tool_use(wire: JSON, where: str) -> Block:
-    return ToolCall(id=required(wire, "id", str, where), name=required(wire, "name", str, where),
-                    arguments=optional(wire, "input", dict, where) or {})
-
-
-def parse_tool_result(wire: JSON, where: str) -> Block:
-    return ToolResult(id=required(wire, "tool_use_id", str, where),
-                      content=[block for block in parse_text_blocks(
-                          wire.get("content"), f"{where}content")
-                          if not isinstance(block, Text) or block.text],
-                      is_error=bool(optional(wire, "is_error", bool, where)))
-
-
-BLOCK_PARSERS: Dict[str, Callable[[JSON, str], Block]] = {
-    "text": lambda wire, where: Text(text=required(wire, "text", str, where)),
-    "image": parse_image_block,
-    "document": parse_document_block,
-    "thinking": parse_thinking_wire,
-    "redacted_thinking": parse_thinking_wire,
-    "tool_use": parse_tool_use,
-    "tool_result": parse_tool_result,
-}
-
-
-def parse_messages_tool(item: JSON, where: str) -> Tool:
-    kind = optional(item, "type", str, where)
-    if kind not in (None, "custom"):
-        raise unsupported(f"{where}type", f"The tool '{where}type' runs at its own provider only.")
-    return Tool(required(item, "name", str, where), optional(item, "description", str, where) or "",
-                required(item, "input_schema", dict, where), optional(item, "strict", bool, where),
-                cache=optional(item, "cache_control", dict, where))
-
+# ---- answers ----
 
 MESSAGES_STOPS = {"end_turn": "stop", "stop_sequence": "stop_sequence", "tool_use": "tool_calls",
                   "max_tokens": "length", "model_context_window_exceeded": "context",
                   "refusal": "refusal", "pause_turn": "pause"}
-STOPS_IN_MESSAGES = {finish: stop for stop, finish in MESSAGES_STOPS.items()}
+STOPS_IN_MESSAGES = {**{finish: stop for stop, finish in MESSAGES_STOPS.items()},
+                     "filter": "refusal"}
+CITATION = "web_search_result_location"  # those of documents have no counterpart elsewhere
 
 
-def messages_stop(finish: str, has_calls: bool) -> str:
-    if finish == "stop" and has_calls:
-        return "tool_use"
-    return {"filter": "refusal"}.get(finish) or STOPS_IN_MESSAGES.get(finish, "end_turn")
-
-
-def render_stop_details(explanation: str) -> JSON:
-    return {"type": "refusal", "category": None, "explanation": explanation}
+def messages_end(finish: str, has_calls: bool, refusal: str) -> JSON:
+    stop = "tool_use" if finish == "stop" and has_calls else STOPS_IN_MESSAGES.get(finish)
+    details = refusal and {"type": "refusal", "category": None, "explanation": refusal}
+    return {"stop_reason": stop or "end_turn", "stop_sequence": None,
+            **without_none(stop_details=details)}
 
 
 def render_messages_usage(usage: Usage) -> JSON:
@@ -2685,11 +2649,17 @@ def render_messages_usage(usage: Usage) -> JSON:
     return wire
 
 
-def parse_citation(wire: object) -> Optional[JSON]:
-    """A citation of the web; those of documents have no counterpart elsewhere."""
-    if not isinstance(wire, dict) or wire.get("type") != "web_search_result_location":
-        return None
-    return {"url": wire.get("url") or "", "title": wire.get("title") or ""}
+def render_citation(citation: JSON) -> JSON:
+    return {"type": CITATION, "cited_text": "", "encrypted_index": "", **citation}
+
+
+def unwrap_custom(arguments: str) -> str:
+    """The freeform input of a custom tool that went out as a function with one string."""
+    try:
+        value = parse_arguments(arguments).get("input")
+    except ValueError:
+        value = None
+    return value if isinstance(value, str) else arguments
 
 
 class MessagesParser(Parser):
@@ -2700,209 +2670,193 @@ class MessagesParser(Parser):
         super().__init__(rewrites)
         self._dialect = dialect
         self._usage: JSON = {}
-        self._open: Optional[Block] = None
-        self._is_answer = False  # the open call is the hidden tool's
-        self._blocks = -1
-        self._arguments: List[str] = []
+        self._block_count = 0
+        self._arguments: Optional[List[str]] = None  # of a call that cannot be told piece by piece
+        self._input: JSON = {}  # of a call, where it came at once
         self._finish = ""
         self._refusal = ""
-        self._service_tier = ""
 
     def feed(self, event: Event) -> List[StreamEvent]:
         plain = TEXT_EVENT.fullmatch(event.data)
         if plain and isinstance(self._open, Text):  # nine events of ten: only the text is parsed
-            text = json.loads(plain[1])
-            self.content_bytes += len(text)
-            return [TextDelta(text)]
+            try:
+                text = scan_string(plain[1].decode(), 0)[0]
+            except ValueError:
+                text = ""  # which the whole event's parsing will refuse
+            if text:
+                self.content_bytes += len(text)
+                return [TextDelta(text)]
         wire = self.parse(event)
-        read = READ_MESSAGES.get(str(wire.get("type")))
-        return read(self, wire) if read else []  # new kinds of events may appear
+        read = self.events.get(text_of(wire, "type"))
+        return read(self, wire) if read and not self.ended else []  # new kinds may appear
 
-    def start(self, message: JSON) -> List[StreamEvent]:
-        self.note_usage(message.get("usage"))
-        return [Start(str(message.get("id") or ""), str(message.get("model") or ""))]
+    def message_start(self, wire: JSON) -> List[StreamEvent]:
+        message = part_of(wire, "message")
+        self._note_usage(message)
+        return [Start(text_of(message, "id"), text_of(message, "model"), self.usage)]
 
-    def note_usage(self, wire: object) -> None:
-        if isinstance(wire, dict):
-            self._usage.update({key: value for key, value in wire.items() if value is not None})
-            self._service_tier = str(wire.get("service_tier") or self._service_tier)
-            self.usage = self._dialect.parse_usage(self._usage)
-
-    def note_stop(self, delta: JSON) -> None:
-        reason = delta.get("stop_reason")
-        if isinstance(reason, str):
-            self._finish = MESSAGES_STOPS.get(reason, "stop")
-        details = delta.get("stop_details")
-        if isinstance(details, dict):
-            self._refusal = str(details.get("explanation") or "")
-
-    def whole_block(self, block: JSON) -> List[StreamEvent]:
-        """A block of a plain answer: opened, said and closed."""
-        events = self.block_start(block)
-        if isinstance(self._open, ToolCall) or self._is_answer:
-            events += self.arguments(encode_json(block.get("input") or {}))
-        for key in ("thinking", "signature", "text"):
-            if isinstance(block.get(key), str) and block[key]:
-                events += self.block_delta({"type": f"{key}_delta", key: block[key]})
-        for citation in block.get("citations") or []:
-            events += self.block_delta({"type": "citations_delta", "citation": citation})
-        return events + self.block_stop()
-
-    def block_start(self, block: JSON) -> List[StreamEvent]:
-        kind = block.get("type")
-        self._arguments = []
-        self._is_answer = False
-        if kind == "text":
-            self._open = Text()
-        elif kind == "thinking":
-            self._open = Thinking(issuer="anthropic")
-        elif kind == "redacted_thinking":
-            self._open = Thinking(signature=str(block.get("data") or ""), issuer="anthropic",
-                                  is_redacted=True)
-        elif kind == "tool_use" and block.get("name") == self.rewrites.json_tool != "":
-            self._open, self._is_answer = Text(), True
-        elif kind == "tool_use":
-            self._open = self.open_call(ToolCall(id=str(block.get("id") or ""),
-                                                 name=str(block.get("name") or "")))
-        else:  # a server tool's traces, which are no call of the client's
-            self._open = None
-            return []
-        self._blocks += 1
-        return [BlockStart(self._open)]
-
-    def arguments(self, text: str) -> List[StreamEvent]:
-        if not text:
-            return []
-        self.content_bytes += len(text)
-        if self._is_answer:
-            return [TextDelta(text)]
-        if isinstance(self._open, ToolCall) and self._open.is_custom:
-            self._arguments.append(text)  # unwrapped when it is whole
-            return []
-        return [ArgumentsDelta(text)]
-
-    def block_delta(self, delta: JSON) -> List[StreamEvent]:
-        if self._open is None:
-            return []
-        kind = delta.get("type")
-        if kind == "citations_delta":
-            citation = parse_citation(delta.get("citation"))
-            return [CitationDelta(self._blocks, citation)] if citation else []
-        field_, make = MESSAGES_DELTAS.get(str(kind), ("", TextDelta))
-        value = delta.get(field_)
-        if not isinstance(value, str):
-            return []
-        if kind == "input_json_delta":
-            return self.arguments(value)
-        self.content_bytes += len(value)
-        return [make(value)]
-
-    def block_stop(self) -> List[StreamEvent]:
-        block, self._open = self._open, None
-        if block is None:
-            return []
-        if isinstance(block, ToolCall) and block.is_custom:
-            return [ArgumentsDelta(unwrap_custom("".join(self._arguments))), BlockStop()]
-        return [BlockStop()]
-
-    def finish(self) -> List[StreamEvent]:
-        self.ended = True
-        finish = self._finish
-        if self.rewrites.json_tool and finish == "tool_calls":
-            finish = "stop"
-        self.usage = self.usage or Usage()
-        return [Finish(finish or "stop", self.usage, self._refusal,
-                       {"standard": "default"}.get(self._service_tier,
-                                                   self._service_tier.replace("batch", "")))]
-
-    def _message_delta(self, wire: JSON) -> List[StreamEvent]:
-        self.note_usage(wire.get("usage"))
-        self.note_stop(part_of(wire, "delta"))
+    def message_delta(self, wire: JSON) -> List[StreamEvent]:
+        delta = part_of(wire, "delta")
+        reason = text_of(delta, "stop_reason")
+        self._finish = MESSAGES_STOPS.get(reason, "stop") if reason else self._finish
+        self._refusal = text_of(part_of(delta, "stop_details"), "explanation") or self._refusal
+        self._note_usage(wire)
         return []
 
-    def _error(self, wire: JSON) -> List[StreamEvent]:
+    def _note_usage(self, wire: JSON) -> None:
+        told = part_of(wire, "usage")
+        self._usage.update({key: value for key, value in told.items() if value is not None})
+        self._service_tier = text_of(told, "service_tier") or self._service_tier
+        self.usage = self._dialect.parse_usage(self._usage) if self._usage else None
+
+    def block_start(self, wire: JSON) -> List[StreamEvent]:
+        """Opens a block and says what it brings: all of it in a plain answer, and in the streams of
+        some servers; else nothing. A server tool's traces are no block: no call of the client's."""
+        block = part_of(wire, "content_block")
+        kind, name = text_of(block, "type"), text_of(block, "name")
+        self._open = self._arguments = None
+        if kind == "text" or kind == "tool_use" and name == self.rewrites.json_tool != "":
+            self._open = Text()
+        elif kind in ("thinking", "redacted_thinking"):
+            self._open = Thinking(signature=text_of(block, "data"), issuer="anthropic",
+                                  is_redacted=kind != "thinking")
+        elif kind == "tool_use":
+            self._open = call = self.make_call(block.get("id"), name)
+            self._arguments = [] if call.is_custom else None
+        else:
+            return []
+        self._block_count += 1
+        self._input = part_of(block, "input")
+        events: List[StreamEvent] = [BlockStart(self._open)]
+        for delta in ({"type": f"{key}_delta", key: block.get(key)} for key in (
+                "thinking", "signature", "text")):
+            events += self.block_delta({"delta": delta})
+        for citation in list_of_objects(block, "citations"):
+            events += self.block_delta({"delta": {"type": "citations_delta", "citation": citation}})
+        return events
+
+    def block_delta(self, wire: JSON) -> List[StreamEvent]:
+        delta, block = part_of(wire, "delta"), self._open
+        kind = text_of(delta, "type")
+        text = text_of(delta, MESSAGES_DELTAS.get(kind, ""))
+        about = part_of(delta, "citation")
+        if block is None:
+            return []
+        if about.get("type") == CITATION:
+            return [CitationDelta(self._block_count - 1, {
+                "url": text_of(about, "url"), "title": text_of(about, "title")})]
+        if kind == "signature_delta":
+            return [SignatureDelta(text)] if text else []
+        self.content_bytes += len(text)
+        if kind == "input_json_delta" and text:
+            self._input = {}
+        if self._arguments is not None:
+            self._arguments.append(text)
+            return []
+        return [DELTAS[type(block)](text)] if text else []
+
+    def block_stop(self, wire: JSON) -> List[StreamEvent]:
+        if self._open is None:
+            return []
+        events: List[StreamEvent] = []
+        if self._input:
+            events = self.block_delta({"delta": {"type": "input_json_delta",
+                                                 "partial_json": encode_json(self._input)}})
+        if self._arguments is not None:
+            events = [ArgumentsDelta(unwrap_custom("".join(self._arguments)))]
+        self._open = None
+        return [*events, BlockStop()]
+
+    def finish(self, wire: JSON) -> List[StreamEvent]:
+        self.ended = True
+        finish = self._finish or "stop"
+        if self.rewrites.json_tool and finish == "tool_calls":
+            finish = "stop"
+        tier = {"standard": "default", "batch": ""}.get(self._service_tier, self._service_tier)
+        return [Finish(finish, self.usage or Usage(), self._refusal, tier)]
+
+    def fail(self, wire: JSON) -> List[StreamEvent]:
         raise self._dialect.parse_error(wire.get("error"), 502)
 
+    events: Mapping[str, Callable[[Any, JSON], List[StreamEvent]]] = {
+        "message_start": message_start, "content_block_start": block_start,
+        "content_block_delta": block_delta, "content_block_stop": block_stop,
+        "message_delta": message_delta, "message_stop": finish, "error": fail}
 
-def part_of(wire: JSON, key: str) -> JSON:
-    value = wire.get(key)
-    return value if isinstance(value, dict) else {}
 
-
-MESSAGES_DELTAS: Dict[str, Tuple[str, Callable[[str], StreamEvent]]] = {
-    "text_delta": ("text", TextDelta), "thinking_delta": ("thinking", ThinkingDelta),
-    "signature_delta": ("signature", SignatureDelta),
-    "input_json_delta": ("partial_json", ArgumentsDelta)}
-
+MESSAGES_DELTAS = {"text_delta": "text", "thinking_delta": "thinking",
+                   "signature_delta": "signature", "input_json_delta": "partial_json"}
 TEXT_EVENT = re.compile(
     rb'\{"type":"content_block_delta","index":\d+,"delta":\{"type":"text_delta",'
-    rb'"text":("(?:[^"\\]|\\.)*")\}\s*\}\s*')
-
-READ_MESSAGES: Dict[str, Callable[[MessagesParser, JSON], List[StreamEvent]]] = {
-    "message_start": lambda parser, wire: parser.start(part_of(wire, "message")),
-    "content_block_start": lambda parser, wire: parser.block_start(part_of(wire, "content_block")),
-    "content_block_delta": lambda parser, wire: parser.block_delta(part_of(wire, "delta")),
-    "content_block_stop": lambda parser, wire: parser.block_stop(),
-    "message_delta": MessagesParser._message_delta,
-    "message_stop": lambda parser, wire: parser.finish(),
-    "error": MessagesParser._error,
-}
+    rb'"text":"([^"\\]*(?:\\.[^"\\]*)*")\}\s*\}\s*')
+scan_string: Callable[[str, int], Tuple[str, int]] = (
+    json.decoder.scanstring)  # type: ignore[attr-defined]  # in C; the stubs leave it out
 
 
 class MessagesRenderer(Renderer):
-    """Writes a Messages stream: model events in, bytes out."""
+    """Writes a Messages stream."""
 
-    def __init__(self, chat: Chat) -> None:
-        self._chat = chat
+    def __init__(self) -> None:
+        super().__init__()
         self._index = -1
-        self._has_calls = False
-
-    def feed(self, event: StreamEvent) -> bytes:
-        return RENDER_MESSAGES[event.__class__](self, event)
+        self._is_open = self._has_calls = False
 
     @staticmethod
     def _event(name: str, **data: object) -> bytes:
         return sse(dump_json({"type": name, **data}), name)
 
+    def _delta(self, kind: str, **value: object) -> bytes:
+        return self._event("content_block_delta", index=self._index, delta={"type": kind, **value})
+
     def _start(self, event: Start) -> bytes:
         return self._event("message_start", message={
             "id": event.id, "type": "message", "role": "assistant", "model": event.model,
             "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": render_messages_usage(Usage())})
+            "usage": render_messages_usage(event.usage or Usage())})
 
     def _block_start(self, event: BlockStart) -> bytes:
         self._index += 1
-        block = event.block
-        wire = render_block(block, Losses()) or {}
+        block = self._open = event.block
+        self._is_open = True
+        wire = BlockWriter(Losses()).block(block) or {}
+        if isinstance(block, Thinking) and not block.is_redacted:
+            wire = {"type": "thinking", "thinking": "", "signature": ""}
+        kind = {Thinking: "thinking_delta", ToolCall: "input_json_delta"}.get(type(block),
+                                                                              "text_delta")
+        say = self._say = DeltaTemplate(lambda text: self._delta(
+            kind, **{MESSAGES_DELTAS[kind]: text}))
         if isinstance(block, ToolCall):
             self._has_calls = True
             wire["input"] = {}
-        return self._event("content_block_start", index=self._index, content_block=wire)
+        out = self._event("content_block_start", index=self._index, content_block=wire)
+        if isinstance(block, ToolCall) and block.is_custom:  # in an object with one string
+            self._say = lambda text: say(encode_string(text)[1:-1])
+            out += say('{"input":"')
+        return out
 
-    def _delta(self, kind: str, key: str, value: object) -> bytes:
-        return self._event("content_block_delta", index=self._index,
-                           delta={"type": kind, key: value})
+    def _citation(self, event: CitationDelta) -> bytes:
+        """One that comes after the end of its block has no place in this wire."""
+        if event.block != self._index or not self._is_open:
+            return b""
+        return self._delta("citations_delta", citation=render_citation(event.citation))
+
+    def _block_stop(self, event: BlockStop) -> bytes:
+        self._is_open = False
+        out = b""
+        if isinstance(self._open, ToolCall) and self._open.is_custom:
+            out = self._delta("input_json_delta", partial_json='"}')
+        return out + self._event("content_block_stop", index=self._index)
 
     def _finish(self, event: Finish) -> bytes:
-        delta: JSON = {"stop_reason": messages_stop(event.finish, self._has_calls),
-                       "stop_sequence": None}
-        if event.refusal:
-            delta["stop_details"] = render_stop_details(event.refusal)
-        return (self._event("message_delta", delta=delta,
-                            usage=render_messages_usage(event.usage))
-                + self._event("message_stop"))
+        return self._event(
+            "message_delta", delta=messages_end(event.finish, self._has_calls, event.refusal),
+            usage=render_messages_usage(event.usage)) + self._event("message_stop")
 
+    def _signature(self, event: SignatureDelta) -> bytes:
+        return self._delta("signature_delta", signature=event.signature)
 
-RENDER_MESSAGES: Dict[type, Callable[[MessagesRenderer, Any], bytes]] = {
-    Start: MessagesRenderer._start, BlockStart: MessagesRenderer._block_start,
-    TextDelta: lambda r, e: r._delta("text_delta", "text", e.text),
-    ThinkingDelta: lambda r, e: r._delta("thinking_delta", "thinking", e.text),
-    SignatureDelta: lambda r, e: r._delta("signature_delta", "signature", e.signature),
-    ArgumentsDelta: lambda r, e: r._delta("input_json_delta", "partial_json", e.text),
-    CitationDelta: lambda r, e: b"",
-    BlockStop: lambda r, e: r._event("content_block_stop", index=r._index),
-    Finish: MessagesRenderer._finish,
-}
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
 DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages()}
