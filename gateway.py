@@ -5191,6 +5191,14 @@ def limit_reads(transport: asyncio.BaseTransport) -> None:
         transport.max_size = MAX_READ_BYTES
 
 
+def send_at_once(writer: asyncio.StreamWriter) -> None:
+    """asyncio does so by itself only where a socket knows its protocol, as accepted ones do not;
+    without it each event of a stream waits for the one before to be acknowledged."""
+    sock = writer.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def unreachable(provider: Provider) -> GatewayError:
     return upstream_error(502, f"Could not reach provider {provider.name!r}.", "request_error",
                           type="upstream_unreachable")
@@ -6309,6 +6317,7 @@ class Server:
         client = Client(reader, writer)
         client.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
         limit_reads(client.transport)
+        send_at_once(writer)
         self._clients.add(client)
         try:
             if len(self._clients) > self.limits.connections:
@@ -6346,7 +6355,9 @@ class Server:
             client.lingers = not body.can_be_skipped
             await self.write_response(client, head, response, stays)
         except (ConnectionError, ClientLeft, asyncio.CancelledError):
-            exchange.status, exchange.error = 499, "The client left."
+            has_left = client.has_left or not self.is_draining
+            exchange.status = 499 if has_left else 503
+            exchange.error = "The client left." if has_left else "limits.grace was over."
             raise
         finally:
             body.give_back()
@@ -6910,7 +6921,8 @@ def command_serve(named: str) -> int:
     try:
         sock = open_socket(parse_listen(config.listen))
     except OSError as error:
-        print(f"gateway.py: cannot listen on {config.listen}: {error.strerror}", file=sys.stderr)
+        print(f"gateway.py: cannot listen on {config.listen}: {error.strerror or error}",
+              file=sys.stderr)
         return 1
     log = Log(1, config.log == "json", time.monotonic, time.time)
     asyncio.run(serve(config, prices, sock, log))

@@ -9,17 +9,31 @@ run over every cut of its input, since a network cuts where it likes.
 from __future__ import annotations
 
 import ast
+import asyncio
 import bisect
 import bz2
 import calendar
+import contextlib
 import copy
 import dataclasses
 import dis
+import fcntl
 import gzip
 import itertools
 import json
+import logging
+import os
 import pickle
+import queue
+import random
 import re
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
 import time
 import tracemalloc
 import types
@@ -27,12 +41,46 @@ import zlib
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, NamedTuple, Union
 
 import pytest
 
 import gateway
-from gateway import ConfigError, Event, GatewayError, Price, Usage
+from gateway import (
+    ArgumentsDelta,
+    Audio,
+    Block,
+    BlockStart,
+    BlockStop,
+    Caps,
+    Chat,
+    CitationDelta,
+    ConfigError,
+    Document,
+    Event,
+    Finish,
+    Format,
+    GatewayError,
+    Image,
+    Losses,
+    Price,
+    Reply,
+    Rewrites,
+    SignatureDelta,
+    Start,
+    StreamEvent,
+    Target,
+    Text,
+    TextDelta,
+    Thinking,
+    ThinkingDelta,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolResult,
+    Turn,
+    Usage,
+)
 
 HERE = Path(__file__).parent
 
@@ -1877,3 +1925,4164 @@ def test_litellms_list_is_read_exactly() -> None:
 def test_what_is_no_price_list_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         gateway.parse_litellm_prices(text)
+
+
+# ==================================================================================================
+# 4. Dialects: translated
+# ==================================================================================================
+
+JSON = dict[str, Any]
+TRANSLATED = list(gateway.DIALECTS)
+
+# ---- law 1: parse(render(x)) = x, for what the dialect can say ----
+
+WORDS = ["a", "Grüße", "日本", "\u2028", "\u2029", "\x85", "👩‍👩‍👧", "\U0001f99c", '"', "\\", "\n",
+         "\r\n", "\t", "\0", "data: [DONE]", "\x1c", " ", "{}", "é", "'", "</x>", "event: x"]
+ALL_CAPS = Caps("both", "adaptive", True, gateway.ALL_EFFORTS, mid_system=True)
+CHAT_SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"],
+          "additionalProperties": False}
+PDF = "JVBERi0xLjQK"
+
+
+class Making:
+    """Random values: a seed gives the same ones each time."""
+
+    def __init__(self, dialect: str, seed: int) -> None:
+        self.random = random.Random(f"{dialect} {seed}")
+        self.is_chat = dialect == "chat"
+        self.count = 0
+
+    def maybe(self, *values: Any) -> Any:
+        return self.random.choice([None, *values])
+
+    def chance(self, odds: float = 0.5) -> bool:
+        return self.random.random() < odds
+
+    def text(self, most: int = 8) -> str:
+        return "".join(self.random.choices(WORDS, k=self.random.randint(1, most)))
+
+    def name(self, what: str) -> str:
+        self.count += 1
+        return f"{what}_{self.count}"
+
+    def value(self, depth: int = 2) -> Any:
+        kinds: list[Any] = [None, True, False, 0, -7, 1.5, 10**20, "", self.text()]
+        if depth:
+            kinds += [[self.value(depth - 1)], {self.text(2): self.value(depth - 1)}]
+        return self.random.choice(kinds)
+
+    def arguments(self) -> JSON:
+        return {self.text(2): self.value() for _ in range(self.random.randint(0, 3))}
+
+    def cache(self) -> Any:
+        return self.maybe({"type": "ephemeral"}) if self.chance(0.2) else None
+
+    def content(self) -> Block:
+        cache = self.cache()
+        makers: list[Any] = [
+            lambda: Text(cache, text=self.text()), lambda: Text(text=self.text()),
+            lambda: Image(cache, url="https://example.com/a.png"),
+            lambda: Image(cache, media_type="image/png", data="aGk="),
+            lambda: Document(cache, media_type="application/pdf", data=PDF, title=self.text()),
+            lambda: Document(cache, media_type="text/plain", text=self.text())]
+        if self.is_chat:
+            makers += [lambda: Audio(cache, data="aGk=", format="wav"),
+                       lambda: Image(url="https://example.com/b", detail="low")]
+        return self.random.choice(makers)()
+
+    def thinking(self) -> list[Block]:
+        return self.random.choice([[], [], [
+            Thinking(signature=self.name("sig"), issuer="anthropic", text=self.text())], [
+            Thinking(signature=self.name("red"), issuer="anthropic", is_redacted=True)]])
+
+    def call(self) -> ToolCall:
+        if self.is_chat and self.chance(0.2):
+            return ToolCall(id=self.name("call"), name="shell", is_custom=True, input=self.text())
+        return ToolCall(id=self.name("call"), name=self.random.choice(["f", "g"]),
+                        arguments=self.arguments())
+
+    def turns(self) -> Iterator[Turn]:
+        if self.chance():
+            yield Turn("system", [Text(self.cache(), text=self.text())])
+        yield Turn("user", [self.content() for _ in range(self.random.randint(1, 3))])
+        for _ in range(self.random.randint(0, 4)):
+            said: list[Block] = [Text(text=self.text())] if self.chance() else []
+            calls = [self.call() for _ in range(self.random.randint(0 if said else 1, 3))]
+            yield Turn("assistant", [*self.thinking(), *said, *calls])
+            results = [self.result(call) for call in calls]
+            more = [self.content()] if self.chance() or not calls else []
+            yield Turn("user", [*results, *more])
+            if self.chance(0.1):
+                yield Turn("system", [Text(text=self.text())])
+                yield Turn("user", [Text(text=self.text())])
+
+    def result(self, call: ToolCall) -> Block:
+        content: list[Block] = [Text(text=self.text()) for _ in range(self.random.randint(0, 2))]
+        if self.chance(0.2):
+            content.append(Image(media_type="image/png", data="aGk="))
+        return ToolResult(self.cache(), id=call.id, content=content,
+                          is_error=not self.is_chat and self.chance(0.2))
+
+    def tools(self) -> list[Tool]:
+        tools = [Tool("f", self.text(), CHAT_SCHEMA, self.maybe(True), cache=self.cache()),
+                 Tool("g", schema={"type": "object", "properties": {}})]
+        grammar = {"syntax": "lark", "definition": self.text()}
+        return tools + [Tool("shell", is_custom=True, grammar=self.maybe(grammar))] * self.is_chat
+
+    def chat(self) -> Chat:
+        turns = gateway.canonical(self.turns())
+        marks = 4
+        for block in (block for turn in turns for block in turn.blocks):
+            marks -= block.cache is not None
+            block.cache = block.cache if marks >= 0 else None
+        chat = Chat("m", turns, max_tokens=self.random.randint(1, 9999), user=self.maybe("u-1"),
+                    stop=self.random.choice([[], ["END", "\n\nx"]]), stream=self.chance())
+        has_calls = any(isinstance(block, ToolCall) for turn in turns for block in turn.blocks)
+        if has_calls or self.chance():
+            chat.tools = self.tools() if marks > 0 else [Tool("g", schema={"type": "object"})]
+            chat.choice = self.maybe(ToolChoice("auto"), ToolChoice("none"), ToolChoice("required"),
+                                     ToolChoice("tool", "g"))
+            if chat.choice and chat.choice.mode != "none":
+                chat.parallel = self.maybe(False)
+        chat.format = self.maybe(Format({**CHAT_SCHEMA, "description": self.text()}))
+        if self.is_chat:
+            self.only_in_chat(chat)
+        elif self.chance() and not (chat.choice and chat.choice.mode in ("required", "tool")):
+            chat.thinking = {"type": "adaptive"}
+            chat.effort = self.maybe(*gateway.ALL_EFFORTS)
+        else:
+            chat.temperature = self.maybe(0, 0.7, 1)
+            chat.top_p, chat.top_k = self.maybe(0.5), self.maybe(40)
+        chat.options.update({} if self.chance() else {"service_tier": "default"})
+        return chat
+
+    def only_in_chat(self, chat: Chat) -> None:
+        chat.include_usage = chat.stream
+        chat.temperature, chat.top_p = self.maybe(0, 1.5), self.maybe(0.5)
+        chat.effort = self.maybe("none", "high")
+        chat.thinking = self.maybe({"type": "enabled", "budget_tokens": 2048})
+        chat.logprobs = self.maybe(0, 3)
+        chat.web_search = self.maybe({}, {"search_context_size": "low"})
+        chat.options = {"seed": 7, "store": False, "logit_bias": {"1": 2}} if self.chance() else {}
+        if chat.tools and self.chance(0.2):
+            chat.choice = ToolChoice(self.random.choice(["auto", "required"]),
+                                     allowed=["g", chat.tools[-1].name])
+        if chat.format:
+            chat.format = self.random.choice([Format(), Format(
+                CHAT_SCHEMA, "out", self.text(), self.maybe(True, False))])
+
+    def reply(self) -> Reply:
+        """A whole answer; a Chat Completions message holds thoughts, a text, calls."""
+        blocks: list[Block] = []
+        if self.chance():
+            thought = Thinking(text=self.text())
+            if not self.is_chat:
+                thought.issuer, thought.signature = "anthropic", self.name("sig")
+            blocks.append(thought)
+        if not self.is_chat and self.chance(0.3):
+            blocks.append(Thinking(signature="red", issuer="anthropic", is_redacted=True))
+        if self.chance(0.8):
+            cited = [{"url": "https://example.com", "title": self.text()}] if self.chance() else []
+            blocks.append(Text(text=self.text(40), citations=cited))
+        if self.is_chat and self.chance(0.1):
+            blocks.append(Text(text=self.text(), is_refusal=True))
+        calls = [self.call() for _ in range(self.random.choice([0, 0, 1, 3]))]
+        finish = self.random.choice(["stop", "length"])
+        if calls:
+            finish = "tool_calls"
+        elif any(isinstance(block, Text) and block.is_refusal for block in blocks):
+            finish = "refusal"
+        elif not self.is_chat:
+            finish = self.random.choice(["stop", "stop_sequence", "length", "context", "pause",
+                                         "refusal"])
+        usage = Usage(30, 9, 10, 5, 0 if self.is_chat else 2, 4)
+        tier = self.random.choice(["", "default"]) if self.is_chat else ""
+        why = self.text() if finish == "refusal" and not self.is_chat else ""
+        id_ = "chatcmpl-1" if self.is_chat else "msg_1"
+        return Reply(id_, "m", [*blocks, *calls], finish, usage, why, tier)
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_what_was_rendered_is_parsed_back(name: str) -> None:
+    dialect, target = gateway.DIALECTS[name], Target("m", ALL_CAPS)
+    for seed in range(300):
+        chat, losses = Making(name, seed).chat(), Losses()
+        wire, rewrites = dialect.render_request(chat, target, losses)
+        assert not losses.names and not rewrites.names, (seed, losses.names)
+        body = gateway.dump_json(wire)
+        again = dialect.parse_request(gateway.Body(body).tree(), losses)
+        assert (again, losses.names) == (chat, {}), seed
+        assert dialect.render_request(again, target, losses)[0] == json.loads(body)
+
+
+# ---- law 2: a stream spells the same reply as the body ----
+
+
+def pieces(rng: random.Random, text: str) -> list[str]:
+    at = sorted(rng.sample(range(1, len(text)), min(len(text) - 1, rng.randint(0, 3))))
+    return [text[i:j] for i, j in zip([0, *at], [*at, len(text)])]
+
+
+def spell(reply: Reply, rng: random.Random) -> Iterator[StreamEvent]:
+    """The events of a reply, its texts in random pieces."""
+    yield Start(reply.id, reply.model)
+    for i, block in enumerate(reply.blocks):
+        if isinstance(block, Text):
+            yield BlockStart(Text(is_refusal=block.is_refusal))
+            yield from map(TextDelta, pieces(rng, block.text))
+            yield from (CitationDelta(i, citation) for citation in block.citations)
+        elif isinstance(block, Thinking):
+            yield BlockStart(block if block.is_redacted else Thinking(issuer=block.issuer))
+            yield from map(ThinkingDelta, pieces(rng, block.text) if block.text else [])
+            if block.signature and not block.is_redacted:
+                yield SignatureDelta(block.signature)
+        elif isinstance(block, ToolCall):
+            yield BlockStart(ToolCall(id=block.id, name=block.name, is_custom=block.is_custom))
+            said = block.input if block.is_custom else json.dumps(block.arguments)
+            yield from map(ArgumentsDelta, pieces(rng, said) if said != "{}" else [])
+        yield BlockStop()
+    yield Finish(reply.finish, reply.usage, reply.refusal, reply.service_tier)
+
+
+def chat_parsed(name: str, chunks: Iterable[bytes],
+           rewrites: Rewrites | None = None) -> list[StreamEvent]:
+    """The events that a dialect's parser makes of a stream in these pieces."""
+    decoder = gateway.SSEDecoder(1 << 20)
+    parser = gateway.DIALECTS[name].parser(rewrites or Rewrites())
+    events = [said for chunk in chunks for event in decoder.feed(chunk)
+              for said in parser.feed(event)]
+    events += [said for event in decoder.end() for said in parser.feed(event)]
+    return [*events, *parser.end()]
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_stream_spells_the_same_reply_as_the_body(name: str) -> None:
+    dialect = gateway.DIALECTS[name]
+    for seed in range(200):
+        making = Making(name, seed)
+        reply, chat = making.reply(), Chat("m", [], include_usage=True)
+        body = json.loads(gateway.dump_json(dialect.render_reply(reply, chat, 7)))
+        assert dialect.parse_reply(body, Rewrites()) == reply, seed
+        renderer = dialect.renderer(chat, 7)
+        assert gateway.collect(spell(reply, making.random)) == reply
+        stream = b"".join(renderer.feed(event) for event in spell(reply, making.random))
+        few = [[stream[:at], stream[at:]] for at in making.random.sample(range(len(stream)), 5)]
+        every = [[stream[:at], stream[at:]] for at in range(len(stream))] if seed < 2 else few
+        byte_by_byte = [[bytes([byte]) for byte in stream]] if seed < 9 else []
+        for chunks in [[stream], *byte_by_byte, *every]:
+            assert gateway.collect(chat_parsed(name, chunks)) == reply, seed
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_stream_without_its_end_is_an_error(name: str) -> None:
+    renderer = gateway.DIALECTS[name].renderer(Chat("m", []), 7)
+    making = Making(name, 1)
+    events = [renderer.feed(event) for event in spell(making.reply(), making.random)]
+    stream = b"".join(events)
+    last = stream.rindex(b"event: message_stop") if name == "messages" else stream.rindex(b"data:")
+    for end in (0, len(events[0]), last):
+        with pytest.raises(GatewayError, match="cut the stream") as caught:
+            chat_parsed(name, [stream[:end]])
+        assert (caught.value.status, caught.value.provider_error) == (502, "stream_error")
+
+
+# ---- Chat Completions to Messages: requests ----
+
+NOW, OLD, BUDGET, BOTH = "claude-opus-5", "claude-3-5-haiku-20241022", "claude-opus-4-1", \
+    "claude-sonnet-4-6"
+FORCED = "claude-opus-5-5"
+ANTHROPIC = gateway.KINDS["anthropic"]
+
+
+def to_messages(params: JSON, **target: Any) -> tuple[JSON, dict[str, bool], Rewrites]:
+    """A Chat Completions request as it goes to Anthropic, with what is lost on the way."""
+    losses, caps = Losses(), target.pop("caps", {})
+    model = params.get("model", BOTH)
+    request = {"model": "alias", "messages": [{"role": "user", "content": "Hi"}], **params}
+    request["model"] = "alias"
+    chat = gateway.DIALECTS["chat"].parse_request(request, losses)
+    taken = gateway.dataclasses.replace(gateway.find_caps(ANTHROPIC, model), **caps)
+    wire, rewrites = gateway.DIALECTS["messages"].render_request(
+        chat, Target(model, taken, **target), losses)
+    return wire, losses.names, rewrites
+
+
+def user(content: Any) -> JSON:
+    return {"role": "user", "content": content}
+
+
+def said(*parts: JSON) -> JSON:
+    return {"messages": [user(list(parts))]}
+
+
+def text(value: str, **more: Any) -> JSON:
+    return {"type": "text", "text": value, **more}
+
+
+def function(name: str, **about: Any) -> JSON:
+    return {"type": "function", "function": {"name": name, **about}}
+
+
+def call(id_: str, name: str = "f", arguments: Any = "{}") -> JSON:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def answer(id_: str, content: Any = "ok") -> JSON:
+    return {"role": "tool", "tool_call_id": id_, "content": content}
+
+
+def asked(*calls: JSON, content: Any = None, **more: Any) -> JSON:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls), **more}
+
+
+def loop(*messages: JSON, **more: Any) -> JSON:
+    return {"messages": [user("Hi"), *messages], "tools": [F], **more}
+
+
+def use(id_: str, name: str = "f", **arguments: Any) -> JSON:
+    return {"type": "tool_use", "id": id_, "name": name, "input": arguments}
+
+
+def result(id_: str, content: Any = "ok") -> JSON:
+    return {"type": "tool_result", "tool_use_id": id_, "content": content}
+
+
+def format_(schema: JSON, **about: Any) -> JSON:
+    return {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "out", "schema": schema, **about}}}
+
+
+def image(url: str, **more: Any) -> JSON:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def file(data: str, **more: Any) -> JSON:
+    return {"type": "file", "file": {"file_data": data, **more}}
+
+
+def effort(level: str, model: str, **more: Any) -> JSON:
+    return {"model": model, "reasoning_effort": level, **more}
+
+
+F = function("f")
+F_TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {}}}
+CUSTOM = {"type": "custom", "custom": {"name": "sh", "description": "Run."}}
+GRAMMAR = {"type": "custom", "custom": {"name": "sh", "format": {
+    "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: X"}}}}
+CUSTOM_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}},
+                 "required": ["input"]}
+MARK = {"type": "ephemeral"}
+HOUR = {"type": "ephemeral", "ttl": "1h"}
+PNG = "data:image/png;base64,aGk="
+PNG_BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                         "data": "aGk="}}
+THOUGHTS = [{"type": "thinking", "thinking": "Hm", "signature": "sig"},
+            {"type": "redacted_thinking", "data": "red"}]
+ADAPTIVE = {"type": "adaptive", "display": "summarized"}
+RULE = "Answer with one JSON object and nothing else."
+LATE = [user("a"), {"role": "system", "content": "S"}, user("b")]
+OPEN = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 1}}}
+UNSET = None  # what must not be in the wire body
+
+# Section of the tables and what it is about; the request's fields; what the wire holds of it, or
+# the param of the 400; the losses, hints in brackets.
+CASES: list[tuple[str, JSON, Any, str]] = [
+    ("2.1 model", {}, {"model": BOTH}, ""),
+    ("2.1 max_completion_tokens first", {"max_completion_tokens": 7, "max_tokens": 9},
+     {"max_tokens": 7}, ""),
+    ("2.1 max_tokens", {"max_tokens": 9}, {"max_tokens": 9}, ""),
+    ("2.1 max_tokens absent", {}, {"max_tokens": 8192}, ""),
+    ("2.1 max_tokens of no int", {"max_tokens": 9.5}, "max_tokens", ""),
+    ("2.1 max_tokens of 0", {"max_completion_tokens": 0}, "max_completion_tokens", ""),
+    ("0.2 R max_tokens over the model's", {"max_tokens": 999_999}, {"max_tokens": 128_000},
+     "max_tokens"),
+    ("2.1 temperature", {"temperature": 0.3}, {"temperature": 0.3}, ""),
+    ("2.1 temperature clamped", {"temperature": 1.6}, {"temperature": 1}, "temperature"),
+    ("2.1 temperature, 4.7+", {"model": NOW, "temperature": 0.3}, {"temperature": UNSET},
+     "temperature"),
+    ("0.2 temperature at its default", {"model": NOW, "temperature": 1, "top_p": 1.0},
+     {"temperature": UNSET, "top_p": UNSET}, ""),
+    ("2.1 temperature while thinking", effort("low", BOTH, temperature=0), {"temperature": UNSET},
+     "temperature"),
+    ("2.1 top_p", {"top_p": 0.3}, {"top_p": 0.3}, ""),
+    ("2.1 top_p, 4.7+", {"model": NOW, "top_p": 0.3}, {"top_p": UNSET}, "top_p"),
+    ("2.1 temperature and top_p", {"temperature": 0.5, "top_p": 0.3},
+     {"temperature": 0.5, "top_p": UNSET}, "top_p"),
+    ("2.1 both, older", {"model": OLD, "temperature": 0.5, "top_p": 0.3},
+     {"temperature": 0.5, "top_p": 0.3}, ""),
+    ("2.1 stop string", {"stop": "END"}, {"stop_sequences": ["END"]}, ""),
+    ("2.1 stop list", {"stop": ["\n", "END"]}, {"stop_sequences": ["END"]}, "stop"),
+    ("2.1 stop empty", {"stop": []}, {"stop_sequences": UNSET}, ""),
+    ("2.1 stop blank", {"stop": " "}, {"stop_sequences": UNSET}, "stop"),
+    ("2.1 n", {"n": 2}, "n", ""), ("2.1 n of 1", {"n": 1}, {"n": UNSET}, ""),
+    ("2.1 n of 0", {"n": 0}, "n", ""), ("2.1 n null", {"n": None}, {}, ""),
+    ("2.1 stream", {"stream": True}, {"stream": True, "stream_options": UNSET}, ""),
+    ("2.1 stream false", {"stream": False}, {"stream": UNSET}, ""),
+    ("2.1 include_usage", {"stream": True, "stream_options": {"include_usage": True}},
+     {"stream_options": UNSET}, ""),
+    ("0.2 H include_obfuscation", {"stream_options": {"include_obfuscation": False}}, {},
+     "(include_obfuscation)"),
+    ("2.1 tools", {"tools": [function("f", description="D", parameters=CHAT_SCHEMA)]},
+     {"tools": [{"name": "f", "description": "D", "input_schema": CHAT_SCHEMA}]}, ""),
+    ("2.1 tool without parameters", {"tools": [F]}, {"tools": [F_TOOL]}, ""),
+    ("1.8 type is added", {"tools": [function("f", parameters={"properties": {}})]},
+     {"tools": [F_TOOL]}, ""),
+    ("2.1 strict, closed", {"tools": [function("f", parameters=CHAT_SCHEMA, strict=True)]},
+     {"tools": [{"name": "f", "input_schema": CHAT_SCHEMA, "strict": True}]}, ""),
+    ("2.1 strict, open", {"tools": [function("f", parameters=OPEN, strict=True)]},
+     {"tools": [{"name": "f", "input_schema": OPEN}]}, "strict"),
+    ("2.1 custom tool", {"tools": [CUSTOM]}, {"tools": [
+        {"name": "sh", "description": "Run.", "input_schema": CUSTOM_SCHEMA}]}, ""),
+    ("2.1 custom tool with a grammar", {"tools": [GRAMMAR]}, {"tools": [
+        {"name": "sh", "description": "The input follows this lark grammar:\nstart: X",
+         "input_schema": CUSTOM_SCHEMA}]}, ""),
+    ("2.1 custom call", {"tools": [CUSTOM], "messages": [
+        user("Hi"), asked({"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls"}}),
+        answer("c")]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("c", "sh", input="ls")]},
+                   user([result("c")])]}, ""),
+    ("2.1 functions", {"functions": [{"name": "f"}], "function_call": "auto"},
+     {"tools": [F_TOOL],
+      "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, ""),
+    ("2.1 function_call", {"functions": [{"name": "f"}], "function_call": {"name": "f"}},
+     {"tool_choice": {"type": "tool", "name": "f"}}, ""),
+    ("2.1 tool_choice absent", {"tools": [F]}, {"tool_choice": UNSET}, ""),
+    ("2.1 tool_choice auto", {"tools": [F], "tool_choice": "auto"},
+     {"tool_choice": {"type": "auto"}}, ""),
+    ("2.1 tool_choice required", {"tools": [F], "tool_choice": "required"},
+     {"tool_choice": {"type": "any"}}, ""),
+    ("2.1 tool_choice required, 5.5", {"model": FORCED, "tools": [F], "tool_choice": "required"},
+     {"tool_choice": {"type": "any"}}, ""),
+    ("2.1 tool_choice none", {"tools": [F], "tool_choice": "none"},
+     {"tools": [F_TOOL], "tool_choice": {"type": "none"}}, ""),
+    ("2.1 tool_choice named", {"tools": [F], "tool_choice": F},
+     {"tool_choice": {"type": "tool", "name": "f"}}, ""),
+    ("2.1 tool_choice custom", {"tools": [CUSTOM], "tool_choice": {
+        "type": "custom", "custom": {"name": "sh"}}},
+     {"tool_choice": {"type": "tool", "name": "sh"}}, ""),
+    ("2.1 tool_choice unknown", {"tools": [F], "tool_choice": "any"}, "tool_choice", ""),
+    ("0.2 S tool_choice undeclared", {"tools": [F], "tool_choice": function("g")},
+     "tool_choice", ""),
+    ("0.2 S tool_choice without tools", {"tool_choice": "required"}, "tool_choice", ""),
+    ("2.1 no tools, no force", {"tool_choice": "auto"}, {"tool_choice": UNSET}, ""),
+    ("2.1 allowed_tools auto", {"tools": [F, function("g")], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [F]}}},
+     {"tools": [F_TOOL], "tool_choice": {"type": "auto"}}, ""),
+    ("2.1 allowed_tools required", {"tools": [F, function("g")], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [F]}}},
+     {"tools": [F_TOOL], "tool_choice": {"type": "any"}}, ""),
+    ("2.1 force while thinking", effort("high", BOTH, tools=[F], tool_choice="required"),
+     {"thinking": UNSET, "tool_choice": {"type": "any"}}, "reasoning_effort"),
+    ("2.1 parallel false", {"tools": [F], "parallel_tool_calls": False},
+     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, ""),
+    ("2.1 parallel false, forced",
+     {"tools": [F], "parallel_tool_calls": False, "tool_choice": "required"},
+     {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}, ""),
+    ("2.1 parallel false, none",
+     {"tools": [F], "parallel_tool_calls": False, "tool_choice": "none"},
+     {"tool_choice": {"type": "none"}}, ""),
+    ("2.1 parallel true", {"tools": [F], "parallel_tool_calls": True}, {"tool_choice": UNSET}, ""),
+    ("2.1 parallel without tools", {"parallel_tool_calls": False}, {"tool_choice": UNSET}, ""),
+    ("2.1 response_format text", {"response_format": {"type": "text"}},
+     {"output_config": UNSET, "system": UNSET}, ""),
+    ("2.1 json_schema", format_(CHAT_SCHEMA, strict=True),
+     {"output_config": {"format": {"type": "json_schema", "schema": CHAT_SCHEMA}}}, ""),
+    ("1.8 schema cleaned", format_(OPEN, description="An x."),
+     {"output_config": {"format": {"type": "json_schema", "schema": {
+         "type": "object", "description": "An x.", "additionalProperties": False,
+         "properties": {"x": {"type": "integer", "description": "(minimum: 1)"}}}}}}, ""),
+    ("1.8 oneOf", format_({"oneOf": [CHAT_SCHEMA, {"type": "array", "minItems": 2,
+                                              "description": "L"}]}),
+     {"output_config": {"format": {"type": "json_schema", "schema": {"anyOf": [
+         CHAT_SCHEMA, {"type": "array", "description": "L (minItems: 2)"}]}}}}, ""),
+    ("1.8 a property called minimum", format_({
+        "type": "object", "properties": {"minimum": {"enum": [{"oneOf": 1}]}}}),
+     {"output_config": {"format": {"type": "json_schema", "schema": {
+         "type": "object", "additionalProperties": False,
+         "properties": {"minimum": {"enum": [{"oneOf": 1}]}}}}}}, ""),
+    ("2.1 json_schema, older", {"model": OLD, **format_(CHAT_SCHEMA)},
+     {"output_config": UNSET, "tool_choice": {"type": "tool", "name": "json_answer"},
+      "tools": [{"name": "json_answer", "description": "Gives the answer.",
+                 "input_schema": CHAT_SCHEMA}]}, ""),
+    ("2.1 json_schema and tools, older", {"model": OLD, "tools": [F], **format_(CHAT_SCHEMA)},
+     "response_format", ""),
+    ("2.1 json_object", {"response_format": {"type": "json_object"}}, {"system": RULE}, ""),
+    ("2.1 json_object and system", {"response_format": {"type": "json_object"}, "messages": [
+        {"role": "system", "content": "S"}, user("Hi")]}, {"system": [text("S"), text(RULE)]}, ""),
+    ("2.1 response_format unknown", {"response_format": {"type": "x"}}, "response_format.type", ""),
+    *[(f"2.1 {key} dropped", {key: value}, {key: UNSET}, loss) for key, value, loss in [
+        ("verbosity", "low", "verbosity"), ("prediction", {"type": "content"}, "(prediction)"),
+        ("store", True, "(store)"), ("metadata", {"a": "b"}, "(metadata)"), ("seed", 7, "seed"),
+        ("logit_bias", {"1": 2}, "logit_bias"), ("frequency_penalty", 1, "frequency_penalty"),
+        ("presence_penalty", 0.5, "presence_penalty"),
+        ("prompt_cache_key", "k", "(prompt_cache_key)"),
+        ("prompt_cache_options", {"ttl": "30m"}, "(prompt_cache_options)"),
+        ("prompt_cache_retention", "24h", "(prompt_cache_retention)"),
+        ("moderation", {"model": "x"}, "(moderation)"), ("verbosity", "medium", ""),
+        ("store", False, ""), ("logit_bias", {}, ""), ("frequency_penalty", 0, ""),
+        ("metadata", {}, ""), ("seed", None, "")]],
+    ("2.1 user", {"user": "u-1", "safety_identifier": "s"}, {"metadata": {"user_id": "u-1"}}, ""),
+    ("2.1 safety_identifier", {"safety_identifier": "s"}, {"metadata": {"user_id": "s"}}, ""),
+    ("2.1 user by e-mail", {"user": "ann@example.com"}, {"metadata": UNSET}, "(user)"),
+    ("2.1 user by phone", {"user": "+49 170 1234567"}, {"metadata": UNSET}, "(user)"),
+    ("2.1 logprobs", {"logprobs": True}, "logprobs", ""),
+    ("2.1 logprobs false", {"logprobs": False, "top_logprobs": 0}, {}, ""),
+    ("2.1 top_logprobs", {"top_logprobs": 3}, "top_logprobs", ""),
+    ("2.1 modalities", {"modalities": ["text", "audio"]}, "modalities", ""),
+    ("2.1 modalities text", {"modalities": ["text"]}, {}, ""),
+    ("2.1 audio", {"audio": {"voice": "x"}, "modalities": ["text"]}, "audio", ""),
+    ("2.1 service_tier auto", {"service_tier": "auto"}, {"service_tier": "auto"}, ""),
+    ("2.1 service_tier default", {"service_tier": "default"},
+     {"service_tier": "standard_only"}, ""),
+    ("2.1 service_tier flex", {"service_tier": "flex"}, {"service_tier": UNSET}, "(service_tier)"),
+    ("2.1 web_search_options", {"web_search_options": {"user_location": {
+        "type": "approximate", "approximate": {"city": "Bern", "country": "CH"}}}},
+     {"tools": [{"type": "web_search_20250305", "name": "web_search", "user_location": {
+         "type": "approximate", "city": "Bern", "country": "CH"}}]}, ""),
+    ("2.1 web_search_options, size", {"web_search_options": {"search_context_size": "high"}},
+     {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "search_context_size"),
+    ("2.1 prompt_cache_breakpoint",
+     said(text("a", prompt_cache_breakpoint={"mode": "explicit"})),
+     {"messages": [user([text("a", cache_control=MARK)])]}, ""),
+    ("2.1 prompt_cache_breakpoint 12h",
+     said(text("a", prompt_cache_breakpoint={"mode": "explicit", "ttl": "12h"})),
+     {"messages": [user([text("a", cache_control=HOUR)])]}, ""),
+    ("2.1 cache_control", said(text("a", cache_control=HOUR), text("b")),
+     {"messages": [user([text("a", cache_control=HOUR), text("b")])]}, ""),
+    ("2.1 cache_control on a message", {"messages": [{**user("a"), "cache_control": MARK}]},
+     {"messages": [user([text("a", cache_control=MARK)])]}, ""),
+    ("2.1 cache_control on system", {"messages": [
+        {"role": "system", "content": [text("S", cache_control=MARK)]}, user("Hi")]},
+     {"system": [text("S", cache_control=MARK)]}, ""),
+    ("2.1 cache_control on a tool", {"tools": [{**F, "cache_control": MARK}]},
+     {"tools": [{**F_TOOL, "cache_control": MARK}]}, ""),
+    ("2.1 cache_control, a fifth", said(*[text("a", cache_control=MARK)] * 5),
+     {"messages": [user([*[text("a", cache_control=MARK)] * 4, text("a")])]}, "(cache_control)"),
+    ("2.1 unknown", {"new": 1}, {"new": UNSET}, "unknown"),
+    ("2.1 unknown, null", {"new": None}, {"new": UNSET}, ""),
+    ("0.2 unknown in a message", {"messages": [{**user("Hi"), "new": 1}]}, {}, "unknown"),
+    ("2.1 thinking", {"thinking": {"type": "enabled", "budget_tokens": 2000}},
+     {"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 10192}, ""),
+    ("2.1 thinking and force", {"thinking": {"type": "adaptive"}, "tools": [F], "tool_choice": F},
+     {"thinking": UNSET}, "thinking"),
+    ("2.2 system joined", {"messages": [
+        {"role": "developer", "content": "A"}, {"role": "system", "content": [text(""), text("B")]},
+        user("Hi")]}, {"system": [text("A"), text("B")], "messages": [user("Hi")]}, ""),
+    ("2.2 system later, older", {"messages": LATE},
+     {"system": "S", "messages": [user([text("a"), text("b")])]}, ""),
+    ("2.2 system later, 4.8+", {"model": NOW, "messages": LATE}, {
+        "system": UNSET, "messages": [user("a"), {"role": "system", "content": "S"}, user("b")]},
+     ""),
+    ("2.2 system between calls and results", {"model": NOW, **loop(
+        asked(call("c")), {"role": "system", "content": "S"}, answer("c"))},
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("c")]}, user([result("c")]),
+                   {"role": "system", "content": "S"}]}, ""),
+    ("0.2 C image in a system message", {"messages": [
+        {"role": "system", "content": [image(PNG)]}, user("Hi")]}, "messages", ""),
+    ("2.2 empty user text", {"messages": [user([text(""), text("a")]), user("")]},
+     {"messages": [user("a")]}, ""),
+    ("2.2 assistant parts", {"messages": [user("Hi"), {"role": "assistant", "content": [
+        text("a"), {"type": "refusal", "refusal": "no"}]}, user("?")]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": [text("a"), text("no")]},
+                   user("?")]}, ""),
+    ("2.2 assistant refusal", {"messages": [user("Hi"), {
+        "role": "assistant", "content": None, "refusal": "no"}, user("?")]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": "no"}, user("?")]}, ""),
+    ("2.2 assistant empty", {"messages": [user("a"), {"role": "assistant", "content": ""},
+                                          user("b")]},
+     {"messages": [user([text("a"), text("b")])]}, ""),
+    ("2.2 tool_calls", loop(asked(call("c", arguments='{"x": [1.0, "\\u2028"]}'), content="T"),
+                            answer("c")),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [
+         text("T"), use("c", x=[1.0, "\u2028"])]}, user([result("c")])]}, ""),
+    ("2.2 no arguments", loop(asked(call("c", arguments=""), call("d", arguments=None)),
+                              answer("c"), answer("d")),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("c"), use("d")]},
+                   user([result("c"), result("d")])]}, ""),
+    ("2.2 broken arguments", loop(asked(call("c", arguments="{")), answer("c")),
+     "messages[1].tool_calls[0].function.arguments", ""),
+    ("2.2 arguments of no object", loop(asked(call("c", arguments="[1]")), answer("c")),
+     "messages[1].tool_calls[0].function.arguments", ""),
+    ("2.2 thinking_blocks", loop(asked(call("c"), content="T", thinking_blocks=THOUGHTS,
+                                       reasoning_content="Hm"), answer("c")),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [
+         *THOUGHTS, text("T"), use("c")]}, user([result("c")])]}, ""),
+    ("1.7 thinking of another issuer", {"messages": [user("Hi"), {
+        "role": "assistant", "content": "T", "thinking_blocks": [
+            {"type": "thinking", "thinking": "Hm", "signature": "gw1.x"},
+            {"type": "thinking", "thinking": "Hm", "signature": ""}]}, user("?")]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": "T"}, user("?")]},
+     "(thinking_blocks)"),
+    ("1.7 reasoning_content alone", {"messages": [user("Hi"), {
+        "role": "assistant", "content": "T", "reasoning_content": "Hm"}, user("?")]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": "T"}, user("?")]},
+     "(reasoning_content)"),
+    ("1.7 budget, thought kept", effort("low", BUDGET, **loop(
+        asked(call("c"), thinking_blocks=THOUGHTS), answer("c"))),
+     {"thinking": {"type": "enabled", "budget_tokens": 1024}}, ""),
+    ("1.7 budget, thought lost", effort("low", BUDGET, **loop(asked(call("c")), answer("c"))),
+     {"thinking": UNSET}, "(reasoning_effort)"),
+    ("1.7 thinking first", loop(
+        {"role": "assistant", "content": "A"}, asked(call("c"), thinking_blocks=THOUGHTS),
+        answer("c")), {"messages": [user("Hi"), {"role": "assistant", "content": [
+            *THOUGHTS, text("A"), use("c")]}, user([result("c")])]}, ""),
+    ("2.2 assistant audio", {"messages": [user("Hi"), {"role": "assistant", "audio": {"id": "a"}},
+                                          user("?")]}, "messages[1].audio", ""),
+    ("2.2 tool parts", loop(asked(call("c")), answer("c", [text("a"), text(""), text("b")])),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("c")]},
+                   user([result("c", [text("a"), text("b")])])]}, ""),
+    ("2.2 tool empty", loop(asked(call("c")), answer("c", "")), {"messages": [
+        user("Hi"), {"role": "assistant", "content": [use("c")]}, user([result("c", "")])]}, ""),
+    ("1.9 file in a tool result", loop(asked(call("c")), answer("c", [
+        file("data:application/pdf;base64," + PDF), text("a", cache_control=MARK)])),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("c")]}, user([result("c", [
+         {"type": "document", "source": {"type": "base64", "media_type": "application/pdf",
+                                         "data": PDF}},
+         text("a", cache_control=MARK)])])]}, ""),
+    ("2.2 function", {"functions": [{"name": "f"}], "messages": [
+        user("Hi"), {"role": "assistant", "content": None,
+                     "function_call": {"name": "f", "arguments": '{"x":1}'}},
+        {"role": "function", "name": "f", "content": "ok"}]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("call_f_0", x=1)]},
+                   user([result("call_f_0")])]}, ""),
+    ("2.2 merging, results first in call order", loop(
+        asked(call("c"), call("d"), content="T"), answer("d", "2"), user("u"), answer("c", "1"),
+        user("v")),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [text("T"), use("c"), use("d")]},
+                   user([result("c", "1"), result("d", "2"), text("u"), text("v")])]}, ""),
+    ("2.2 merging neighbours", {"messages": [user("a"), user([text("b")]), user("c")]},
+     {"messages": [user([text("a"), text("b"), text("c")])]}, ""),
+    ("2.2 result of an unknown id", loop(answer("c")), "messages", ""),
+    ("2.2 call without result", loop(asked(call("c")), user("?")), "messages", ""),
+    ("2.2 prefill", {"messages": [user("Hi"), {"role": "assistant", "content": "So \n"}]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": "So"}]}, ""),
+    ("2.2 prefill of parts", {"messages": [user("Hi"), {"role": "assistant", "content": [
+        text("He "), text(" ")]}]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": "He"}]}, ""),
+    ("2.2 only system", {"messages": [{"role": "system", "content": "S"}]}, "messages", ""),
+    ("2.2 no messages", {"messages": []}, "messages", ""),
+    ("2.2 tool blocks without tools", {"messages": [user("Hi"), asked(call("c")), answer("c")]},
+     {"tools": [{"name": "f", "input_schema": {"type": "object"}}],
+      "tool_choice": {"type": "none"}}, ""),
+    ("2.2 name", {"messages": [{**user("Hi"), "name": "Ann"}]}, {"messages": [user("Hi")]},
+     "(name)"),
+    *[(f"2.3 {level}, {model}", effort(level, model), {
+        "thinking": {"type": "enabled", "budget_tokens": budget},
+        "max_tokens": min(8192 + budget, 64_000)}, "")
+      for model in (BUDGET, "claude-sonnet-4-5-20250929", "claude-3-7-sonnet-20250219")
+      for level, budget in [("minimal", 1024), ("low", 1024), ("medium", 4096), ("high", 16384),
+                            ("xhigh", 32768), ("max", 32768)]],
+    *[(f"2.3 none, {model}", effort("none", model), {"thinking": UNSET, "output_config": UNSET}, "")
+      for model in (BUDGET, BOTH, OLD)],
+    *[(f"2.3 {level}, 4.6", effort(level, BOTH),
+       {"thinking": ADAPTIVE, "output_config": {"effort": sent}}, loss)
+      for level, sent, loss in [("minimal", "low", ""), ("low", "low", ""),
+                                ("medium", "medium", ""), ("high", "high", ""),
+                                ("xhigh", "max", "reasoning_effort"), ("max", "max", "")]],
+    *[(f"2.3 {level}, 5", effort(level, model),
+       {"thinking": ADAPTIVE, "output_config": {"effort": sent}}, "")
+      for model in (NOW, "claude-opus-4-7", FORCED, "claude-haiku-5-5", "claude-fable-5-1")
+      for level, sent in [("minimal", "low"), ("low", "low"), ("medium", "medium"),
+                          ("high", "high"), ("xhigh", "xhigh"), ("max", "max")]],
+    *[(f"2.3 none, {model}", effort("none", model),
+       {"thinking": {"type": "disabled"}, "output_config": UNSET}, "")
+      for model in (NOW, "claude-haiku-5-5")],
+    *[(f"2.3 none, {model}", effort("none", model),
+       {"thinking": UNSET, "output_config": {"effort": "low"}}, "reasoning_effort")
+      for model in (FORCED, "claude-sonnet-5-5", "claude-fable-5", "claude-mythos-5-1")],
+    ("2.3 effort of a model without", effort("high", OLD), {"thinking": UNSET}, "reasoning_effort"),
+    ("2.3 effort unknown", effort("much", BOTH), "reasoning_effort", ""),
+    ("2.3 budget under the cap", effort("high", BUDGET, max_tokens=2000),
+     {"thinking": {"type": "enabled", "budget_tokens": 1488}, "max_tokens": 2000}, ""),
+    ("2.3 budget without room", effort("high", BUDGET, max_tokens=1500),
+     {"thinking": UNSET, "max_tokens": 1500}, "reasoning_effort"),
+    ("2.3 effort absent", {"model": NOW}, {"thinking": UNSET, "output_config": UNSET}, ""),
+    ("2.3 effort and format", effort("low", NOW, **format_(CHAT_SCHEMA)),
+     {"output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CHAT_SCHEMA}}},
+     ""),
+    ("1.5 illegal ids", loop(asked(call("functions.x:0")), answer("functions.x:0")),
+     {"messages": [user("Hi"), {"role": "assistant", "content": [
+         use("toolu_a8ec92fdf10c730c1a5051")]}, user([result("toolu_a8ec92fdf10c730c1a5051")])]},
+     ""),
+    ("1.9 image data", said(image(PNG)), {"messages": [user([PNG_BLOCK])]}, ""),
+    ("1.9 image data, odd spelling", said(image("DATA:image/PNG;charset=x;BASE64,aGk=")),
+     {"messages": [user([PNG_BLOCK])]}, ""),
+    ("1.9 image URL", said(image("https://example.com/a")), {"messages": [user([
+        {"type": "image", "source": {"type": "url", "url": "https://example.com/a"}}])]}, ""),
+    ("1.9 image of another type", said(image("data:image/tiff;base64,aGk=")), "image_url", ""),
+    ("1.9 detail", said(image(PNG, detail="low")), {"messages": [user([PNG_BLOCK])]}, "(detail)"),
+    ("1.9 detail auto", said(image(PNG, detail="auto")), {"messages": [user([PNG_BLOCK])]}, ""),
+    ("1.9 PDF", said(file("data:application/pdf;base64," + PDF, filename="a.pdf")),
+     {"messages": [user([{"type": "document", "title": "a.pdf", "source": {
+         "type": "base64", "media_type": "application/pdf", "data": PDF}}])]}, ""),
+    ("1.9 plain text", said(file("data:text/plain;base64,w6k=")), {"messages": [user([
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain",
+                                        "data": "é"}}])]}, ""),
+    ("1.9 text that is none", said(file("data:text/plain;base64,/w==")),
+     "messages[0].content[0].file.file_data", ""),
+    ("1.9 a file of another type", said(file("data:application/zip;base64,aGk=")), "file", ""),
+    ("1.9 file_id", said({"type": "file", "file": {"file_id": "f"}}),
+     "messages[0].content[0].file.file_id", ""),
+    ("1.9 audio", said({"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}),
+     "input_audio", ""),
+    ("0.2 C unknown part", said({"type": "video"}), "messages[0].content[0].type", ""),
+    ("2.2 unknown role", {"messages": [{"role": "x", "content": "a"}]}, "messages[0].role", ""),
+]
+
+
+@pytest.mark.parametrize("params, expected, lost", [case[1:] for case in CASES],
+                         ids=[case[0] for case in CASES])
+def test_a_chat_request_becomes_one_of_messages(params: JSON, expected: Any, lost: str) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(GatewayError) as caught:
+            to_messages(params)
+        assert (caught.value.status, caught.value.param) == (400, expected)
+        return
+    wire, losses, _ = to_messages(params)
+    assert {key: wire.get(key) for key in expected} == expected
+    assert ", ".join(f"({name})" if is_hint else name for name, is_hint in losses.items()) == lost
+    assert to_messages(params)[0] == wire
+    assert gateway.dump_json(to_messages(params)[0]) == gateway.dump_json(wire)
+
+
+def test_names_are_made_legal_in_pairs_and_restored() -> None:
+    name = "mcp.server/" + "x" * 150
+    wire, losses, rewrites = to_messages(loop(
+        asked(call("c", name)), answer("c"), tools=[function(name)], tool_choice=function(name)))
+    (sent,) = (tool["name"] for tool in wire["tools"])
+    assert len(sent) == 128 and gateway.LEGAL_ID.fullmatch(sent)
+    assert wire["messages"][1]["content"][0]["name"] == wire["tool_choice"]["name"] == sent
+    assert rewrites.names == {sent: name} and losses == {}
+    reply = gateway.DIALECTS["messages"].parse_reply({"content": [use("c", sent)]}, rewrites)
+    assert reply.blocks == [ToolCall(id="c", name=name)]
+
+
+def test_the_configs_word_on_a_model_counts() -> None:
+    assert to_messages({}, default_max_tokens=99)[0]["max_tokens"] == 99
+    assert to_messages({"max_tokens": 99}, max_output_tokens=50)[:2] == (
+        {"model": BOTH, "max_tokens": 50, "messages": [user("Hi")]}, {"max_tokens": False})
+    wire, losses, _ = to_messages({"tools": [F], "tool_choice": "required"},
+                                  caps={"forced_tools": "auto"})
+    assert (wire["tool_choice"], losses) == ({"type": "auto"}, {"tool_choice": False})
+    wire, losses, _ = to_messages(effort("xhigh", BUDGET), caps={
+        "thinking": "adaptive", "efforts": ("high", "low")})
+    assert (wire["output_config"], losses) == ({"effort": "high"}, {"reasoning_effort": False})
+
+
+def test_strict_refuses_what_is_lost_but_no_hint() -> None:
+    losses = Losses()
+    losses.hint("store")
+    losses.refuse()
+    losses.drop("seed")
+    losses.drop("store")
+    losses.hint("seed")
+    with pytest.raises(GatewayError, match="seed") as caught:
+        losses.refuse()
+    assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
+
+
+# ---- Messages to Chat Completions: answers ----
+
+
+def message(*content: JSON, stop: str = "end_turn", usage: Any = None, **more: Any) -> JSON:
+    return {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x",
+            "content": list(content), "stop_reason": stop, "stop_sequence": None,
+            "usage": usage or {"input_tokens": 3, "output_tokens": 4}, **more}
+
+
+DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "signature": "signature_delta"}
+
+
+def block_events(index: int, block: JSON) -> Iterator[JSON]:
+    empty: JSON = {"text": "", "thinking": "", "signature": "", "input": {}, "citations": None}
+    yield {"type": "content_block_start", "index": index,
+           "content_block": {key: empty.get(key, value) for key, value in block.items()}}
+    yield {"type": "ping"}
+    deltas = [{"type": DELTAS[key], key: piece} for key in ("text", "thinking", "signature")
+              for piece in [block.get(key, "")[:2], block.get(key, "")[2:]] if key in block]
+    if "signature" in block:
+        deltas[-2:] = [{"type": "signature_delta", "signature": block["signature"]}]
+    deltas += [{"type": "citations_delta", "citation": each}
+               for each in block.get("citations") or ()]
+    said_ = gateway.encode_json(block["input"]) if block.get("input") else ""
+    deltas += [{"type": "input_json_delta", "partial_json": piece}
+               for piece in ["", said_[:3], said_[3:]] if "input" in block]
+    for delta in deltas:
+        yield {"type": "content_block_delta", "index": index, "delta": delta}
+    yield {"type": "content_block_stop", "index": index}
+
+
+def message_events(whole: JSON) -> list[JSON]:
+    """The recorded shape of the stream that spells the same answer."""
+    usage = whole["usage"]
+    return [
+        {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None,
+                                              "usage": {**usage, "output_tokens": 1}}},
+        *(event for index, block in enumerate(whole["content"])
+          for event in block_events(index, block)),
+        {"type": "new_kind", "x": 1},
+        {"type": "message_delta", "delta": {key: whole[key] for key in whole if "stop_" in key},
+         "usage": {"output_tokens": usage["output_tokens"], "input_tokens": None}},
+        {"type": "message_stop"}, {"type": "error", "error": {"message": "after the end"}}]
+
+
+def wire_events(events: Iterable[JSON]) -> bytes:
+    return b"".join(gateway.sse(gateway.dump_json(event), event["type"]) for event in events)
+
+
+def as_chat(whole: JSON, rewrites: Rewrites | None = None, **chat: Any) -> JSON:
+    reply = gateway.DIALECTS["messages"].parse_reply(whole, rewrites or Rewrites())
+    body = gateway.DIALECTS["chat"].render_reply(reply, Chat("m", [], **chat), 7)
+    return json.loads(gateway.dump_json(body))
+
+
+def as_chunks(stream: bytes, rewrites: Rewrites | None = None, **chat: Any) -> list[JSON]:
+    renderer = gateway.DIALECTS["chat"].renderer(Chat("m", [], **chat), 7)
+    events = chat_parsed("messages", [stream], rewrites)
+    out = b"".join(renderer.feed(event) for event in events)
+    lines = out.decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""] and all(line[:6] == "data: " for line in lines[:-1])
+    return [json.loads(line[6:]) for line in lines[:-2]]
+
+
+def merge(chunks: list[JSON]) -> JSON:
+    """The message that the chunks spell, as the SDK reads them: a list's items by their index."""
+    whole: JSON = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        for key, value in choice["delta"].items():
+            if key == "tool_calls":
+                calls = whole.setdefault(key, [])
+                for part in value:
+                    if part["index"] == len(calls):
+                        calls.append({**part, part["type"]: dict(part[part["type"]])})
+                        del calls[-1]["index"]
+                    else:
+                        kind = calls[part["index"]]["type"]
+                        for name, piece in part[kind].items():
+                            calls[part["index"]][kind][name] += piece
+            elif isinstance(value, str) and key in whole:
+                whole[key] += value
+            else:
+                assert key not in whole, "a second list needs indexes"
+                whole[key] = value
+    return whole
+
+
+CITED = {"type": "web_search_result_location", "url": "https://a", "title": "A", "cited_text": "x",
+         "encrypted_index": "y"}
+SEARCH = [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+          {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}]
+THOUGHT = {"type": "thinking", "thinking": "Hmm", "signature": "sig"}
+CACHES = {"input_tokens": 3, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 7,
+          "output_tokens": 4, "output_tokens_details": {"thinking_tokens": 2},
+          "cache_creation": {"ephemeral_1h_input_tokens": 6}, "service_tier": "standard"}
+
+
+def called(id_: str, arguments: str, name: str = "f") -> JSON:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def cited(start: int, end: int) -> JSON:
+    return {"type": "url_citation", "url_citation": {
+        "url": "https://a", "title": "A", "start_index": start, "end_index": end}}
+
+
+# What Anthropic answers; what the message says; its finish_reason.
+ANSWERS: dict[str, tuple[JSON, JSON, str]] = {
+    "2.4 text": (message(text("Hi \u2028👋")), {"content": "Hi \u2028👋"}, "stop"),
+    "2.4 texts": (message(text("a"), text("b")), {"content": "ab"}, "stop"),
+    "2.4 nothing": (message(), {}, "stop"),
+    "2.4 parallel tools": (
+        message(text("T"), use("c", x={"y": [1, "é"]}), use("d"), use("e", "g"), stop="tool_use"),
+        {"content": "T", "tool_calls": [called("c", '{"x":{"y":[1,"é"]}}'), called("d", "{}"),
+                                        called("e", "{}", "g")]}, "tool_calls"),
+    "2.4 thinking": (
+        message(THOUGHT, {"type": "redacted_thinking", "data": "red"}, text("a")),
+        {"content": "a", "reasoning_content": "Hmm", "thinking_blocks": [
+            THOUGHT, {"type": "redacted_thinking", "data": "red"}]}, "stop"),
+    "2.4 thinking without text": (
+        message({**THOUGHT, "thinking": ""}, text("a")),
+        {"content": "a", "thinking_blocks": [{**THOUGHT, "thinking": ""}]}, "stop"),
+    "2.4 refusal": (
+        message(text("a"), stop="refusal", stop_details={
+            "type": "refusal", "category": None, "explanation": "No."}),
+        {"content": "a", "refusal": "No."}, "content_filter"),
+    "2.4 refusal unexplained": (message(stop="refusal", stop_details=None), {}, "content_filter"),
+    "2.4 citations": (
+        message(text("ab"), text("cd👋", citations=[CITED, {"type": "char_location"}]), text("e"),
+                text("f", citations=[CITED])),
+        {"content": "abcd👋ef", "annotations": [cited(2, 5), cited(6, 7)]}, "stop"),
+    "2.4 server tools": (
+        message(*SEARCH, text("a"), {"type": "new", "x": 1}, {"type": "container_upload"}),
+        {"content": "a"}, "stop"),
+    "11 max_tokens": (message(text("a"), stop="max_tokens"), {"content": "a"}, "length"),
+    "11 context": (message(stop="model_context_window_exceeded"), {}, "length"),
+    "11 stop_sequence": (message(text("a"), stop="stop_sequence"), {"content": "a"}, "stop"),
+    "11 pause_turn": (message(*SEARCH, stop="pause_turn"), {}, "stop"),
+    "11 compaction": (message(text("a"), stop="compaction"), {"content": "a"}, "stop"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_becomes_one_of_chat(name: str) -> None:
+    whole, expected, finish = ANSWERS[name]
+    body = as_chat(whole)
+    assert body == {
+        "id": "chatcmpl-msg_1", "object": "chat.completion", "created": 7, "model": "claude-x",
+        "system_fingerprint": None, "usage": body["usage"], "choices": [{
+            "index": 0, "logprobs": None, "finish_reason": finish,
+            "message": {"role": "assistant", "content": None, "refusal": None, **expected}}]}
+    chunks = as_chunks(wire_events(message_events(whole)))
+    assert merge(chunks) == {"role": "assistant", "content": "", **expected}
+    ends = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert ends == [None] * (len(ends) - 1) + [finish], "once, and last"
+    assert {(chunk["id"], chunk["object"], chunk["created"], chunk["model"], "usage" in chunk)
+            for chunk in chunks} == {("chatcmpl-msg_1", "chat.completion.chunk", 7, "m", False)}
+    assert not any("role" in chunk["choices"][0]["delta"] for chunk in chunks[1:])
+
+
+def test_chunks_in_their_order() -> None:
+    """8.1: id, type and name come once; indexes count calls, not blocks; thoughts whole at last."""
+    whole = message(THOUGHT, *SEARCH, text("abc"), use("c", x=1), use("d"), stop="tool_use")
+    chunks = as_chunks(wire_events(message_events(whole)))
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""}, {"reasoning_content": "Hm"},
+        {"reasoning_content": "m"}, {"content": "ab"}, {"content": "c"},
+        {"tool_calls": [{"index": 0, "id": "c", "type": "function",
+                         "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"x'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '":1}'}}]},
+        {"tool_calls": [{"index": 1, "id": "d", "type": "function",
+                         "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {"thinking_blocks": [THOUGHT]}, {}]
+
+
+def test_usage_is_told_where_it_is_asked_for() -> None:
+    """10: start, then what message_delta overwrites; never added."""
+    usage = {"prompt_tokens": 15, "completion_tokens": 4, "total_tokens": 19,
+             "prompt_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 7},
+             "completion_tokens_details": {"reasoning_tokens": 2}}
+    whole = message(text("a"), usage=CACHES)
+    body = as_chat(whole)
+    assert (body["usage"], body["service_tier"]) == (usage, "default")
+    *chunks, last = as_chunks(wire_events(message_events(whole)), include_usage=True)
+    assert (last["choices"], last["usage"], last["service_tier"]) == ([], usage, "default")
+    assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
+    parser = gateway.DIALECTS["messages"].parser(Rewrites())
+    start = message_events(whole)[0]
+    parser.feed(gateway.Event("", gateway.dump_json(start)))
+    assert parser.usage == Usage(15, 1, 5, 7, 6, 2), "an aborted stream is counted"
+    late = [start, {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 9}},
+            {"type": "message_stop"}]
+    (*_, end) = chat_parsed("messages", [wire_events(late)])
+    assert end == Finish("stop", Usage(21, 1, 5, 7, 6, 2), "", "default")
+
+
+@pytest.mark.parametrize("tier, told", [("standard", "default"), ("priority", "priority"),
+                                        ("batch", None), (None, None)])
+def test_the_service_tier_is_told(tier: str | None, told: str | None) -> None:
+    usage = {"input_tokens": 1, "output_tokens": 1, "service_tier": tier}
+    assert as_chat(message(usage=usage)).get("service_tier") == told
+
+
+def test_custom_tools_and_the_hidden_tool_are_undone() -> None:
+    rewrites = Rewrites()
+    rewrites.custom.add("sh")
+    whole = message(use("c", "sh", input='l"s\u2028'), use("d", "sh", x=1), stop="tool_use")
+    expected = [{"id": id_, "type": "custom", "custom": {"name": "sh", "input": said_}}
+                for id_, said_ in [("c", 'l"s\u2028'), ("d", '{"x":1}')]]
+    assert merge(as_chunks(wire_events(message_events(whole)), rewrites))["tool_calls"] == expected
+    assert as_chat(whole, rewrites)["choices"][0]["message"]["tool_calls"] == expected
+    rewrites = Rewrites()
+    rewrites.json_tool = "json_answer"
+    whole = message(use("c", "json_answer", x=[1]), stop="tool_use")
+    (choice,) = as_chat(whole, rewrites)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('{"x":[1]}', "stop")
+    assert "tool_calls" not in choice["message"]
+    chunks = as_chunks(wire_events(message_events(whole)), rewrites)
+    assert merge(chunks) == {"role": "assistant", "content": '{"x":[1]}'}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_deprecated_function_is_answered_alike() -> None:
+    whole = message(use("c", x=1), use("d"), stop="tool_use")
+    (choice,) = as_chat(whole, legacy_functions=True)["choices"]
+    assert choice["finish_reason"] == "function_call"
+    assert choice["message"]["function_call"] == {"name": "f", "arguments": '{"x":1}'}
+    chunks = as_chunks(wire_events(message_events(whole)), legacy_functions=True)
+    told = [chunk["choices"][0]["delta"].get("function_call") for chunk in chunks]
+    assert [each for each in told if each] == [
+        {"name": "f", "arguments": ""}, {"arguments": '{"x'}, {"arguments": '":1}'}]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
+
+
+def test_what_a_block_brings_at_its_start_counts() -> None:
+    """Some servers say a block whole when they open it, and send no deltas."""
+    events = [{"type": "message_start", "message": message()},
+              {"type": "content_block_start", "index": 0, "content_block": text("ab")},
+              {"type": "content_block_delta", "index": 0,
+               "delta": {"type": "text_delta", "text": "c"}},
+              {"type": "content_block_stop", "index": 0},
+              {"type": "content_block_start", "index": 1, "content_block": use("c", x=1)},
+              {"type": "content_block_stop", "index": 1},
+              {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": None},
+              {"type": "message_stop"}]
+    reply = gateway.collect(chat_parsed("messages", [wire_events(events)]))
+    assert reply.blocks == [Text(text="abc"), ToolCall(id="c", name="f", arguments={"x": 1})]
+
+
+FAILURES = [("overloaded_error", 503, "server_error"), ("rate_limit_error", 429, "rate_limit"),
+            ("api_error", 500, "server_error"), ("authentication_error", 401, "auth"),
+            ("invalid_request_error", 400, "client_error"), ("timeout_error", 504, "server_error")]
+
+
+@pytest.mark.parametrize("kind, status, label", FAILURES)
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_an_error_event_is_an_error(kind: str, status: int, label: str, before: int) -> None:
+    events = [*message_events(message(text("abc")))[:before],
+              {"type": "error", "error": {"type": kind, "message": "Not now."}}]
+    with pytest.raises(GatewayError, match="Not now.") as caught:
+        chat_parsed("messages", [wire_events(events)])
+    error = caught.value
+    assert (error.status, error.type, error.provider_error) == (status, kind, label)
+
+
+# ---- Chat Completions streams, as servers send them ----
+
+
+def chat_stream(*deltas: Any, finish: Any = "stop", **last: Any) -> bytes:
+    chunks = [{"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": delta}]}
+              for delta in deltas]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": finish}], **last})
+    return b"".join(gateway.sse(gateway.dump_json(each)) for each in chunks) + b"data: [DONE]\n\n"
+
+
+def part(index: Any, arguments: str, id_: Any = None, name: Any = None) -> JSON:
+    return {"index": index, "id": id_, "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*parts: JSON, **more: Any) -> JSON:
+    return {"tool_calls": list(parts), **more}
+
+
+def made(id_: str, **arguments: Any) -> ToolCall:
+    return ToolCall(id=id_, name="f", arguments=arguments)
+
+
+# 8.5: what servers send, the blocks that it spells, the finish.
+CHAT_ODD: dict[str, tuple[bytes, list[Block], str]] = {
+    "interleaved": (chat_stream(
+        calls(part(0, "", "a", "f")), calls(part(1, '{"x"', "b", "f")), calls(part(0, '{"x":')),
+        calls(part(1, ":2}")), calls(part(0, "1}")), finish="tool_calls"),
+        [made("a", x=1), made("b", x=2)], "tool_calls"),
+    "whole in one delta": (chat_stream(
+        calls(part(0, '{"x":1}', "a", "f"), part(1, "", "b", "f")), finish="tool_calls"),
+        [made("a", x=1), made("b")], "tool_calls"),
+    "no index": (chat_stream(
+        calls(part(None, '{"x":1', "a", "f")), calls(part(None, "}")),
+        calls(part(None, "{}", "b", "f")), finish="tool_calls"),
+        [made("a", x=1), made("b")], "tool_calls"),
+    "index 0 for each": (chat_stream(
+        calls(part(0, '{"x":1}', "a", "f")), calls(part(0, '{"x":2}', "b", "f"))),
+        [made("a", x=1), made("b", x=2)], "tool_calls"),
+    "finish stop": (chat_stream(calls(part(0, "{}", "a", "f"))), [made("a")], "tool_calls"),
+    "no ids": (chat_stream(calls(part(0, "{}", None, "f")), calls(part(1, "{}", "", "f"))),
+               [made("call_chatcmpl-1_0"), made("call_chatcmpl-1_1")], "tool_calls"),
+    "reasoning with content": (
+        chat_stream({"reasoning_content": "R", "content": "C"}, {"content": "D"}),
+        [Thinking(text="R"), Text(text="CD")], "stop"),
+    "reasoning": (chat_stream({"reasoning": "R"}, {"reasoning": "S"}),
+                  [Thinking(text="RS")], "stop"),
+    "text after a call": (
+        chat_stream(calls(part(0, '{"x"', "a", "f")), {"content": "C"}, calls(part(0, ":1}")),
+                    {"content": "D"}),
+        [made("a", x=1), Text(text="CD")], "tool_calls"),
+    "refusal": (chat_stream({"content": ""}, {"refusal": "No"}),
+                [Text(text="No", is_refusal=True)], "refusal"),
+    "filter": (chat_stream({"content": "a"}, finish="content_filter"), [Text(text="a")], "filter"),
+    "finish unknown": (chat_stream({"content": "a"}, finish="eos"), [Text(text="a")], "stop"),
+    "finish null": (chat_stream({"content": "a"}, finish=None), [Text(text="a")], "stop"),
+    "length with a call": (chat_stream(calls(part(0, "{}", "a", "f")), finish="length"),
+                           [made("a")], "length"),
+    "nulls and more": (
+        chat_stream({"content": None, "tool_calls": None, "refusal": None},
+                    {"content": "a", "x": 1}, [], None) + b"data: {}\n\n",
+        [Text(text="a")], "stop"),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_ODD)
+def test_a_chat_stream_is_read_however_its_server_writes(name: str) -> None:
+    stream, blocks, finish = CHAT_ODD[name]
+    reply = gateway.collect(chat_parsed("chat", [stream]))
+    assert (reply.blocks, reply.finish) == (blocks, finish)
+
+
+def test_a_live_call_streams_and_usage_may_come_with_the_finish() -> None:
+    stream = chat_stream(calls(part(0, "", "a", "f")), calls(part(0, '{"x":')),
+                         calls(part(0, "1}")), usage={"prompt_tokens": 5, "completion_tokens": 2})
+    events = chat_parsed("chat", [stream])
+    assert [event for event in events if isinstance(event, ArgumentsDelta)] == [
+        ArgumentsDelta('{"x":'), ArgumentsDelta("1}")]
+    assert events[-1] == Finish("tool_calls", Usage(5, 2))
+    with pytest.raises(GatewayError):
+        chat_parsed("chat", [chat_stream({"content": "a"}, finish="error")])
+    with pytest.raises(GatewayError, match="Slow down") as caught:
+        chat_parsed("chat", [b'data: {"error":{"message":"Slow down","code":429}}\n\n'])
+    assert caught.value.status == 429
+
+
+def test_a_custom_call_becomes_one_of_messages() -> None:
+    said_ = 'l"s\u2028\n'
+    blocks: list[Block] = [ToolCall(id="c", name="sh", is_custom=True, input=said_)]
+    reply = Reply("1", "m", blocks, "tool_calls", Usage())
+    dialect, rng = gateway.DIALECTS["messages"], random.Random(1)
+    renderer = dialect.renderer(Chat("m", []), 7)
+    stream = b"".join(renderer.feed(event) for event in spell(reply, rng))
+    wrapped = [ToolCall(id="c", name="sh", arguments={"input": said_})]
+    assert gateway.collect(chat_parsed("messages", [stream])).blocks == wrapped
+    body = dialect.render_reply(reply, Chat("m", []), 7)
+    assert dialect.parse_reply(body, Rewrites()).blocks == wrapped
+    assert body["stop_reason"] == "tool_use"
+
+
+# ---- what models take ----
+
+EFFORT = gateway.ALL_EFFORTS
+# Name at the provider; sampling, thinking, may be disabled, efforts, forced tools, mid-conversation
+# system, structured output, tokens.
+MODELS: list[tuple[Any, ...]] = [
+    ("claude-3-opus-20240229", "both", "none", False, (), "yes", False, False, 8192),
+    ("claude-3-5-sonnet-20241022", "both", "none", False, (), "yes", False, False, 8192),
+    ("claude-3-7-sonnet-20250219", "both", "budget", False, (), "yes", False, False, 64_000),
+    ("claude-sonnet-4-20250514", "both", "budget", False, (), "yes", False, False, 64_000),
+    ("claude-opus-4-1-20250805", "one", "budget", False, (), "yes", False, False, 64_000),
+    ("claude-haiku-4-5-20251001", "one", "budget", False, (), "yes", False, True, 64_000),
+    ("claude-sonnet-4-5", "one", "budget", False, (), "yes", False, True, 64_000),
+    ("claude-opus-4-5", "one", "budget", False, EFFORT[:3], "yes", False, True, 64_000),
+    ("claude-opus-4-6", "one", "both", False, (*EFFORT[:3], "max"), "yes", False, True, 128_000),
+    ("claude-sonnet-4-6", "one", "both", False, (*EFFORT[:3], "max"), "yes", False, True, 128_000),
+    ("claude-opus-4-7", "none", "adaptive", False, EFFORT, "yes", False, True, 128_000),
+    ("claude-opus-4-8", "none", "adaptive", False, EFFORT, "yes", True, True, 128_000),
+    ("claude-opus-5", "none", "adaptive", True, EFFORT, "yes", True, True, 128_000),
+    ("claude-sonnet-5-20260601", "none", "adaptive", True, EFFORT, "yes", True, True, 128_000),
+    ("claude-fable-5", "none", "adaptive", False, EFFORT, "yes", True, True, 128_000),
+    ("claude-mythos-5", "none", "adaptive", False, EFFORT, "yes", True, True, 128_000),
+    ("claude-haiku-5-5", "none", "adaptive", True, EFFORT, "yes", True, True, 128_000),
+    ("claude-opus-5-5", "none", "adaptive", False, EFFORT, "refused", True, True, 128_000),
+    ("claude-sonnet-5-5", "none", "adaptive", False, EFFORT, "refused", True, True, 128_000),
+    ("claude-fable-5-1", "none", "adaptive", False, EFFORT, "refused", True, True, 128_000),
+    ("claude-mythos-6", "none", "adaptive", False, EFFORT, "refused", True, True, 128_000),
+    ("claude-opus-latest", "none", "adaptive", False, EFFORT, "refused", True, True, 128_000),
+    ("claude-opus-9", "none", "adaptive", False, EFFORT, "refused", True, True, 128_000),
+    ("eu.anthropic.claude-opus-5-5-20261001-v1:0", "none", "adaptive", False, EFFORT, "refused",
+     True, True, 128_000),
+    ("something-new", "none", "adaptive", False, EFFORT, "yes", True, True, 128_000),
+]
+
+
+@pytest.mark.parametrize("row", MODELS, ids=[row[0] for row in MODELS])
+def test_what_a_model_takes_is_read_off_its_name(row: tuple[Any, ...]) -> None:
+    assert gateway.find_caps(ANTHROPIC, row[0]) == Caps(*row[1:])
+
+
+def test_a_model_of_no_known_family_takes_what_its_kind_says() -> None:
+    compatible = gateway.KINDS["openai-compatible"]
+    assert gateway.find_caps(compatible, "llama-4") == compatible.caps == Caps()
+
+
+# ---- hostile input ----
+
+BIG: dict[str, JSON] = {
+    "chat": {
+        "model": "m", "max_tokens": 99, "max_completion_tokens": 99, "temperature": 0.5,
+        "top_p": 0.5, "top_k": 4, "stop": ["a"], "n": 1, "stream": True, "stream_options": {
+            "include_usage": True, "include_obfuscation": False},
+        "tools": [function("f", description="D", parameters=CHAT_SCHEMA, strict=True), GRAMMAR,
+                  {**F, "cache_control": MARK}],
+        "functions": [{"name": "h", "parameters": CHAT_SCHEMA}], "function_call": "auto",
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [F, {"type": "custom", "custom": {"name": "sh"}}]}},
+        "parallel_tool_calls": False, **format_(OPEN, description="D", strict=True),
+        "reasoning_effort": "low", "verbosity": "low", "prediction": {"type": "content"},
+        "store": True, "metadata": {"a": "b"}, "seed": 1, "logit_bias": {"1": 1}, "user": "u",
+        "frequency_penalty": 1, "presence_penalty": 1, "prompt_cache_key": "k",
+        "prompt_cache_options": {"ttl": "30m"}, "prompt_cache_retention": "24h",
+        "moderation": {"model": "x"}, "safety_identifier": "s", "logprobs": False,
+        "top_logprobs": 0, "modalities": ["text"], "service_tier": "auto",
+        "thinking": {"type": "adaptive"},
+        "web_search_options": {"search_context_size": "low", "user_location": {
+            "type": "approximate", "approximate": {"city": "Bern"}}},
+        "messages": [
+            {"role": "system", "content": [text("S", cache_control=MARK)]},
+            {"role": "user", "name": "Ann", "cache_control": MARK, "content": [
+                text("a", prompt_cache_breakpoint={"mode": "explicit", "ttl": "12h"}),
+                image(PNG, detail="low"), file("data:text/plain;base64,aGk=", filename="a.txt"),
+                file("data:application/pdf;base64," + PDF)]},
+            asked(call("c"), {"id": "d", "type": "custom",
+                              "custom": {"name": "sh", "input": "ls"}},
+                  content=[text("T")], refusal="R", annotations=[], reasoning_content="Hm",
+                  thinking_blocks=THOUGHTS, audio=None),
+            answer("c"), answer("d", [text("ok")]),
+            {"role": "assistant", "content": None,
+             "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "ok"}]},
+    "messages": {
+        "model": "m", "max_tokens": 99, "system": [text("S", cache_control=MARK)],
+        "temperature": 0.5, "top_p": 0.5, "top_k": 4, "stop_sequences": ["a"], "stream": True,
+        "tools": [{"name": "f", "description": "D", "input_schema": CHAT_SCHEMA, "strict": True,
+                   "type": "custom", "cache_control": MARK, "input_examples": [{}]}],
+        "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+        "thinking": {"type": "adaptive"}, "metadata": {"user_id": "u"}, "service_tier": "auto",
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CHAT_SCHEMA}},
+        "messages": [
+            user([text("a", cache_control=MARK, citations=[]), PNG_BLOCK, {
+                "type": "document", "title": "t", "source": {
+                    "type": "text", "media_type": "text/plain", "data": "x"}},
+                {"type": "image", "source": {"type": "url", "url": "https://a"}}]),
+            {"role": "assistant", "content": [*THOUGHTS, *SEARCH, text("T"), use("c", x=1)]},
+            user([{**result("c", [text("ok")]), "is_error": True}]),
+            {"role": "system", "content": "S"}]},
+}
+VALUES: list[Any] = [None, True, False, 0, -1, 1.5, 1e400, "", "x", "\ud800", [], ["x"], [None],
+                     [[]], [{}], {}, {"x": 1}, {"type": "x"}]
+
+
+def nodes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    keys: Iterable[Any] = tree if isinstance(tree, dict) else ()
+    for key in range(len(tree)) if isinstance(tree, list) else keys:
+        yield from nodes(tree[key], (*path, key))
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    copy = list(tree) if isinstance(tree, list) else dict(tree)
+    copy[path[0]] = replaced(tree[path[0]], path[1:], value)
+    return copy
+
+
+def translated(name: str, request: JSON) -> str | None:
+    """Tries to translate a request for each dialect; the param where it is refused."""
+    try:
+        for other, dialect in gateway.DIALECTS.items():
+            chat = gateway.DIALECTS[name].parse_request(request, Losses())
+            target = Target("m", Caps("none", "budget") if other == "chat" else ALL_CAPS)
+            gateway.dump_json(dialect.render_request(chat, target, Losses())[0])
+    except GatewayError as error:
+        assert error.status == 400 and error.param and len(error.message) < 400, error
+        return error.param
+    return None
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_wrong_types_are_refused_and_named(name: str) -> None:
+    assert translated(name, BIG[name]) is None
+    for path in list(nodes(BIG[name]))[1:]:
+        for value in VALUES:
+            translated(name, replaced(BIG[name], path, value))
+    free = {"parameters", "schema", "input_schema", "metadata", "logit_bias", "moderation",
+            "prediction", "prompt_cache_options", "thinking", "annotations", "cache_control",
+            "input", "citations", "input_examples"}
+    for path in list(nodes(BIG[name]))[1:]:
+        keys = [key for key in path if isinstance(key, str)]
+        if not free.intersection(keys) and not set(path) & {"server_tool_use"}:
+            assert_named(name, path)
+
+
+def assert_named(name: str, path: tuple[Any, ...]) -> None:
+    """A value of a type that no field takes is refused by the field's own name."""
+    if name == "messages" and path[:3] == ("messages", 1, "content") and path[3:4] in ((2,), (3,)):
+        return  # a server tool's traces, which nobody reads
+    if path[-1] == "type" and path[-2] in ("user_location", "prediction"):
+        return
+    wrong = 1.5 if not isinstance(path[-1], str) or path[-1] not in (
+        "temperature", "top_p", "frequency_penalty", "presence_penalty") else "x"
+    param = translated(name, replaced(BIG[name], path, wrong))
+    if path[-1] in ("mode", "type") and param is None:
+        return
+    named = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
+    assert param == named, (path, param)
+
+
+@pytest.mark.parametrize("make", [
+    lambda deep: {"tools": [function("f", parameters=deep, strict=True)]}, format_,
+    lambda deep: loop(asked(call("c", arguments=json.dumps(deep))), answer("c")),
+], ids=["parameters", "schema", "arguments"])
+def test_what_nests_too_deeply_is_refused(make: Any) -> None:
+    for depth in (50, sys.getrecursionlimit() // 3, sys.getrecursionlimit() - 150):
+        deep: JSON = {"type": "object"}
+        for _ in range(depth):
+            deep = {"type": "object", "additionalProperties": False, "properties": {"x": deep}} \
+                if depth < 400 else {"x": deep}
+        try:
+            gateway.dump_json(to_messages(make(deep))[0])
+        except GatewayError as error:
+            assert error.status == 400
+        except RecursionError:
+            pytest.fail("a traceback")
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_wrong_types_in_an_answer_are_the_providers_fault(name: str) -> None:
+    dialect = gateway.DIALECTS[name]
+    making = Making(name, 2)
+    reply = making.reply()
+    reply.blocks = [*reply.blocks, ToolCall(id="c", name="f", arguments={"x": 1})]
+    whole = json.loads(gateway.dump_json(dialect.render_reply(reply, Chat("m", []), 7)))
+    renderer = dialect.renderer(Chat("m", [], include_usage=True), 7)
+    stream = b"".join(renderer.feed(event) for event in spell(reply, making.random))
+    events = [gateway.parse_event(raw) for raw in gateway.split_events(stream)]
+    wires = [event.data for event in events]
+    for value in [each for each in VALUES if each != 1e400]:
+        for path in nodes(whole):
+            if path:
+                harmless(dialect.parse_reply, replaced(whole, path, value), Rewrites())
+        for i, data in enumerate(wires):
+            if data == b"[DONE]":
+                continue
+            for path in nodes(json.loads(data)):
+                changed = gateway.sse(gateway.dump_json(replaced(json.loads(data), path, value)))
+                harmless(spelt, name, [*map(gateway.sse, wires[:i]), changed,
+                                       *map(gateway.sse, wires[i + 1:])])
+
+
+def spelt(name: str, chunks: list[bytes]) -> Reply:
+    return gateway.collect(chat_parsed(name, chunks))
+
+
+def harmless(read: Any, *arguments: Any) -> None:
+    try:
+        read(*arguments)
+    except GatewayError as error:
+        assert error.status >= 400 and error.provider_error
+
+
+@pytest.mark.parametrize("data", [
+    b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\xff"}}',
+    b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\x01"}}',
+    b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\\x"}}',
+    b"NaN", b"[" * 100_000, b"[]", b"\xff",
+], ids=["UTF-8", "control", "escape", "NaN", "deep", "list", "bytes"])
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_an_event_that_is_no_json_is_the_providers_fault(name: str, data: bytes) -> None:
+    start = wire_events(message_events(message(text("abc")))[:2]) if name == "messages" else b""
+    with pytest.raises(GatewayError) as caught:
+        chat_parsed(name, [start, b"data: ", data, b"\n\n"])
+    assert caught.value.status == 502
+
+
+# ---- cost ----
+
+
+def steps(run: Any) -> int:
+    """How many lines of gateway.py it takes."""
+    lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != gateway.__file__:
+            return None
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def long_chat(turns: int, size: int) -> JSON:
+    messages: list[JSON] = [user("Hi")]
+    for i in range(turns):
+        messages += [asked(call(f"c{i}", arguments=json.dumps({"x": "y" * size})), content="T"),
+                     answer(f"c{i}", "z" * size), user("u")]
+    return {"messages": messages, "tools": [F]}
+
+
+def test_nothing_is_quadratic() -> None:
+    """Lines run grow with the turns, and not with the size of what they hold."""
+    few, many = (steps(lambda n=n: to_messages(long_chat(n, 10))) for n in (20, 200))
+    assert many < 11 * few
+    assert steps(lambda: to_messages(long_chat(20, 20_000))) == few
+    deltas = [{"type": "content_block_delta", "index": 0,
+               "delta": {"type": "text_delta", "text": "abc"}}]
+    start, end = message_events(message(text("a")))[:2], message_events(message())[2:-1]
+    few, many = (steps(lambda n=n: as_chunks(wire_events([*start, *deltas * n, *end])))
+                 for n in (50, 1000))
+    assert many < 21 * few
+
+
+# ==================================================================================================
+# Harness: a gateway in a thread, a scripted provider, raw clients
+# ==================================================================================================
+
+APP_KEY, NARROW_KEY = "vk-wire-0123456789abcdef", "vk-other-0123456789abcdef"
+PROVIDER_KEY = "sk-upstream-0123456789abcdef"
+PROMPT, COMPLETION = "PROMPT-marker", "COMPLETION-marker"
+SECRETS = (APP_KEY, NARROW_KEY, PROVIDER_KEY, PROMPT, COMPLETION)
+OUTPUT: list[str] = []  # all that gateways said of themselves: log, heads, errors, metrics
+WAIT = 5.0  # seconds; only a failing test waits that long
+PATH = "/v1/chat/completions"
+F_SETPIPE_SZ = 1031  # Linux; fcntl names it from Python 3.10 on
+SWEEP_SECONDS = gateway.SWEEP_SECONDS
+LISTS = gateway.PriceLists(gateway.parse_prices(gateway.PRICES), {})
+
+
+class Over(Exception):
+    """A script has ended its connection."""
+
+
+class Sent(NamedTuple):
+    """A request as it reached the provider."""
+
+    line: str
+    fields: list[tuple[str, str]]
+    body: bytes
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return dict(self.fields)
+
+
+def read_head(file: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The first line and the fields, names in lower case."""
+    lines: list[str] = []
+    while not lines or lines[-1]:
+        line = file.readline()
+        if not line.endswith(b"\r\n"):
+            raise EOFError
+        lines.append(line[:-2].decode("latin-1"))
+    fields = [line.split(": ", 1) for line in lines[1:-1]]
+    return lines[0], [(name.lower(), value) for name, value in fields]
+
+
+class Wire:
+    """A connection from the gateway, as a script plays on it."""
+
+    def __init__(self, upstream: Upstream, sock: socket.socket) -> None:
+        self.upstream, self.sock = upstream, sock
+        self.file = sock.makefile("rb")
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+
+Step = Union[bytes, Callable[[Wire], None]]
+Script = list[Step]
+
+
+def READ(wire: Wire) -> None:
+    """Reads one request."""
+    line, fields = read_head(wire.file)
+    body = wire.file.read(int(dict(fields)["content-length"]))
+    wire.upstream.requests.put(Sent(line, fields, body))
+
+
+def CLOSE(wire: Wire) -> None:
+    wire.close()
+    raise Over
+
+
+def RESET(wire: Wire) -> None:
+    wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    CLOSE(wire)
+
+
+def HALF_CLOSE(wire: Wire) -> None:
+    wire.sock.shutdown(socket.SHUT_WR)
+
+
+def GO(wire: Wire) -> None:
+    """Waits until the test says so."""
+    assert wire.upstream.go.acquire(timeout=WAIT)
+
+
+def TELL(wire: Wire) -> None:
+    """Tells the test that the script has come this far."""
+    wire.upstream.told.release()
+
+
+def drip(data: bytes) -> Step:
+    """Sends byte by byte, so that each is read alone."""
+    def step(wire: Wire) -> None:
+        for at in range(len(data)):
+            wire.sock.sendall(data[at:at + 1])
+            wire.upstream.settle()
+    return step
+
+
+def always(answer: bytes | Callable[[Sent], bytes]) -> Script:
+    """Answers every request of a connection."""
+    def step(wire: Wire) -> None:
+        while True:
+            READ(wire)
+            sent = wire.upstream.requests.queue[-1]
+            wire.sock.sendall(answer if isinstance(answer, bytes) else answer(sent))
+    return [step]
+
+
+class Upstream:
+    """A scripted provider: each connection plays the next script."""
+
+    def __init__(self, scripts: Iterable[Script], tls: ssl.SSLContext | None = None) -> None:
+        self.requests: queue.Queue[Sent] = queue.Queue()
+        self.left: queue.Queue[None] = queue.Queue()  # an item a connection that the gateway ended
+        self.go, self.told = threading.Semaphore(0), threading.Semaphore(0)
+        self.connects = 0
+        self.settle: Callable[[], None]
+        self._tls = tls
+        self._wires: list[Wire] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(iter(scripts),), daemon=True).start()
+
+    def _accept(self, scripts: Iterator[Script]) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self.connects += 1
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._play, args=(sock, next(scripts)), daemon=True).start()
+
+    def _play(self, sock: socket.socket, script: Script) -> None:
+        try:
+            wire = Wire(self, self._tls.wrap_socket(sock, server_side=True) if self._tls else sock)
+        except OSError:  # the gateway refuses the certificate
+            return
+        self._wires.append(wire)
+        try:
+            for step in script:
+                wire.sock.sendall(step) if isinstance(step, bytes) else step(wire)
+            while wire.file.read1(1 << 16):
+                pass
+            self.left.put(None)
+        except (OSError, EOFError):
+            self.left.put(None)
+        except (Over, ValueError, RuntimeError):
+            pass  # by the script's will, or at the test's end
+        finally:
+            wire.close()
+
+    def close(self) -> None:
+        for sock in [self._listener, *(wire.sock for wire in self._wires)]:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self.go.release(100)
+
+
+class Answer(NamedTuple):
+    """An answer as it reached the client."""
+
+    status: int
+    fields: list[tuple[str, str]]
+    body: bytes
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return dict(self.fields)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error in OpenAI's shape, whole."""
+        error = json.loads(self.body)["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"]
+        return error  # type: ignore[no-any-return]
+
+    @property
+    def data(self) -> list[bytes]:
+        return re.findall(rb"^data: (.*)$", self.body, re.MULTILINE)
+
+    @property
+    def events(self) -> list[Any]:
+        return [data if data == b"[DONE]" else json.loads(data) for data in self.data]
+
+
+class Client:
+    """A raw connection to a gateway."""
+
+    def __init__(self, address: tuple[str, int] | str, receive_buffer: int = 0) -> None:
+        self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+        self.sock.settimeout(WAIT)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect(address)
+        self.file = self.sock.makefile("rb")
+
+    def send(self, *data: bytes) -> Client:
+        self.sock.sendall(b"".join(data))
+        return self
+
+    def head(self) -> tuple[int, list[tuple[str, str]]]:
+        line, fields = read_head(self.file)
+        OUTPUT.append(f"{line} {fields}")
+        assert line.startswith("HTTP/1.1 ")
+        return int(line[9:12]), fields
+
+    def chunk(self) -> bytes:
+        """One chunk of a body, b"" at its end."""
+        data = self.exactly(int(self.file.readline(), 16))
+        assert self.file.readline() == b"\r\n"
+        return data
+
+    def exactly(self, size: int) -> bytes:
+        data: bytes = self.file.read(size)
+        assert len(data) == size, "the answer is cut"
+        return data
+
+    def answer(self, is_head: bool = False) -> Answer:
+        status, fields = self.head()
+        headers = dict(fields)
+        if is_head:
+            body = b""
+        elif "transfer-encoding" in headers:
+            body = b"".join(iter(self.chunk, b""))
+        else:
+            body = (self.exactly(int(headers["content-length"])) if "content-length" in headers
+                    else self.file.read())
+        if status >= 400 or b'"error"' in body:
+            OUTPUT.append(body.decode("utf-8", "replace").replace(COMPLETION, "")
+                          if status == 200 else body.decode())
+        return Answer(status, fields, body)
+
+    def is_closed(self) -> bool:
+        """Waits for the end of the connection; False where there is more to read."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionError:
+            return True
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+
+def request(body: bytes = b"", *fields: str, method: str = "POST", path: str = PATH,
+            key: str = APP_KEY, version: str = "HTTP/1.1") -> bytes:
+    """A request's bytes; `fields` are header lines, and may say the length themselves."""
+    lines = [f"{method} {path} {version}", "Host: gw", *fields]
+    if key:
+        lines.append(f"Authorization: Bearer {key}")
+    if not any(line.lower().startswith(("content-length", "transfer-enc")) for line in fields):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def chat(stream: bool = False, model: str = "house", **more: object) -> bytes:
+    return json.dumps({"model": model, "stream": stream, **more,
+                       "messages": [{"role": "user", "content": PROMPT}]}).encode()
+
+
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200}
+REPLY = json.dumps({
+    "id": "chatcmpl-1", "object": "chat.completion", "model": "gpt-real",
+    "choices": [{"index": 0, "finish_reason": "stop",
+                 "message": {"role": "assistant", "content": COMPLETION}}],
+    "usage": USAGE}, indent=1).encode()
+
+
+def event(value: object) -> bytes:
+    return b"data: %b\n\n" % (value if isinstance(value, bytes) else json.dumps(value).encode())
+
+
+def delta(content: str = COMPLETION, **more: object) -> bytes:
+    return event({"choices": [{"index": 0, "delta": {"content": content}, **more}], "usage": None})
+
+
+FIRST = event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+LAST = delta("", finish_reason="stop")
+USAGE_CHUNK = event({"choices": [], "usage": USAGE})
+FINAL = event(b"[DONE]")
+STREAMED = FIRST + delta() + delta("é\u2028") + LAST + FINAL
+
+
+def reply(body: bytes = REPLY, *fields: str, status: str = "200 OK",
+          kind: str = "application/json") -> bytes:
+    """A provider's plain answer."""
+    lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *fields]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunks(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+END = b"0\r\n\r\n"
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+               b"Transfer-Encoding: chunked\r\nx-request-id: req-up\r\n\r\n")
+
+
+def streamed(*pieces: bytes) -> bytes:
+    return STREAM_HEAD + chunks(*pieces) + END
+
+
+LOG_FIELD = re.compile(r'([^\s=]+)=("(?:[^"\\]|\\.)*"|[^\s"]*)(?: |$)')
+
+
+def parse_log(line: str) -> dict[str, str]:
+    """A key=value line; it must be whole and nothing else."""
+    assert LOG_FIELD.sub("", line.rstrip("\n")) == ""
+    return {key: json.loads(value) if value[:1] == '"' else value
+            for key, value in LOG_FIELD.findall(line)}
+
+
+class Gate:
+    """A gateway that serves in a thread, by a clock that can be put forward."""
+
+    def __init__(self, scripts: Iterable[Script], tls: ssl.SSLContext | None = None,
+                 app: gateway.Application | None = None, reads_log: bool = True,
+                 **config: Any) -> None:
+        self.upstream = Upstream(scripts, tls)
+        self.skew = self.wall_skew = 0.0
+        self._app = app
+        self._config = gateway.parse_config(
+            json.dumps(config_for(self.upstream.port, "https" if tls else "http", **config)),
+            "test", {}, gateway.read_text)
+        self.log: queue.Queue[str] = queue.Queue()
+        reader, self._log_fd = os.pipe()
+        self.log_reader = os.fdopen(reader, encoding="utf-8", newline="\n")
+        self._log_thread = threading.Thread(target=self._read_log, daemon=True)
+        if reads_log:
+            with contextlib.suppress(OSError):  # elsewhere 64 KiB must do
+                fcntl.fcntl(self._log_fd, F_SETPIPE_SZ, 1 << 20)
+            self._log_thread.start()
+        self._clients: list[Client] = []
+        self._ready, self._swept = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(WAIT)
+        self.upstream.settle = self.settle
+
+    def clock(self) -> float:
+        return time.monotonic() + self.skew
+
+    def wall_clock(self) -> float:
+        return time.time() + self.wall_skew
+
+    async def _serve(self) -> None:
+        self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        config = self._config
+        log = gateway.Log(self._log_fd, config.log == "json", self.clock, self.wall_clock)
+        self.gateway = gateway.make_gateway(config, LISTS, gateway.Metrics(), log)
+        self.server = gateway.Server(self._app or self.gateway, config.limits, config.timeouts,
+                                     gateway.id_maker(), self.clock, self.wall_clock)
+        sock = gateway.open_socket(gateway.parse_listen(config.listen))
+        self.address = sock.getsockname()
+        await self.server.listen(sock)
+        self.server.sweep(self._sweep)
+        self._ready.set()
+        await self._stop.wait()
+        await self.server.drain()
+        self.gateway.pool.close()
+
+    def _read_log(self) -> None:
+        for line in self.log_reader:
+            OUTPUT.append(line)
+            self.log.put(line)
+
+    def _sweep(self, now: float) -> None:
+        self.gateway.pool.sweep(now)
+        self._swept.set()
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        self.upstream.close()
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(WAIT)
+        os.close(self._log_fd)
+        if self._log_thread.is_alive():
+            self._log_thread.join(WAIT)
+        self.log_reader.close()
+        assert not self._thread.is_alive()
+        held = (self.gateway.events.held, self.server.bodies.held,
+                self.gateway.metrics.in_flight.values[()])
+        assert held == (0, 0, 0)  # however its exchanges went
+
+    def later(self, seconds: float) -> None:
+        """Puts the clock of all deadlines forward, once the sweeper has seen what came so far."""
+        self.settle()
+        self._swept.clear()
+        assert self._swept.wait(WAIT)
+        self.skew += seconds
+
+    def settle(self) -> None:
+        """Two turns of the loop: whatever lay in its sockets has been read."""
+        for _ in range(2):
+            turned = threading.Event()
+            self.loop.call_soon_threadsafe(turned.set)
+            assert turned.wait(WAIT)
+
+    def client(self, receive_buffer: int = 0) -> Client:
+        self._clients.append(Client(self.address, receive_buffer))
+        return self._clients[-1]
+
+    def call(self, body: bytes = b"", *fields: str, **how: str) -> Answer:
+        client = Client(self.address)
+        try:
+            client.send(request(body, *fields, **how))
+            return client.answer(is_head=how.get("method") == "HEAD")
+        finally:
+            client.close()
+
+    def get(self, path: str, *fields: str, **how: str) -> Answer:
+        return self.call(b"", *fields, method="GET", path=path, **how)
+
+    def log_line(self) -> dict[str, str]:
+        return parse_log(self.log.get(timeout=WAIT))
+
+    def access(self) -> dict[str, str]:
+        """The next line of the access log; its exchange is in the metrics by then."""
+        return next(fields for fields in iter(self.log_line, {}) if fields["msg"] == "access")
+
+    def series(self, name: str, **labels: str) -> dict[str, float]:
+        """The samples of a metric that have these labels."""
+        text = self.get("/metrics", key="").body.decode()
+        OUTPUT.append(text)
+        samples = (line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return {sample: float(number) for sample, number in samples
+                if re.fullmatch(rf"{name}(\{{.*)?", sample) and all(w in sample for w in wanted)}
+
+    def total(self, name: str, **labels: str) -> float:
+        return sum(self.series(name, **labels).values())
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Asks again and again, of what no event tells."""
+    deadline = time.monotonic() + WAIT
+    while True:
+        with contextlib.suppress(OSError, EOFError):
+            if is_so():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def config_for(port: int, scheme: str = "http", provider: Any = None, **more: Any) -> Any:
+    """A config whose provider listens on `port`; `provider` adds to that one's settings."""
+    return {
+        "listen": "127.0.0.1:0",
+        "providers": {"openai": {"api_key": PROVIDER_KEY, **(provider or {}),
+                                 "base_url": f"{scheme}://127.0.0.1:{port}/v1"}},
+        "models": {"house": {"provider": "openai", "model": "gpt-real",
+                             "cost_per_million_input": 2, "cost_per_million_output": 8}},
+        "routing": [{"prefix": "gpt-", "provider": "openai"}],
+        "api_keys": [{"key": APP_KEY, "app": "chatbot", "allowed_models": ["*"]},
+                     {"key": NARROW_KEY, "app": "narrow", "allowed_models": ["house", "tiny-*"]}],
+        **more, "limits": {"grace": 0.2, **more.get("limits", {})}}
+
+
+@pytest.fixture
+def gate_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Gate]]:
+    """Starts gateways in front of a provider that plays these scripts, the last one repeatedly."""
+    gates: list[Gate] = []
+    monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)  # nobody likes to wait
+
+    def start(*scripts: Script, **config: Any) -> Gate:
+        gates.append(Gate(itertools.chain(scripts, itertools.repeat((scripts or ([],))[-1])),
+                          **config))
+        return gates[-1]
+
+    yield start
+    for gate in gates:
+        gate.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_unforeseen(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No task may die of an error that nobody awaits."""
+    yield
+    said = [record.getMessage() for when in ("call", "teardown")
+            for record in caplog.get_records(when) if record.levelno >= logging.WARNING]
+    OUTPUT.extend([caplog.text, *said])
+    assert not said
+
+
+# ==================================================================================================
+# 11. Upstream
+# ==================================================================================================
+
+
+def framings(body: bytes, kind: bytes) -> dict[str, Script]:
+    """The ways to send one body."""
+    ok, half = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind, len(body) // 2
+    raw = zlib.compressobj(wbits=-15)
+    by_length = b"%bContent-Length: %d\r\n\r\n%b" % (ok, len(body), body)
+    chunked = ok + b"Transfer-Encoding: chunked\r\n"
+
+    def coded(name: bytes, data: bytes) -> bytes:
+        return b"%bContent-Encoding: %b\r\n\r\n%b%b" % (chunked, name, chunks(data), END)
+
+    return {
+        "length": [by_length],
+        "chunked": [chunked + b"\r\n" + chunks(body) + END],
+        "chunks of one byte": [chunked + b"\r\n" + chunks(
+            *(body[at:at + 1] for at in range(len(body)))) + END],
+        "extensions and trailers": [
+            chunked + b"Trailer: x\r\n\r\n%X;a=b;c=\"d\"\r\n%b\r\n00%x ; e\r\n%b\r\n0\r\nx: y\r\n"
+            b"\r\n" % (half, body[:half], len(body) - half, body[half:])],
+        "until close": [ok + b"\r\n" + body, CLOSE],
+        "HTTP/1.0": [ok.replace(b"1.1", b"1.0", 1) + b"\r\n" + body, CLOSE],
+        "HTTP/1.0 with a length": [by_length.replace(b"1.1", b"1.0", 1)],
+        "interim answers first": [b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n"
+                                  b"Link: </x>\r\n\r\n" + by_length],
+        "no reason, odd fields": [by_length.replace(b"200 OK", b"200", 1).replace(
+            b"Content-Length: ", b"cOnTeNt-LeNgTh:\t ", 1)],
+        "gzip": [coded(b"gzip", gzip.compress(body))],
+        "gzip members": [coded(b"gzip", gzip.compress(body[:half]) + gzip.compress(body[half:]))],
+        "deflate": [coded(b"deflate", zlib.compress(body))],
+        "raw deflate": [coded(b"Deflate", raw.compress(body) + raw.flush())],
+    }
+
+
+@pytest.mark.parametrize("name", framings(b"", b""))
+@pytest.mark.parametrize("send", [bytes, drip])
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_framing_brings_the_same_body(gate_for: Any, name: str, send: Any,
+                                            stream: bool) -> None:
+    body, kind = (STREAMED, b"text/event-stream") if stream else (REPLY, b"application/json")
+    script = framings(body, kind)[name]
+    gate = gate_for([READ, send(script[0]), *script[1:]])
+    answer = gate.call(chat(stream, stream_options={"include_usage": True}))
+    assert (answer.status, answer.body) == (200, body)
+    assert "content-encoding" not in answer.headers and "trailer" not in answer.headers
+
+
+@pytest.mark.parametrize("name, connects", [
+    *((name, 1) for name in ("length", "chunked", "extensions and trailers", "gzip",
+                             "interim answers first")),
+    ("until close", 3), ("HTTP/1.0", 3), ("HTTP/1.0 with a length", 3),
+])
+@pytest.mark.parametrize("stream", [False, True])
+def test_connections_are_reused_after_a_clean_answer(gate_for: Any, name: str, connects: int,
+                                                     stream: bool) -> None:
+    body, kind = (STREAMED, b"text/event-stream") if stream else (REPLY, b"application/json")
+    gate = gate_for([READ, *framings(body, kind)[name]] * 3)
+    for _ in range(3):
+        assert gate.call(chat(stream)).status == 200
+        gate.access()
+    assert gate.upstream.connects == connects
+
+
+@pytest.mark.parametrize("answer", [
+    reply(REPLY, "Connection: close"), reply(REPLY, "connection: Keep-Alive, CLOSE"),
+    reply() + b"x", streamed(STREAMED) + b"HTTP/1.1 200 OK\r\n\r\n",
+    streamed(FIRST, event({"error": {"message": "no"}})),
+    reply().replace(b"-Length: ", b"-Length: +"),
+], ids=range(6))
+def test_connections_in_doubt_are_not_reused(gate_for: Any, answer: bytes) -> None:
+    gate = gate_for([READ, answer], always(reply()))
+    gate.call(chat(b"event-stream" in answer))
+    assert gate.call(chat()).body == REPLY
+    gate.upstream.left.get(timeout=WAIT)
+
+
+def test_a_stream_that_is_whole_before_its_last_chunk_ends_at_once(gate_for: Any) -> None:
+    gate = gate_for([READ, STREAM_HEAD + chunks(STREAMED), GO, END, *always(reply())])
+    assert gate.call(chat(True)).body == STREAMED
+    gate.upstream.go.release()
+    gate.settle()
+    assert gate.call(chat()).body == REPLY
+    assert gate.upstream.connects == 1
+
+
+def test_a_last_chunk_that_never_comes_is_not_waited_for(gate_for: Any) -> None:
+    gate = gate_for([READ, STREAM_HEAD + chunks(STREAMED)])
+    assert gate.call(chat(True)).body == STREAMED
+    gate.later(2)
+    gate.upstream.left.get(timeout=WAIT)
+
+
+def test_idle_connections_are_closed_in_time(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    gate.call(chat())
+    gate.later(56)
+    gate.upstream.left.get(timeout=WAIT)
+    assert gate.call(chat()).status == 200
+    assert gate.upstream.connects == 2
+
+
+@pytest.mark.parametrize("end", [CLOSE, RESET, HALF_CLOSE])
+def test_connections_closed_while_idle_are_never_noticed_by_clients(gate_for: Any,
+                                                                    end: Step) -> None:
+    gate = gate_for([READ, reply(), end])
+    client = gate.client()
+    for _ in range(60):
+        assert client.send(request(chat())).answer().body == REPLY
+    assert gate.upstream.requests.qsize() == 60
+
+
+def test_what_comes_unasked_on_an_idle_connection_spoils_it(gate_for: Any) -> None:
+    unasked = reply(b'{"not": "asked"}')
+    gate = gate_for([READ, reply(), GO, unasked, TELL, *always(reply())], always(reply()))
+    gate.call(chat())
+    gate.upstream.go.release()
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    gate.settle()
+    assert gate.call(chat()).body == REPLY
+    assert gate.upstream.connects == 2
+
+
+@pytest.mark.parametrize("end", [CLOSE, RESET])
+def test_a_reused_connection_that_dies_at_once_is_replaced(gate_for: Any, end: Step) -> None:
+    gate = gate_for([READ, reply(), READ, end], always(reply()))
+    assert [gate.call(chat()).status, gate.call(chat()).status] == [200, 200]
+    assert (gate.upstream.connects, gate.upstream.requests.qsize()) == (2, 3)
+    gate.access()
+    gate.access()
+    assert gate.total("llm_provider_errors_total") == 0
+
+
+@pytest.mark.parametrize("then, wait, sent", [
+    ([CLOSE], 0, 3),  # replaced once, and no more: the next one closes too
+    ([GO, CLOSE], 1.1, 2), ([GO, RESET], 1.1, 2),  # it had the time to act
+    ([b"H", CLOSE], 0, 2), ([b"HTTP/1.1 100 Continue\r\n\r\n", CLOSE], 0, 2),  # it acted
+])
+def test_no_request_is_sent_again_that_may_have_been_acted_on(gate_for: Any, then: Script,
+                                                              wait: float, sent: int) -> None:
+    gate = gate_for([READ, reply(), READ, *then], [READ, CLOSE], always(reply()))
+    assert gate.call(chat()).status == 200
+    client = gate.client().send(request(chat()))
+    for _ in range(2):
+        gate.upstream.requests.get(timeout=WAIT)
+    gate.later(wait)
+    gate.upstream.go.release()
+    assert client.answer().status == 502
+    assert gate.upstream.requests.qsize() == sent - 2
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+BOMB = gzip.compress(bytes(40 << 20))
+
+# What a provider does instead of a good plain answer, and how that may be labelled.
+BREAKS: dict[str, tuple[Script, str]] = {
+    "closed unanswered": ([CLOSE], "request_error"),
+    "reset unanswered": ([RESET], "request_error"),
+    "closed in the head": ([b"HTTP/1.1 200 OK\r\nContent-Le", CLOSE], "request_error"),
+    "reset in the head": ([b"HTTP/1.1 200 OK\r\nContent-Le", GO, RESET], "request_error"),
+    "closed after an interim head": ([b"HTTP/1.1 103 Early Hints\r\n\r\n", CLOSE],
+                                     "request_error"),
+    "no HTTP": ([b"\x15\x03\x01\x00\x02\x02\x46\r\n\r\n"], "bad_answer"),
+    "HTTP/2": ([b"HTTP/2 200\r\ncontent-length: 0\r\n\r\n"], "bad_answer"),
+    "a bad field": ([OK + b"Bad Field: x\r\n\r\n"], "bad_answer"),
+    "a folded field": ([OK + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n"], "bad_answer"),
+    "an endless head": ([OK + b"x: " + b"y" * (70 << 10)], "bad_answer"),
+    "switched protocols": ([b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"],
+                           "bad_answer"),
+    "both lengths": ([OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+                      + chunks(b"{}") + END], "bad_answer"),
+    "two lengths": ([OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} "], "bad_answer"),
+    "a signed length": ([OK + b"Content-Length: +2\r\n\r\n{}"], "bad_answer"),
+    "a listed length": ([OK + b"Content-Length: 2, 3\r\n\r\n{} "], "bad_answer"),
+    "an unknown transfer coding": ([OK + b"Transfer-Encoding: gzip\r\n\r\n{}", CLOSE],
+                                   "bad_answer"),
+    "a chunked HTTP/1.0": ([CHUNKED.replace(b"1.1", b"1.0", 1) + chunks(b"{}") + END],
+                           "bad_answer"),
+    "an unknown content coding": ([reply(b"{}", "Content-Encoding: br")], "bad_answer"),
+    "gzip that is none": ([reply(b"{}", "Content-Encoding: gzip")], "bad_answer"),
+    "gzip that is cut": ([reply(gzip.compress(REPLY)[:-9], "Content-Encoding: gzip")],
+                         "bad_answer"),
+    "a gzip bomb": ([reply(BOMB, "Content-Encoding: gzip")], "bad_answer"),
+    "a cut length": ([reply()[:-1], CLOSE], "request_error bad_answer"),
+    "a reset body": ([reply()[:-1], GO, RESET], "request_error bad_answer"),
+    "cut chunks": ([CHUNKED + chunks(REPLY), CLOSE], "request_error bad_answer"),
+    "cut trailers": ([CHUNKED + chunks(REPLY) + b"0\r\nx: y\r\n", CLOSE],
+                     "request_error bad_answer"),
+    "a chunk too long": ([CHUNKED + b"2\r\n{}}\r\n"], "bad_answer"),
+    "a huge chunk": ([CHUNKED + b"80000000\r\n"], "bad_answer"),
+    "endless extensions": ([CHUNKED + b"2;" + b"x" * (20 << 10)], "bad_answer"),
+    "endless trailers": ([CHUNKED + b"0\r\n" + b"x: y\r\n" * 9000], "bad_answer"),
+    "a cut close-delimited body": ([OK + b"\r\n" + REPLY[:-1], CLOSE],
+                                   "request_error bad_answer"),
+    "no JSON": ([reply(b"{oops}")], "bad_answer"),
+    "JSON, but a list": ([reply(b"[1]")], "bad_answer"),
+    "JSON with no end of brackets": ([reply(b"[" * 100_000)], "bad_answer"),
+    "nothing": ([reply(b"")], "bad_answer"),
+    "no content": ([b"HTTP/1.1 204 No Content\r\n\r\n"], "bad_answer"),
+    "another success": ([reply(status="201 Created")], "bad_answer"),
+    "not modified": ([b"HTTP/1.1 304 Not Modified\r\n\r\n"], "bad_answer"),
+    "too much by length": ([reply(bytes(70_000))], "bad_answer"),
+    "too much by chunks": ([CHUNKED + chunks(bytes(70_000)), GO], "bad_answer"),
+    **{f"a redirect, {status}": ([reply(b"{}", "Location: http://127.0.0.1:9/v1", status=status)],
+                                 "bad_answer") for status in
+       ("301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent")},
+}
+
+
+def test_a_provider_that_is_not_there(gate_for: Any) -> None:
+    gate = gate_for()
+    gate.upstream.close()
+    answer = gate.call(chat())
+    assert (answer.status, answer.error["type"]) == (502, "upstream_unreachable")
+    assert "ConnectionRefused" in gate.access()["error"]
+    assert gate.total("llm_provider_errors_total", error_type="request_error") == 1
+
+
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_provider_that_breaks_before_its_answer_is_usable(gate_for: Any, name: str,
+                                                            stream: bool) -> None:
+    script, labels = BREAKS[name]
+    gate = gate_for([READ, *script], limits={"answer": 60_000, "event": 60_000})
+    client = gate.client().send(request(chat(stream)))
+    if GO in script:
+        gate.upstream.requests.get(timeout=WAIT)
+        gate.settle()
+        gate.upstream.go.release()
+    answer = client.answer()
+    assert (answer.status, answer.error["message"] != "") == (502, True)
+    assert PROVIDER_KEY not in str(answer) and answer.headers["content-type"] == "application/json"
+    line = gate.access()
+    assert line["status"] == "502" and line["error"]
+    assert gate.total("llm_requests_total", status="502") == gate.total("llm_requests_total") == 1
+    errors = gate.series("llm_provider_errors_total", provider="openai")
+    assert sum(errors.values()) == 1
+    if not stream:  # a stream may break at another point
+        assert line["usage"] == "none"
+        assert [label for label in labels.split() if f'error_type="{label}"' in str(errors)]
+    assert gate.upstream.connects == 1
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+STREAM_BREAKS: dict[str, Script] = {
+    "closed": [CLOSE],
+    "reset": [RESET],
+    "ended without [DONE]": [chunks(LAST) + END],
+    "closed after the last event": [chunks(LAST), CLOSE],
+    "ended in an event": [chunks(delta()[:-3]) + END],
+    "closed in [DONE]": [chunks(b"data: [DON"), CLOSE],
+    "a bad chunk": [b"zz\r\n"],
+    "an event that is too large": [chunks(*[b"data: " + bytes(30_000)] * 3)],
+    "an error": [chunks(event({"error": {"message": "Overloaded", "type": "server_error"}}))],
+    "an error, then the end": [chunks(event({"error": {"message": "no"}}), FINAL) + END],
+}
+
+
+@pytest.mark.parametrize("name", STREAM_BREAKS)
+def test_a_stream_that_breaks_ends_in_an_error(gate_for: Any, name: str) -> None:
+    gate = gate_for([READ, STREAM_HEAD + chunks(FIRST, delta()), GO, *STREAM_BREAKS[name]],
+                    limits={"event": 60_000})
+    client = gate.client().send(request(chat(True)))
+    assert client.head()[0] == 200
+    assert client.chunk() == FIRST + delta()
+    gate.upstream.go.release()
+    answer = Answer(200, [], b"".join(iter(client.chunk, b"")))
+    OUTPUT.append(str(answer.events[-1]))
+    errors = [event["error"] for event in answer.events if event != b"[DONE]" and "error" in event]
+    assert len(errors) == 1 and errors[0]["message"]
+    assert "error" in answer.events[-1]  # nor [DONE] after it
+    line = gate.access()
+    assert line["status"] in ("500", "502") and line["usage"] == "estimated"
+    assert gate.total("llm_requests_total", status=line["status"]) == 1
+    assert gate.total("llm_provider_errors_total", provider="openai") == 1
+    if CLOSE not in STREAM_BREAKS[name] and RESET not in STREAM_BREAKS[name]:
+        gate.upstream.left.get(timeout=WAIT)
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+OPEN_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize("tail", [b"", FINAL])
+def test_a_close_delimited_stream_is_whole_with_its_last_event(gate_for: Any, tail: bytes) -> None:
+    gate = gate_for([READ, OPEN_HEAD + FIRST + delta() + LAST + tail, CLOSE])
+    answer = gate.call(chat(True))
+    assert (answer.events[-1] == b"[DONE]") == bool(tail)
+    assert b'"error"' in answer.body or tail
+
+
+def test_a_stream_may_end_without_done_where_the_config_says_so(gate_for: Any) -> None:
+    gate = gate_for([READ, streamed(FIRST, delta(), LAST), READ, streamed(FIRST, delta())],
+                    provider={"done": False})
+    assert gate.call(chat(True)).body == FIRST + delta() + LAST
+    assert "error" in gate.call(chat(True)).events[-1]
+
+
+# ---- deadlines, by a clock that is put forward ----
+
+PING, CREATED = b": ping\n\n", STREAM_HEAD + chunks(FIRST)
+DEADLINES: dict[str, tuple[bool, dict[str, float], Script, list[float], str]] = {
+    # name: (stream, timeouts, script, seconds that pass before each GO, the deadline that ends it)
+    "a plain answer that never comes": (False, {}, [], [601], "total"),
+    "a stream that never comes": (True, {}, [], [601], "first_token"),
+    "only a head": (True, {}, [STREAM_HEAD], [601], "first_token"),
+    "pings and a role, no token": (True, {}, [STREAM_HEAD + chunks(PING), GO, chunks(FIRST), GO],
+                                   [400, 201], "first_token"),
+    "a stream that stalls": (True, {}, [CREATED + chunks(delta())], [301], "idle"),
+    "a stream that stalls in an event": (True, {}, [CREATED + chunks(delta(), delta()[:9])], [301],
+                                         "idle"),
+    "a plain answer that stalls": (False, {}, [reply()[:-1]], [301], "idle"),
+    "an interim answer, then nothing": (False, {}, [b"HTTP/1.1 100 Continue\r\n\r\n"], [601],
+                                        "total"),
+    "a plain answer that drips": (False, {}, [reply()[:-3], GO, b"\n", GO, b"}"],
+                                  [250, 250, 101], "total"),
+    "a stream that drips": (True, {}, [CREATED + chunks(delta())] + [GO, chunks(delta())] * 4
+                            + [GO, chunks(FINAL) + END], [250] * 5, ""),
+    "a total of its own": (True, {"total": 500},
+                           [CREATED + chunks(delta())] + [GO, chunks(delta())] * 2, [250, 251],
+                           "total"),
+    "a first token that takes its time": (True, {}, [GO, streamed(STREAMED)], [599], ""),
+    "shorter ones": (True, {"first_token": 3}, [], [4], "first_token"),
+}
+
+
+@pytest.mark.parametrize("name", DEADLINES)
+def test_a_deadline_ends_what_takes_too_long_and_nothing_else(gate_for: Any, name: str) -> None:
+    stream, timeouts, script, passing, late = DEADLINES[name]
+    gate = gate_for([READ, *(step for s in script for step in
+                             ([s, TELL] if isinstance(s, bytes) else [s]))], timeouts=timeouts)
+    client = gate.client().send(request(chat(stream)))
+    gate.upstream.requests.get(timeout=WAIT)
+    for seconds in passing:
+        if script and script[0] is not GO:
+            assert gate.upstream.told.acquire(timeout=WAIT)
+        gate.later(seconds)
+        gate.upstream.go.release()
+    answer = client.answer()
+    if not late:
+        assert (answer.status, answer.events[-1]) == (200, b"[DONE]")
+        return
+    error = answer.error if answer.status == 504 else answer.events[-1]["error"]
+    assert late in error["message"] + error["code"] and error["type"] == "timeout"
+    assert answer.status == 504 or b"[DONE]" not in answer.body
+    assert gate.access()["status"] == "504"
+    assert gate.total("llm_provider_errors_total", error_type="timeout") == 1
+    gate.upstream.left.get(timeout=1)
+
+
+def test_a_deadline_is_met_within_a_second(gate_for: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gateway, "SWEEP_SECONDS", SWEEP_SECONDS)
+    gate = gate_for([READ, CREATED + chunks(delta())], timeouts={"idle": 0.3})
+    client = gate.client().send(request(chat(True)))
+    client.head()
+    assert client.chunk()
+    started = time.monotonic()
+    assert b"timeouts.idle" in client.chunk()
+    assert 0.2 < time.monotonic() - started < 1.3
+
+
+def test_a_provider_and_an_alias_have_deadlines_of_their_own(gate_for: Any) -> None:
+    gate = gate_for([READ], timeouts={"first_token": 1000, "total": 2000}, models={
+        "house": {"provider": "openai", "timeouts": {"first_token": 5}}})
+    client = gate.client().send(request(chat(True)))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(6)
+    assert client.answer().status == 504
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_a_provider_that_does_not_accept(gate_for: Any, scheme: str) -> None:
+    """TLS counts as part of the connecting; a full backlog leaves SYNs unanswered."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        address = silent.getsockname()
+        fillers = [socket.socket() for _ in range(4 if scheme == "http" else 0)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        gate = gate_for(timeouts={"connect": 0.2}, providers={"openai": {
+            "api_key": PROVIDER_KEY, "base_url": f"{scheme}://127.0.0.1:{address[1]}/v1"}})
+        answer = gate.call(chat())
+        for filler in fillers:
+            filler.close()
+    assert (answer.status, answer.error["code"]) == (504, "connect_timeout")
+    assert "connect" in answer.error["message"]
+    assert gate.total("llm_provider_errors_total", error_type="timeout") == 1
+
+
+@pytest.mark.parametrize("step", [86400.0, -86400.0, 1.0])
+def test_a_step_of_the_wall_clock_changes_no_deadline(gate_for: Any, step: float) -> None:
+    gate = gate_for([READ, CREATED + chunks(delta()), GO, chunks(FINAL) + END])
+    client = gate.client().send(request(chat(True)))
+    client.head()
+    assert client.chunk()
+    gate.wall_skew += step
+    gate.later(1)
+    gate.upstream.go.release()
+    assert client.chunk() and client.chunk() == b""
+    assert float(gate.access()["duration_ms"]) < 5000
+
+
+# ---- slow readers ----
+
+LARGE = delta("x" * (6 << 20))  # no buffer takes it at once
+FLOOD = chunks(delta("x" * 1000)) * 50
+
+
+def flood(megabytes: int) -> Step:
+    """Sends so much of a stream, and tells when it is stuck or done."""
+    def step(wire: Wire) -> None:
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+        for _ in range((megabytes << 20) // len(FLOOD)):
+            wire.sock.settimeout(0.3)
+            left = memoryview(FLOOD)
+            while left:
+                try:
+                    left = left[wire.sock.send(left):]
+                except socket.timeout:
+                    wire.sock.settimeout(None)
+                    TELL(wire)
+        wire.sock.settimeout(None)
+        TELL(wire)
+    return step
+
+
+@pytest.mark.parametrize("first", [FIRST, LARGE], ids=["small", "large"])
+def test_readers_that_stall_cost_little(gate_for: Any, first: bytes) -> None:
+    """A first event that is larger than all buffers must not open the flood-gates either."""
+    gate = gate_for([READ, STREAM_HEAD + chunks(first), flood(50)])
+    count = 10 if first == FIRST else 1
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            gate.client(4096).send(request(chat(True)))
+        for _ in range(count):
+            assert gate.upstream.told.acquire(timeout=2 * WAIT)
+        gate.settle()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < count * (512 << 10) + 2 * len(first) + (1 << 20)
+
+
+def stalled(gate: Gate, client: Client) -> None:
+    """Sends a streamed request and waits until nothing moves."""
+    client.send(request(chat(True)))
+    assert gate.upstream.told.acquire(timeout=2 * WAIT)
+    gate.settle()
+
+
+def test_a_slow_reader_is_no_fault_of_the_providers(gate_for: Any) -> None:
+    """While the client takes its time, the provider's deadline must not run."""
+    gate = gate_for([READ, STREAM_HEAD, flood(12), chunks(FINAL) + END],
+                    timeouts={"write": 10_000})
+    client = gate.client(4096)
+    stalled(gate, client)
+    gate.later(400)
+    gate.later(1)
+    assert client.answer().events[-1] == b"[DONE]"
+    assert gate.access()["status"] == "200"
+
+
+@pytest.mark.parametrize("script", [[flood(8), TELL], [GO, chunks(LARGE), TELL]],
+                         ids=["more to come", "no more to come"])
+@pytest.mark.parametrize("timeouts, late", [({}, "idle"), ({"total": 300}, "total")])
+def test_a_deadline_counts_again_when_the_reader_has_caught_up(gate_for: Any, timeouts: Any,
+                                                               script: Script, late: str) -> None:
+    gate = gate_for([READ, CREATED, *script], timeouts={"write": 10_000, **timeouts})
+    client = gate.client(4096)
+    gate.upstream.go.release()
+    stalled(gate, client)
+    client.head()
+    gate.later(1)
+    size = 0
+    while size < 6 << 20:
+        size += len(client.chunk())
+    while gate.upstream.told.acquire(timeout=0.3):
+        pass
+    gate.later(301)
+    rest = b"".join(iter(client.chunk, b""))
+    assert b"timeouts.%b" % late.encode() in rest
+    assert gate.access()["status"] == "504"
+
+
+def test_a_total_that_passes_while_the_reader_stalls_is_told(gate_for: Any) -> None:
+    gate = gate_for([READ, CREATED, GO, chunks(LARGE), TELL],
+                    timeouts={"write": 10_000, "total": 300})
+    client = gate.client(4096)
+    gate.upstream.go.release()
+    stalled(gate, client)
+    gate.later(301)
+    assert "timeouts.total" in client.answer().events[-1]["error"]["message"]
+
+
+def test_unfinished_events_are_bounded_together(gate_for: Any) -> None:
+    gate = gate_for([READ, CREATED + chunks(b"data: " + bytes(70_000)), TELL],
+                    limits={"events": 100_000})
+    clients = [gate.client().send(request(chat(True))) for _ in range(2)]
+    for _ in clients:
+        assert gate.upstream.told.acquire(timeout=WAIT)
+    assert gate.access()["status"] in ("502", "503")
+
+
+# ---- clients that leave ----
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["waiting", "streaming"])
+@pytest.mark.parametrize("leave", [
+    Client.close, Client.reset, lambda client: client.sock.shutdown(socket.SHUT_WR),
+], ids=["close", "reset", "half-close"])
+def test_a_client_that_leaves_cancels_its_request(gate_for: Any, leave: Any,
+                                                  streaming: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gateway, "SWEEP_SECONDS", SWEEP_SECONDS)
+    gate = gate_for([READ, *([CREATED + chunks(delta())] if streaming else [])])
+    client = gate.client().send(request(chat(True)))
+    if streaming:
+        client.head()
+        assert client.chunk()
+    gate.upstream.requests.get(timeout=WAIT)
+    assert gate.total("llm_requests_in_flight") == 1
+    leave(client)
+    gate.upstream.left.get(timeout=1)
+    line = gate.access()
+    assert (line["status"], line["usage"]) == ("499", "estimated" if streaming else "none")
+    assert gate.total("llm_requests_total", status="499", virtual_key="chatbot") == 1
+    assert gate.total("llm_requests_in_flight") == gate.total("llm_provider_errors_total") == 0
+
+
+def test_a_client_that_leaves_a_plain_request_cancels_it(gate_for: Any) -> None:
+    gate = gate_for([READ, reply()[:-1]])
+    client = gate.client().send(request(chat()))
+    gate.upstream.requests.get(timeout=WAIT)
+    client.close()
+    gate.upstream.left.get(timeout=1)
+    assert gate.access()["status"] == "499"
+
+
+def test_a_client_that_leaves_in_its_body_reaches_no_provider(gate_for: Any) -> None:
+    gate = gate_for()
+    gate.client().send(request(chat(), "Content-Length: 999")).close()
+    line = gate.access()
+    assert (line["status"], line["virtual_key"]) == ("499", "chatbot")
+    assert gate.upstream.connects == 0
+
+
+# ---- a thousand ways ----
+
+
+def faults(seed: int) -> Iterator[tuple[bool, Script]]:
+    """Answers cut or garbled at random."""
+    chance = random.Random(seed)
+    bodies = [(body, name) for body in (REPLY, STREAMED) for name in framings(b"", b"")]
+    while True:
+        body, name = chance.choice(bodies)
+        is_stream = body is STREAMED
+        kind = b"text/event-stream" if is_stream else b"application/json"
+        data = bytes(framings(body, kind)[name][0])  # type: ignore[arg-type]
+        at = chance.randrange(len(data) + 1)
+        noise = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 9)))
+        yield is_stream, [READ, *chance.choice([
+            [data[:at]], [data[:at] + noise], [data[:at] + noise + data[at:]],
+            [data[:at] + noise + data[at + len(noise):]], [data[:at], TELL, data[at + 1:]],
+        ]), chance.choice([CLOSE, RESET, HALF_CLOSE])]
+
+
+def test_whatever_a_provider_does_the_client_gets_an_honest_answer(gate_for: Any) -> None:
+    plan = list(itertools.islice(faults(1), 250))
+    current: list[tuple[bool, Script]] = []
+
+    class Plan:
+        """The script of the request that is being made, also for a second connection of its."""
+
+        def __iter__(self) -> Iterator[Step]:
+            return iter(current[0][1])
+
+    gate = gate_for(Plan(), timeouts={"idle": 1, "first_token": 1, "total": 2})
+    client = gate.client()
+    files = gate.total("process_open_fds")
+    for is_stream, script in plan:
+        current[:] = [(is_stream, script)]
+        answer = client.send(request(chat(is_stream))).answer()
+        if answer.status == 200 and is_stream:
+            failed = b'"error"' in answer.data[-1]
+            assert failed != (answer.data[-1] == b"[DONE]"), script
+        elif answer.status == 200:
+            assert isinstance(json.loads(answer.body), dict), script
+        else:
+            assert answer.status >= 400 and json.loads(answer.body)["error"], script
+        assert gate.access()["status"] == str(answer.status) or answer.status == 200
+    assert gate.total("llm_requests_total") == len(plan)
+    assert gate.total("llm_requests_in_flight") == 0
+    eventually(lambda: gate.total("process_open_fds") <= files + 2)
+
+
+# ---- TLS ----
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME.pem and NAME.key of two authorities and of servers: good ones, and bad ones."""
+    folder: Path = tmp_path_factory.mktemp("certificates")
+    new = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+    authority = f"req -x509 {new} -days 9 -addext keyUsage=critical,keyCertSign,digitalSignature"
+
+    def openssl(command: str) -> None:
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+
+    for name in ("ca", "stranger"):
+        openssl(f"{authority} -keyout {name}.key -out {name}.pem -subj /CN={name}")
+    openssl(f"{authority} -keyout self-signed.key -out self-signed.pem -subj /CN=127.0.0.1 "
+            "-addext subjectAltName=IP:127.0.0.1")
+    for name, host, days, ca in (
+            ("good", "IP:127.0.0.1", 9, "ca"), ("expired", "IP:127.0.0.1", -1, "ca"),
+            ("wrong-host", "DNS:other.example", 9, "ca"),
+            ("unknown", "IP:127.0.0.1", 9, "stranger")):
+        (folder / "ext").write_text(f"subjectAltName={host}\nauthorityKeyIdentifier=keyid\n")
+        openssl(f"req {new} -keyout {name}.key -out {name}.csr -subj /CN=server")
+        openssl(f"x509 -req -in {name}.csr -CA {ca}.pem -CAkey {ca}.key -CAcreateserial "
+                f"-days {days} -extfile ext -out {name}.pem")
+    return folder
+
+
+@pytest.fixture
+def tls_gate_for(gate_for: Any, certificates: Path, monkeypatch: Any) -> Callable[..., Gate]:
+    """Starts gateways that trust one authority, in front of a provider with that certificate."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+
+    def start(name: str, *scripts: Script, old: bool = False) -> Gate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+        if old:
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+        return gate_for(*scripts, tls=context)  # type: ignore[no-any-return]
+
+    return start
+
+
+def test_tls_is_spoken_and_kept_alive(tls_gate_for: Any) -> None:
+    gate = tls_gate_for("good", [READ, reply(), READ, streamed(STREAMED), READ, reply()])
+    assert gate.call(chat()).body == REPLY
+    assert gate.call(chat(True)).body == STREAMED
+    assert gate.call(chat()).body == REPLY
+    assert gate.upstream.connects == 1
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("expired", "certificate has expired"), ("wrong-host", "IP address mismatch"),
+    ("self-signed", "self[- ]signed certificate"), ("unknown", "unable to get local issuer"),
+])
+def test_a_certificate_in_doubt_is_refused_with_the_reason(tls_gate_for: Any, name: str,
+                                                           reason: str) -> None:
+    gate = tls_gate_for(name, [READ, reply()])
+    answer = gate.call(chat())
+    assert (answer.status, answer.error["type"]) == (502, "upstream_unreachable")
+    assert re.search(reason, gate.access()["error"])
+    assert not re.search(reason, answer.error["message"])
+    assert gate.upstream.requests.empty()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_old_tls_is_refused(tls_gate_for: Any) -> None:
+    gate = tls_gate_for("good", [READ, reply()], old=True)
+    assert gate.call(chat()).status == 502
+    assert re.search("(?i)protocol", gate.access()["error"])
+
+
+def test_a_tls_stream_that_is_truncated_is_an_error(tls_gate_for: Any) -> None:
+    gate = tls_gate_for("good", [READ, OPEN_HEAD + FIRST + delta(), CLOSE],
+                        [READ, OPEN_HEAD + STREAMED, CLOSE])
+    assert "error" in gate.call(chat(True)).events[-1]
+    assert gate.call(chat(True)).body == STREAMED
+
+
+# ==================================================================================================
+# 12. Gateway
+# ==================================================================================================
+
+# ---- bytes pass ----
+
+ODD = (b'{ "messages":[{"role":"user","content":"\\u00e9\\ud83d\\ude00 \xc3\xa9 ' + PROMPT.encode()
+       + b'"}],\n"temperature" :0.30, "new_field":{"a":1,"a":2, "n":1e2},"model":\t"%b" ,'
+       b'"stream":false,"top_p":1.0}\n')
+
+
+@pytest.mark.parametrize("model, sent", [
+    (b"gpt-real", b"gpt-real"), (b"house", b"gpt-real"), (b"openai/gpt-x", b"gpt-x"),
+    (b"h\\u006fuse", b"gpt-real"),
+])
+def test_a_body_passes_but_for_the_model(gate_for: Any, model: bytes, sent: bytes) -> None:
+    odd = ODD.replace(b"%b", b"%s")
+    gate = gate_for(always(reply(ODD)))
+    answer = gate.call(odd.replace(b"%s", model))
+    assert gate.upstream.requests.get().body == odd.replace(b"%s", sent)
+    assert answer.body == ODD
+
+
+def joined(fields: Iterable[Iterable[str]]) -> dict[str, str]:
+    """Fields by name, repeated ones joined as any hop may (RFC 9110, section 5.3)."""
+    by_name: dict[str, list[str]] = {}
+    for name, value in fields:
+        by_name.setdefault(name, []).append(value)
+    return {name: ", ".join(values) for name, values in by_name.items()}
+
+
+def test_fields_of_a_request_pass_but_for_what_is_ours(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), provider={"headers": {"X-Team": "ours"}})
+    kept = ["user-agent: sdk/1", "openai-beta: x=1", "idempotency-key: k", "x-stainless-os: L",
+            "x-twice: a", "x-twice: b", "traceparent: 00-1", "accept: */*"]
+    dropped = ["cookie: c", "x-api-key: " + NARROW_KEY, "api-key: x", "x-goog-api-key: x",
+               "openai-organization: o", "openai-project: p", "accept-encoding: gzip, br",
+               "origin: http://o", "sec-fetch-mode: cors", "forwarded: for=1", "x-forwarded-for: 1",
+               "x-gateway-note: n", "connection: x-mine, keep-alive", "x-mine: 1", "te: trailers",
+               "keep-alive: 5", "proxy-authorization: Basic x", "x-team: theirs",
+               "content-type: application/json; charset=utf-8"]
+    body = chat(model="gpt-real")
+    gate.call(body, *kept, *dropped)
+    sent = gate.upstream.requests.get()
+    assert sent.line == "POST /v1/chat/completions HTTP/1.1"
+    assert joined(sent.fields) == joined([
+        *(field.split(": ") for field in kept), ("x-team", "ours"),
+        ("host", f"127.0.0.1:{gate.upstream.port}"), ("authorization", f"Bearer {PROVIDER_KEY}"),
+        ("accept-encoding", "identity"), ("content-type", "application/json"),
+        ("content-length", str(len(body)))])
+
+
+def test_fields_of_an_answer_come_back_but_for_what_is_the_hops(gate_for: Any) -> None:
+    kept = ["openai-processing-ms: 7", "x-ratelimit-remaining-tokens: 9", "x-twice: a",
+            "x-twice: b", "x-latin: caf\xe9"]
+    dropped = ["set-cookie: c=1", "alt-svc: h3", "server: theirs", "date: yesterday",
+               "keep-alive: timeout=5", "connection: x-mine", "x-mine: 1", "x-gateway-id: forged"]
+    answer = reply().replace(b"\r\n", b"\r\n" + "".join(
+        f"{field}\r\n" for field in kept + dropped).encode("latin-1"), 1)
+    gate = gate_for(always(answer))
+    fields = joined(gate.call(chat()).fields)
+    ours = {name: fields.pop(name) for name in ("date", "x-gateway-id", "x-request-id")}
+    assert fields == joined([*(field.split(": ") for field in kept),
+                             ("content-type", "application/json"),
+                             ("content-length", str(len(REPLY)))])
+    assert ours["date"] != "yesterday" and ours["x-gateway-id"] != "forged"
+
+
+@pytest.mark.parametrize("theirs, logged", [
+    (["x-request-id: req-1"], "req-1"), (["request-id: req-2"], "req-2"), ([], None),
+    (["x-request-id: " + "r" * 3000], "r" * 128 + "..."),
+])
+def test_ids_of_ours_and_theirs(gate_for: Any, theirs: list[str], logged: str | None) -> None:
+    gate = gate_for(always(reply(REPLY, *theirs)))
+    headers, line = gate.call(chat()).headers, gate.access()
+    assert headers["x-gateway-id"] == line["request_id"]
+    assert line.get("upstream_request_id") == logged
+    assert headers["x-request-id"] == (logged or line["request_id"])
+    refused = gate.call(b"{").headers
+    assert refused["x-request-id"] == refused["x-gateway-id"] == gate.access()["request_id"]
+    assert refused["x-gateway-id"] != headers["x-gateway-id"]
+
+
+# ---- the usage chunk ----
+
+HIDDEN = (FIRST + delta() + LAST, USAGE_CHUNK, FINAL)
+
+
+@pytest.mark.parametrize("options, asked_of_provider, seen", [
+    ({}, {"include_usage": True}, False),
+    ({"stream_options": None}, {"include_usage": True}, False),
+    ({"stream_options": {"include_usage": False, "include_obfuscation": False}},
+     {"include_usage": True, "include_obfuscation": False}, False),
+    ({"stream_options": {"include_usage": True, "x": 1}}, {"include_usage": True, "x": 1}, True),
+])
+def test_usage_is_asked_for_and_its_chunk_taken_out(gate_for: Any, options: Any, seen: bool,
+                                                    asked_of_provider: Any) -> None:
+    gate = gate_for(always(streamed(*HIDDEN)))
+    answer = gate.call(chat(True, **options))
+    assert json.loads(gate.upstream.requests.get().body)["stream_options"] == asked_of_provider
+    assert answer.body == b"".join(HIDDEN if seen else HIDDEN[::2])
+    line = gate.access()
+    assert (line["prompt_tokens"], line["completion_tokens"]) == ("1000", "200")
+    assert line["usage"] == "reported"
+
+
+def test_a_plain_request_asks_for_nothing_more(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    body = chat(model="gpt-real")
+    gate.call(body)
+    assert gate.upstream.requests.get().body == body
+
+
+MODERATED = event({"choices": [], "usage": USAGE, "moderation": {"flagged": False}})
+FILTERED = event({"choices": [], "prompt_filter_results": [{"note": '"usage":{'}]})
+BESIDE = event({"choices": [{"index": 0, "delta": {"content": "x"}}], "usage": USAGE})
+CRLF_USAGE = USAGE_CHUNK.replace(b"\n", b"\r\n")
+SPACED_USAGE = USAGE_CHUNK.replace(b'"usage": {', b'"usage" :\t{').replace(b": []", b":[ ]")
+USAGE_STREAMS: dict[str, tuple[list[bytes], list[bytes]]] = {
+    # name: (what the provider sends, what of it a client sees that asked for no usage)
+    "plain": ([FIRST, delta(), LAST, USAGE_CHUNK, FINAL], [FIRST, delta(), LAST, FINAL]),
+    "CRLF": ([FIRST.replace(b"\n", b"\r\n"), CRLF_USAGE, FINAL.replace(b"\n", b"\r\n")],
+             [FIRST.replace(b"\n", b"\r\n"), FINAL.replace(b"\n", b"\r\n")]),
+    "moderated": ([FIRST, LAST, MODERATED, FINAL], [FIRST, LAST, MODERATED, FINAL]),
+    "moderated and counted": ([FIRST, LAST, MODERATED, USAGE_CHUNK, FINAL],
+                              [FIRST, LAST, MODERATED, FINAL]),
+    "filtered": ([FILTERED, FIRST, LAST, USAGE_CHUNK, FINAL], [FILTERED, FIRST, LAST, FINAL]),
+    "not the last": ([FIRST, USAGE_CHUNK, LAST, FINAL], [FIRST, USAGE_CHUNK, LAST, FINAL]),
+    "twice": ([FIRST, USAGE_CHUNK, delta(), USAGE_CHUNK, FINAL],
+              [FIRST, USAGE_CHUNK, delta(), FINAL]),
+    "beside a choice": ([FIRST, BESIDE, FINAL], [FIRST, BESIDE, FINAL]),
+    "odd spaces": ([FIRST, LAST, SPACED_USAGE, FINAL], [FIRST, LAST, FINAL]),
+    "a comment before the end": ([FIRST, USAGE_CHUNK, PING, FINAL], [FIRST, PING, FINAL]),
+    "after the end": ([FIRST, LAST, FINAL, USAGE_CHUNK], [FIRST, LAST, FINAL]),
+    "words in a text": ([FIRST, delta('"usage": {"error": [DONE] data: [DONE]'), LAST, FINAL],
+                        [FIRST, delta('"usage": {"error": [DONE] data: [DONE]'), LAST, FINAL]),
+}
+
+
+@pytest.mark.parametrize("name", USAGE_STREAMS)
+def test_every_cut_of_a_stream_looks_the_same(gate_for: Any, name: str) -> None:
+    sent, seen = (b"".join(events) for events in USAGE_STREAMS[name])
+
+    def cut(at: int) -> Step:
+        def step(wire: Wire) -> None:
+            wire.sock.sendall(STREAM_HEAD + chunks(*([sent[:at]] if at else [])))
+            wire.upstream.settle()
+            wire.sock.sendall(chunks(sent[at:]) + END)
+        return step
+
+    gate = gate_for([step for at in range(len(sent)) for step in (READ, cut(at))])
+    client, lines = gate.client(), []
+    for at in range(len(sent)):
+        answer = client.send(request(chat(True))).answer()
+        assert (answer.status, answer.body) == (200, seen), at
+        lines.append(gate.access())
+    assert len({(line["usage"], line["prompt_tokens"]) for line in lines}) == 1
+    assert gate.upstream.connects == 1 or name == "after the end"
+
+
+def test_events_go_out_as_soon_as_they_are_whole(gate_for: Any) -> None:
+    gate = gate_for([READ, STREAM_HEAD + chunks(FIRST), GO,
+                     chunks(delta("a") + delta("b")[:-1]), GO, chunks(b"\n"), GO,
+                     chunks(USAGE_CHUNK), TELL, GO, chunks(FINAL) + END])
+    client = gate.client().send(request(chat(True)))
+    client.head()
+    for expected in (FIRST, delta("a"), delta("b")):
+        assert client.chunk() == expected
+        gate.upstream.go.release()
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    gate.upstream.go.release()
+    assert (client.chunk(), client.chunk()) == (FINAL, b"")
+
+
+def test_small_events_are_not_held_back_for_larger_packets(gate_for: Any) -> None:
+    """With Nagle's algorithm each would wait some 40 ms for the client's delayed ACK."""
+    pair = [READ, STREAM_HEAD + chunks(FIRST), GO, chunks(FINAL) + END]
+    gate = gate_for(pair * 20)
+    client = gate.client()
+    started = time.monotonic()
+    for _ in range(20):
+        client.send(request(chat(True))).head()
+        assert client.chunk() == FIRST
+        gate.upstream.go.release()
+        assert (client.chunk(), client.chunk()) == (FINAL, b"")
+    assert time.monotonic() - started < 0.5
+
+
+# ---- errors of a provider ----
+
+
+def failure(status: int, kind: str = "server_error", message: str = "as it says",
+            **more: Any) -> tuple[int, bytes]:
+    error = {"message": message, "type": kind, "param": None, "code": None, **more}
+    return status, json.dumps({"error": error}, indent=1).encode()
+
+
+KEEPS = "error"  # the answer's body is the provider's
+OUR_KEY = failure(400, "invalid_request_error", f"Incorrect key {PROVIDER_KEY}; {PROVIDER_KEY}.")
+PROVIDER_ERRORS = [  # (status, body), the client's status, the error's type or KEEPS, the label
+    (failure(400, "invalid_request_error", param="messages"), 400, KEEPS, "client_error"),
+    (failure(404, "invalid_request_error", code="model_not_found"), 404, KEEPS, "client_error"),
+    (failure(409), 409, KEEPS, "client_error"), (failure(422), 422, KEEPS, "client_error"),
+    (failure(429, "rate_limit_error"), 429, KEEPS, "rate_limit"),
+    (failure(429, code="insufficient_quota"), 429, KEEPS, "rate_limit"),
+    (failure(500), 500, KEEPS, "server_error"), (failure(503), 503, KEEPS, "server_error"),
+    (failure(529, "overloaded_error"), 529, KEEPS, "server_error"),
+    (failure(401, message=f"Incorrect API key provided: {PROVIDER_KEY}"), 502,
+     "upstream_auth_error", "auth"),
+    (failure(402, "billing_error"), 502, "upstream_billing_error", "auth"),
+    (failure(403, "permission_error", "Your region is not served."), 403, KEEPS, "client_error"),
+    (failure(403, code="invalid_api_key"), 502, "upstream_auth_error", "auth"),
+    (failure(403, message="Incorrect API key provided: sk-up***cdef."), 502, "upstream_auth_error",
+     "auth"),
+    ((503, b"<html>Service Unavailable</html>"), 503, "overloaded_error", "server_error"),
+    ((500, b""), 500, "server_error", "server_error"),
+    ((400, b"[1]"), 400, "invalid_request_error", "client_error"),
+    ((502, b"\xff\xfe nginx"), 502, "upstream_error", "server_error"),
+]
+
+
+@pytest.mark.parametrize("sent, status, kind, label", PROVIDER_ERRORS,
+                         ids=lambda value: str(value)[:40] if isinstance(value, tuple) else "")
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_of_a_provider(gate_for: Any, sent: tuple[int, bytes], status: int, kind: str,
+                              label: str, stream: bool) -> None:
+    answer = reply(sent[1], "Retry-After: 7", "x-should-retry: true", status=f"{sent[0]} Odd Words")
+    gate = gate_for(always(answer))
+    got = gate.call(chat(stream))
+    assert got.status == status and PROVIDER_KEY not in str(got)
+    if kind is KEEPS:
+        assert got.body == sent[1] and got.headers["retry-after"] == "7"
+        assert got.headers["content-type"] == "application/json"
+    else:
+        assert got.error["type"] == kind
+        assert sent[1].decode("utf-8", "replace") not in got.error["message"] or label != "auth"
+        assert (got.headers["x-should-retry"] == "false") == (label == "auth")
+    line = gate.access()
+    assert (line["status"], line["usage"]) == (str(status), "none")
+    assert "as it says" not in str(line)
+    assert gate.total("llm_requests_total", status=str(status), model="house") == 1
+    assert gate.total("llm_provider_errors_total", provider="openai", error_type=label) == 1
+    assert gate.total("llm_tokens_total") == gate.total("llm_cost_dollars_total") == 0
+    assert gate.call(chat()).status == status
+    assert gate.upstream.connects == 1
+
+
+@pytest.mark.parametrize("body", [
+    OUR_KEY[1], PROVIDER_KEY.encode(), f"<p>{'x' * 165} key {PROVIDER_KEY}</p>".encode(),
+])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_providers_key_is_masked_in_its_errors(gate_for: Any, body: bytes,
+                                                   zipped: bool) -> None:
+    gate = gate_for(always(reply(gzip.compress(body), "Content-Encoding: gzip", status="400 Bad")
+                           if zipped else reply(body, status="400 Bad")))
+    got = gate.call(chat())
+    assert got.status == 400
+    assert PROVIDER_KEY[:16] not in got.body.decode()  # nor a good part of it
+    assert PROVIDER_KEY[:16] not in str(gate.access())
+
+
+@pytest.mark.parametrize("error, status, kind", [
+    ({"message": "slow down", "type": "rate_limit_error", "code": "rate_limit_exceeded"}, 429,
+     "rate_limit_error"),
+    ({"message": "slow down", "code": 429}, 429, None),
+    ({"message": "Overloaded", "type": "overloaded_error"}, 503, "overloaded_error"),
+    ({"message": "too long", "type": "invalid_request_error", "code": "context_length_exceeded"},
+     400, "invalid_request_error"),
+    ({"message": f"Incorrect key {PROVIDER_KEY}", "code": "invalid_api_key"}, 502,
+     "upstream_auth_error"),
+    ({"message": f"Look at {PROVIDER_KEY}", "type": "server_error"}, 500, "server_error"),
+    ({"type": "odd"}, 502, "odd"), ("no object", 502, None),
+])
+def test_an_error_that_is_the_first_event_has_its_real_status(gate_for: Any, error: Any,
+                                                              status: int, kind: Any) -> None:
+    gate = gate_for([READ, streamed(PING, event({"error": error}))], always(reply()))
+    got = gate.call(chat(True))
+    assert got.status == status and got.headers["content-type"] == "application/json"
+    assert kind in (None, got.error["type"]) and PROVIDER_KEY not in str(got)
+    line = gate.access()
+    assert (line["status"], line["usage"]) == (str(status), "none")  # nothing was generated
+    assert not any(secret in str(line) for secret in SECRETS)
+    assert gate.total("llm_provider_errors_total") == 1
+    assert gate.total("llm_tokens_total") == 0
+
+
+def test_the_providers_key_is_masked_in_an_error_of_a_stream(gate_for: Any) -> None:
+    last = event({"error": {"message": f"Look at {PROVIDER_KEY}"}})
+    gate = gate_for([READ, STREAM_HEAD + chunks(FIRST, delta()), GO, chunks(last)])
+    client = gate.client().send(request(chat(True)))
+    client.head()
+    client.chunk()
+    gate.upstream.go.release()
+    said = client.chunk()
+    assert b"Look at" in said and PROVIDER_KEY.encode() not in said
+    assert PROVIDER_KEY not in str(gate.access())
+
+
+@pytest.mark.parametrize("answer, status", [
+    (reply(), 502), (reply(b"<html>", kind="text/html"), 502), (streamed(), 502),
+    (streamed(FINAL), 200), (reply(STREAMED, kind="text/event-stream"), 200),
+    (reply(STREAMED, kind="text/plain"), 200),
+])
+def test_a_stream_that_is_none(gate_for: Any, answer: bytes, status: int) -> None:
+    got = gate_for(always(answer)).call(chat(True))
+    assert got.status == status
+    assert got.events[-1] == b"[DONE]" if status == 200 else got.error
+
+
+@pytest.mark.parametrize("odd", [
+    {"usage": {"prompt_tokens": "7", "completion_tokens": -1, "prompt_tokens_details": 5}},
+    {"usage": {"prompt_tokens_details": [1], "completion_tokens_details": "x"}},
+    {"usage": [1]}, {"choices": 7}, {"choices": [7, {"message": 7}, {"delta": 7}]},
+    {"choices": [{"index": [], "delta": {"content": 7}}]}, {"choices": [{"delta": [7]}]},
+    {"error": None}, {"model": 7},
+])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_here_need_understand_passes(gate_for: Any, odd: Any, stream: bool) -> None:
+    body = FIRST + delta() + event({"choices": [], **odd}) + FINAL if stream else json.dumps(
+        odd).encode()
+    gate = gate_for(always(reply(body, kind="text/event-stream" if stream else "application/json")))
+    answer = gate.call(chat(stream, stream_options={"include_usage": True}))
+    assert (answer.status, answer.body) == (200, body)
+    first = event({"choices": [], **odd}) + FINAL
+    if stream:  # also as the first event
+        gate = gate_for(always(streamed(first)))
+        assert gate.call(chat(True, stream_options={"include_usage": True})).body == first
+
+
+# ---- who may ----
+
+
+@pytest.mark.parametrize("fields, key, status", [
+    ([], APP_KEY, 200), ([f"authorization: bEARER  {APP_KEY}"], "", 200),
+    ([f"X-Api-Key: {APP_KEY}"], "", 200), ([f"api-key: {APP_KEY}"], "", 200),
+    ([f"x-gateway-key: {APP_KEY}"], "another", 200), ([f"x-api-key: {APP_KEY}"], "another", 200),
+    ([], "", 401), ([], "wrong-0123456789abcdef", 401), ([], APP_KEY + "x", 401),
+    ([f"authorization: Basic {APP_KEY}"], "", 401), (["x-gateway-key: wrong"], APP_KEY, 401),
+    ([], "vk-disabled-0123456789", 401), ([], "vk-expired-0123456789", 401),
+    (["x-api-key: caf\xe9"], "", 401),
+])
+def test_keys(gate_for: Any, fields: list[str], key: str, status: int) -> None:
+    gate = gate_for(always(reply()), api_keys=[
+        {"key": APP_KEY, "app": "chatbot"}, {"key": "vk-disabled-0123456789", "app": "a",
+                                         "disabled": True},
+        {"key": "vk-expired-0123456789", "app": "b", "expires": "2020-01-01"}])
+    answer, line = gate.call(chat(), *fields, key=key), gate.access()
+    assert answer.status == status
+    assert line["virtual_key"] == ("chatbot" if status == 200 else "")
+    assert gate.total("llm_requests_total", virtual_key=line["virtual_key"], status=str(status),
+                      provider="openai" if status == 200 else "") == 1
+    if status == 401:
+        assert answer.error["code"] == "invalid_api_key"
+        assert "www-authenticate" in answer.headers and gate.upstream.connects == 0
+
+
+def test_wrong_disabled_and_expired_keys_answer_alike(gate_for: Any) -> None:
+    gate = gate_for(api_keys=[
+        {"key": "vk-disabled-0123456789", "app": "a", "disabled": True},
+        {"key": "vk-expired-0123456789", "app": "b", "expires": "2020-01-01"}])
+    assert len({gate.call(chat(), key=key).body for key in (
+        "vk-disabled-0123456789", "vk-expired-0123456789", "vk-nobodys-0123456789")}) == 1
+
+
+@pytest.mark.parametrize("key, model, status, code", [
+    (APP_KEY, "nobody-knows", 404, "model_not_found"),
+    (APP_KEY, "off/gpt-x", 404, "model_not_found"),
+    (APP_KEY, "asleep", 404, "model_not_found"), (NARROW_KEY, "gpt-x", 403, "model_not_allowed"),
+    (NARROW_KEY, "nobody-knows", 403, "model_not_allowed"),
+    (NARROW_KEY, "tiny-nothing", 404, "model_not_found"),
+    (APP_KEY, "x" * 5000, 404, "model_not_found"),
+    (APP_KEY, "forged\r\nx: y\u2028\x1b", 404, "model_not_found"),
+])
+def test_models_that_are_refused(gate_for: Any, key: str, model: str, status: int,
+                                 code: str) -> None:
+    gate = gate_for(models={"house": {"provider": "openai"}, "asleep": {"provider": "off"}},
+                    providers={"openai": {"api_key": PROVIDER_KEY}, "off": {"kind": "openai"}})
+    answer, line = gate.call(chat(model=model), key=key), gate.access()
+    assert answer.status == status and len(answer.body) < 1000
+    assert (answer.error["code"], answer.error["param"]) == (code, "model")
+    assert (line["provider"], line["model"]) == ("", "")
+    assert gate.total("llm_requests_total", virtual_key=line["virtual_key"], model="") == 1
+
+
+BAD_BODIES: dict[str, bytes] = {
+    "empty": b"", "no JSON": b"{oops}", "a list": b"[]", "a string": b'"x"', "null": b"null",
+    "NaN": b'{"model": "house", "x": NaN}', "Infinity": b'{"model": "house", "x": -Infinity}',
+    "not UTF-8": b'{"model": "house", "x": "\xff"}', "a BOM": b'\xef\xbb\xbf{"model": "house"}',
+    "UTF-16": '{"model": "house"}'.encode("utf-16"),
+    "a key twice": b'{"model": "house", "model": "house"}',
+    "a key twice, escaped": b'{"model": "house", "m\\u006fdel": "house"}',
+    "more behind": b'{"model": "house"} x', "a comma": b'{"model": "house",}',
+    "no model": b"{}", "an empty model": b'{"model": ""}', "a number": b'{"model": 7}',
+    "a list of models": b'{"model": ["house"]}', "stream of 1": b'{"model": "house", "stream": 1}',
+    "stream of words": b'{"model": "house", "stream": "true"}',
+    "brackets": b'{"model": "house", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "braces": b'{"x":' * 100_000, "digits": b'{"model": "house", "x": ' + b"9" * 10_000_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_bad_bodies_are_refused_in_no_time(gate_for: Any, name: str) -> None:
+    gate = gate_for()
+    client = gate.client().send(request(BAD_BODIES[name]))
+    gate.settle()
+    started = time.monotonic()
+    answer = client.answer()
+    assert time.monotonic() - started < 0.5
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    assert gate.access()["virtual_key"] == "chatbot"
+    assert gate.upstream.connects == 0
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+# ---- the other endpoints ----
+
+
+def test_the_models_that_a_key_may_use(gate_for: Any) -> None:
+    models = {name: {"provider": provider} for name, provider in (
+        ("zeta", "openai"), ("house", "openai"), ("asleep", "off"), ("tiny-b", "local"),
+        ("tiny-a/x", "local"))}
+    gate = gate_for(models=models, providers={
+        "openai": {"api_key": PROVIDER_KEY}, "off": {"kind": "openai", "api_key": ""},
+        "local": {"kind": "openai-compatible", "base_url": "http://127.0.0.1:9/v1"}})
+
+    def listed(key: str) -> list[str]:
+        data = json.loads(gate.get("/v1/models", key=key).body)
+        assert data["object"] == "list"
+        return [model["id"] for model in data["data"]]
+
+    assert listed(APP_KEY) == ["zeta", "house", "tiny-b", "tiny-a/x"]
+    assert listed(NARROW_KEY) == ["house", "tiny-b", "tiny-a/x"]
+    assert json.loads(gate.get("/v1/models/tiny-a%2Fx").body) == {
+        "id": "tiny-a/x", "object": "model", "created": 0, "owned_by": "local"}
+    assert gate.get("/v1/models/tiny-a/x?q=1").status == 200
+    for path, key, status in (
+            ("/zeta", NARROW_KEY, 403), ("/x", NARROW_KEY, 403), ("/x", APP_KEY, 404),
+            ("/asleep", APP_KEY, 404), ("", "", 401), ("/zeta", "", 401)):
+        answer = gate.get("/v1/models" + path, key=key)
+        assert answer.status == status and answer.error["message"]
+
+
+def test_health(gate_for: Any) -> None:
+    gate = gate_for()
+    for path in ("/health", "/health/live", "/health?x=1"):
+        answer = gate.get(path, key="")
+        assert (answer.status, json.loads(answer.body)) == (200, {"status": "ok"})
+    gate.gateway.is_draining = True
+    assert gate.get("/health", key="").status == 503
+    assert gate.get("/health/live", key="").status == 200
+
+
+def test_the_two_forms_of_metrics(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    gate.call(chat())
+    gate.access()
+    plain = gate.get("/metrics", key="")
+    assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    opened = gate.get("/metrics", "Accept: application/openmetrics-text;version=1.0.0,*/*;q=0.1",
+                      key="")
+    assert opened.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert opened.body.endswith(b"# EOF\n") and b"# EOF" not in plain.body
+    assert b"# TYPE llm_requests counter" in opened.body
+    assert b"# TYPE llm_requests_total counter" in plain.body
+    for text in (plain.body.decode(), opened.body.decode()):
+        OUTPUT.append(text)
+        for line in text.splitlines():
+            assert re.fullmatch(r'# (HELP|TYPE|EOF).*|[a-z_0-9]+(\{([a-z_]+="[^"]*",?)*\})? \S+',
+                                line)
+
+
+# ---- metering ----
+
+DETAILED = {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200,
+            "prompt_tokens_details": {"cached_tokens": 600, "cache_write_tokens": 100},
+            "completion_tokens_details": {"reasoning_tokens": 50}}
+PRICED = {"house": {"provider": "openai", "model": "gpt-real", "cost_per_million_input": 2,
+                    "cost_per_million_output": 8, "cost_per_million_cache_read": 0.5,
+                    "cost_per_million_cache_write": 2.5}}
+DOLLARS = (300 * 2 + 600 * 0.5 + 100 * 2.5 + 200 * 8) / 1e6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_metric_of_a_good_request(gate_for: Any, stream: bool) -> None:
+    told = {"choices": [], "usage": DETAILED}
+    answer = (streamed(FIRST, delta(), event(told), FINAL) if stream else
+              reply(json.dumps(told).encode()))
+    gate = gate_for(always(answer), models=PRICED)
+    assert gate.call(chat(stream)).status == 200
+    line = gate.access()
+    route = dict(virtual_key="chatbot", provider="openai", model="house")
+
+    def one(name: str, **labels: str) -> float:
+        """The value of the metric's only series with these labels and the route's."""
+        (number,) = gate.series(name, **labels).values()
+        return number
+
+    assert one("llm_requests_total", **route, status="200") == 1
+    flag = "true" if stream else "false"
+    assert one("llm_request_duration_seconds_count", **route, stream=flag) == 1
+    assert one("llm_request_duration_seconds_bucket", **route, stream=flag, le="600.0") == 1
+    assert one("llm_request_duration_seconds_sum", **route) < WAIT
+    for direction, number in (("prompt", 1000), ("completion", 200)):
+        assert one("llm_tokens_total", **route, direction=direction) == number
+    for kind, number in (("cache_read", 600), ("cache_write", 100), ("reasoning", 50)):
+        assert one("llm_token_details_total", **route, kind=kind) == number
+    assert one("llm_cost_dollars_total", **route) == DOLLARS == float(line["cost"])
+    assert gate.total("llm_stream_first_byte_seconds_count", **route) == stream
+    assert one("llm_overhead_seconds_count") == 1
+    assert one("llm_requests_in_flight") == 0
+    for name in ("llm_provider_errors_total", "llm_usage_estimated_total",
+                 "llm_unpriced_tokens_total"):
+        assert gate.series(name) == {}
+    assert {key: line[key] for key in ("cache_read_tokens", "cache_write_tokens",
+                                       "reasoning_tokens", "usage")} == {
+        "cache_read_tokens": "600", "cache_write_tokens": "100", "reasoning_tokens": "50",
+        "usage": "reported"}
+    assert ("ttft_ms" in line) == stream
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_that_is_not_told_is_estimated(gate_for: Any, stream: bool) -> None:
+    whole = {"choices": [{"message": {"role": "assistant", "content": "word " * 80}}]}
+    answer = (streamed(FIRST, *[delta("word ")] * 80, LAST, FINAL) if stream else
+              reply(json.dumps(whole).encode()))
+    gate = gate_for(always(answer))
+    body = chat(stream)
+    gate.call(body)
+    line = gate.access()
+    assert line["usage"] == "estimated"
+    assert int(line["prompt_tokens"]) == -(-len(body) // 3)
+    assert 80 <= int(line["completion_tokens"]) <= 125  # 400 bytes
+    assert gate.total("llm_usage_estimated_total", provider="openai", model="house") == 1
+    tokens = [int(line["prompt_tokens"]), int(line["completion_tokens"])]
+    assert gate.total("llm_tokens_total") == sum(tokens)
+    assert gate.total("llm_cost_dollars_total") == pytest.approx(
+        (tokens[0] * 2 + tokens[1] * 8) / 1e6)
+
+
+def test_an_aborted_stream_is_paid_for(gate_for: Any) -> None:
+    gate = gate_for([READ, CREATED + chunks(*[delta("word ")] * 80), TELL])
+    body = chat(True)
+    client = gate.client().send(request(body))
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    client.head()
+    size = 0
+    while size < len(FIRST) + 80 * len(delta("word ")):
+        size += len(client.chunk())
+    client.close()
+    line = gate.access()
+    assert (line["status"], line["usage"]) == ("499", "estimated")
+    assert int(line["prompt_tokens"]) == -(-len(body) // 3)
+    assert 80 <= int(line["completion_tokens"]) <= 125
+    assert gate.total("llm_cost_dollars_total", model="house") == float(line["cost"]) > 0
+    assert gate.total("llm_requests_total", status="499", model="house") == 1
+
+
+def test_an_aborted_stream_that_said_nothing_has_no_output(gate_for: Any) -> None:
+    gate = gate_for([READ, STREAM_HEAD + chunks(PING, FIRST)])
+    client = gate.client().send(request(chat(True)))
+    client.head()
+    while FIRST not in client.chunk():
+        pass
+    client.close()
+    assert int(gate.access()["completion_tokens"]) <= 2
+
+
+def test_an_aborted_stream_counts_what_was_reported(gate_for: Any) -> None:
+    gate = gate_for([READ, CREATED + chunks(BESIDE)])
+    client = gate.client().send(request(chat(True)))
+    client.head()
+    seen = b""
+    while b'"usage"' not in seen:
+        seen += client.chunk()
+    client.close()
+    assert gate.access()["prompt_tokens"] == "1000"
+
+
+def test_tokens_without_a_price(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), models={"house": {"provider": "openai", "model": "odd-1"}})
+    gate.call(chat())
+    assert "cost" not in gate.access()
+    assert gate.total("llm_unpriced_tokens_total", provider="openai", model="house") == 1200
+    assert gate.series("llm_cost_dollars_total") == {}
+
+
+def test_the_list_prices_count_where_the_config_has_none(gate_for: Any) -> None:
+    name = next(name for name, price in LISTS.built_in.items()
+                if name.startswith("gpt-") and price.input and not price.tiers)
+    gate = gate_for(always(reply()), models={"house": {"provider": "openai", "model": name}})
+    gate.call(chat())
+    price = LISTS.built_in[name]
+    assert float(gate.access()["cost"]) == (1000 * price.input + 200 * price.output) / 1e15
+
+
+def test_a_models_name_is_counted_once_it_is_known(gate_for: Any) -> None:
+    gate = gate_for([READ, reply(b"{}", status="404 Not Found"), READ, reply(),
+                     READ, reply(b"{}", status="500 Oh")])
+    for label in ("other", "gpt-new", "gpt-new"):
+        gate.call(chat(model="gpt-new"))
+        assert gate.access()["model"] == label
+    assert gate.total("llm_requests_total", model="gpt-new") == 2
+
+
+def test_strangers_make_no_series(gate_for: Any) -> None:
+    gate = gate_for(always(lambda sent: reply(b"{}", status="404 Not Found")))
+    client = gate.client()
+
+    def ask(number: int) -> None:
+        for asked in (
+                request(chat(model=f"gpt-{number}")), request(chat(model=f"no-{number}")),
+                request(chat(), key=f"no-such-key-{number:09}"), request(path=f"/no/{number}"),
+                request(chat(), path=f"{PATH}?q={number}"), request(method=f"M{number}"),
+                request(method="GET", path=f"/v1/models/{number}")):
+            assert client.send(asked).answer().status >= 400
+            gate.access()
+
+    ask(0)
+    before = set(gate.series(".*"))
+    for number in range(1, 30):
+        ask(number)
+    assert set(gate.series(".*")) == before
+
+
+def test_under_the_cap_names_count_and_above_it_none(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    client = gate.client()
+    for number in range(105):
+        client.send(request(chat(model=f"gpt-{number}"))).answer()
+        gate.access()
+    assert len(gate.series("llm_requests_total")) == 101
+    assert gate.total("llm_requests_total", model="other") == 5
+
+
+def test_sums_are_exact(gate_for: Any) -> None:
+    """Tokens and money equal the sum of what the provider reported."""
+    def answer(sent: Sent) -> bytes:
+        asked = json.loads(sent.body)
+        usage = {"prompt_tokens": asked["seed"], "completion_tokens": 3 * asked["seed"]}
+        if asked["stream"]:
+            return streamed(FIRST, LAST, event({"choices": [], "usage": usage}), FINAL)
+        return reply(json.dumps({"usage": usage}).encode())
+
+    gate = gate_for(always(answer), models={"house": {
+        "provider": "openai", "cost_per_million_input": 0.15, "cost_per_million_output": 0.6}})
+    client = gate.client()
+    for seed in range(1, 101):
+        assert client.send(request(chat(seed % 3 == 0, seed=seed))).answer().status == 200
+        gate.access()
+    total = sum(range(1, 101))
+    assert gate.total("llm_tokens_total", direction="prompt") == total
+    assert gate.total("llm_tokens_total", direction="completion") == 3 * total
+    (cost,) = gate.series("llm_cost_dollars_total").values()
+    assert cost == round(total * (0.15 + 3 * 0.6) / 1e6, 9)
+
+
+# ---- the log ----
+
+
+def test_an_access_line(gate_for: Any) -> None:
+    gate = gate_for(always(reply(REPLY, "x-request-id: req-up")))
+    gate.get("/health")
+    body = chat()
+    answer = gate.call(body)
+    line = gate.access()
+    assert list(line) == [
+        "time", "level", "msg", "request_id", "method", "path", "status", "duration_ms",
+        "virtual_key", "provider", "model", "stream", "prompt_tokens", "completion_tokens", "cost",
+        "usage", "bytes_in", "bytes_out", "upstream_request_id"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+    assert {key: line[key] for key in ("level", "msg", "method", "path", "status", "provider",
+                                       "virtual_key", "model", "stream", "bytes_in")} == {
+        "level": "INFO", "msg": "access", "method": "POST", "path": PATH, "status": "200",
+        "provider": "openai", "virtual_key": "chatbot", "model": "house", "stream": "false",
+        "bytes_in": str(len(body))}
+    assert int(line["bytes_out"]) > len(answer.body)
+    assert 0 <= float(line["duration_ms"]) < 1000 * WAIT
+
+
+def test_an_access_line_as_json(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), log="json", log_headers=["X-User"])
+    gate.call(chat(True), 'x-user: "a" = b\\')
+    line = json.loads(gate.log.get(timeout=WAIT))
+    assert list(line)[:12] == ["time", "level", "msg", "request_id", "method", "path", "status",
+                               "duration_ms", "virtual_key", "provider", "model", "stream"]
+    assert (line["status"], line["stream"], line["x-user"]) == (502, True, '"a" = b\\')
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/metrics"])
+def test_good_probes_are_logged_only_on_demand(gate_for: Any, path: str) -> None:
+    quiet, loud = gate_for(), gate_for(log_probes=True)
+    for gate, seen in ((quiet, "/v1/models"), (loud, path)):
+        gate.get(path)
+        gate.get("/v1/models")
+        assert gate.access()["path"] == seen
+    assert quiet.call(method="PUT", path=path).status == 405
+    assert quiet.access()["path"] == path
+
+
+NASTY = 'x" status=200 msg="forged \\ \t\x80\x85\xa0'
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_request_forges_a_line(gate_for: Any, form: str) -> None:
+    gate = gate_for(log=form, log_headers=["x-user"])
+    path = "/v1/%0d%0atime=now%20level=INFO%1b%5b31m%e2%80%a8%c2%85%22%00%ff" + "y" * 2000
+    gate.call(chat(model="a\nb"), f"x-user: {NASTY}", path=path)
+    raw = gate.log.get(timeout=WAIT)
+    gate.get("/v1/models")
+    assert "/v1/models" in gate.log.get(timeout=WAIT)  # the next line is the next request's
+    line = parse_log(raw) if form == "text" else json.loads(raw)
+    assert re.fullmatch(r"[ -~]+\n", raw) and len(raw) < 4096
+    assert (line["x-user"], str(line["status"])) == (NASTY, "404")
+    assert "\r\ntime=now" in line["path"]
+
+
+def test_a_failure_that_nobody_foresaw(gate_for: Any, monkeypatch: Any) -> None:
+    gate = gate_for()
+
+    def fail(model: str) -> None:
+        raise KeyError(PROMPT)
+
+    monkeypatch.setattr(gate.gateway.router, "resolve", fail)
+    answer = gate.call(chat())
+    assert (answer.status, answer.error["type"]) == (500, "server_error")
+    line = gate.log_line()
+    assert (line["msg"], line["error"]) == ("crash", "KeyError") and "fail" in line["at"]
+    assert gate.access()["status"] == "500"
+
+
+def test_lost_lines_are_counted_and_nothing_waits_for_them(gate_for: Any) -> None:
+    """A reader that sleeps, then one that is gone."""
+    gate = gate_for(always(reply()), reads_log=False)
+    client, path = gate.client(), "/" + "x" * 300
+    for _ in range(1000):
+        assert client.send(request(method="GET", path=path)).answer().status == 404
+    lost = gate.total("llm_log_lines_lost_total")
+    assert 0 < lost < 1000
+    gate.log_reader.close()
+    assert client.send(request(chat())).answer().status == 200
+    assert client.send(request(method="GET", path=path)).answer().status == 404
+    assert gate.total("llm_log_lines_lost_total") == lost + 2
+
+
+# ==================================================================================================
+# 13. Server
+# ==================================================================================================
+
+LINE, HOST, AUTH = f"POST {PATH} HTTP/1.1", "Host: gw", f"Authorization: Bearer {APP_KEY}"
+
+
+def head_of(*lines: str) -> bytes:
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
+def posted(*lines: str, body: bytes = b"") -> bytes:
+    """A request whose head is good but for these lines."""
+    return head_of(LINE, HOST, AUTH, *lines) + body
+
+
+LENGTH = f"Content-Length: {len(chat())}"
+TE, SPLIT = "Transfer-Encoding: chunked", chunks(chat())
+MALFORMED: dict[str, bytes] = {
+    **{f"the line {line!r}": head_of(line, HOST, AUTH) for line in (
+        f"POST {PATH}", f"POST {PATH} HTTP/2.0", f"POST {PATH} HTTP/1.10", f"POST {PATH} HTTP/0.9",
+        f"POST {PATH} http/1.1", f"POST {PATH} HTTP/1", f"POST {PATH} HTTP/1.1 ", f" {LINE}",
+        f"POST  {PATH} HTTP/1.1", f"POST\t{PATH} HTTP/1.1", f"POST {PATH}  HTTP/1.1",
+        f"P@ST {PATH} HTTP/1.1", f"{PATH} HTTP/1.1", f"POST {PATH}\x01 HTTP/1.1",
+        f"POST {PATH}\xe9 HTTP/1.1", f"POST {PATH} x HTTP/1.1", "PRI * HTTP/2.0", "\x16\x03\x01")},
+    **{f"the field {field!r}": posted(field, LENGTH, body=chat()) for field in (
+        "X: a\r\n b", "X: a\r\n\tb", "X: a\rb", "X: a\nY: b", "X: a\x00b", "X : a", "X\t: a", ": a",
+        "X(Y): a", "X\xe9: a", "no colon", " X: a", "X: a\x7fb", "X: \x1b[1m", "X: a\r\n\r")},
+    "bare LFs": head_of(LINE, HOST, AUTH, LENGTH).replace(b"\r", b"") + chat(),
+    "no Host": head_of(LINE, AUTH, LENGTH) + chat(),
+    "two Hosts": posted(HOST, LENGTH, body=chat()),
+    "two empty Hosts": head_of(LINE, "Host:", "Host:", AUTH, LENGTH) + chat(),
+    "a Host with a space": head_of(LINE, "Host: a b", AUTH, LENGTH) + chat(),
+    "a Host with a path": head_of(LINE, "Host: a/b", AUTH, LENGTH) + chat(),
+    **{f"the length {value!r}": posted(f"Content-Length:{value}", body=chat()) for value in (
+        " +5", " -5", " 5 5", " 0x5", " 5_0", " 1e2", "", " 5, 6", " \xb2", " 5;", " 5.0",
+        " 18446744073709551621" * 3, " 9" * 40)},
+    "two lengths that differ": posted(LENGTH, "Content-Length: 9", body=chat()),
+    "both lengths": posted(LENGTH, TE, body=SPLIT + END),
+    "both lengths, turned": posted(TE, LENGTH, body=SPLIT + END),
+    **{f"the coding {coding!r}": posted(f"Transfer-Encoding:{coding}", body=SPLIT) for coding in (
+        " gzip, chunked", " chunked, gzip", " identity", " xchunked", " chunked;q=1", "",
+        " chunked, chunked", ' "chunked"', " chunked,", " chunked\x0b")},
+    "two codings": posted(TE, TE, body=SPLIT + END),
+    "a chunked HTTP/1.0": head_of(f"POST {PATH} HTTP/1.0", HOST, AUTH, TE) + SPLIT + END,
+    **{f"the chunk {chunk[:12]!r}": posted(TE, body=chunk) for chunk in (
+        b"80000000\r\n", b"ffffffffff\r\n", b"-1\r\n", b"+5\r\nhello", b"0x5\r\nhello",
+        b" 5\r\nhello", b"5\nhello\r\n", b"5\n\nhello\r\n", b"g\r\n", b"\r\n", b"5\r\nhello5\r\n",
+        b"5\r\nhell\r\n0\r\n",
+        b"5\r\nhello\n0\r\n\r\n", b"5;\x00\r\nhello", b"5;a\nb\r\nhello", b"5 5\r\nhello")},
+    "endless extensions": posted(TE, body=b"1;" + b"x" * (30 << 10)),
+    "endless short extensions": posted(TE, body=(b"1;" + b"x" * 500 + b"\r\nx\r\n") * 60),
+    "endless trailers": posted(TE, body=SPLIT + b"0\r\n" + b"x: y\r\n" * 6000),
+    "one endless trailer": posted(TE, body=SPLIT + b"0\r\nx: " + b"y" * (30 << 10)),
+    "a bad trailer": posted(TE, body=SPLIT + b"0\r\nx : y\r\n\r\n"),
+    "a folded trailer": posted(TE, body=SPLIT + b"0\r\nx: y\r\n z\r\n\r\n"),
+}
+SMUGGLED = request(method="GET", path="/health")
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_request_ends_the_connection(gate_for: Any, name: str) -> None:
+    gate = gate_for(always(reply()), timeouts={"head": 0.2, "body": 0.2})
+    client = gate.client().send(MALFORMED[name] + SMUGGLED)
+    answer = client.answer()
+    assert 400 <= answer.status < 500 and answer.error["type"]
+    assert answer.headers["connection"] == "close"
+    assert client.is_closed()  # and nothing of what followed was answered
+    assert gate.access()["status"] == str(answer.status)
+    assert gate.upstream.connects == 0
+    assert gate.get("/health").status == 200
+
+
+def test_odd_but_good_requests(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    body = chat()
+    for sent in (
+        b"\r\n\r\n" + request(body), request(body, "X:", "Y:\t a\x80\xff \t"),
+        request(body, "content-length:  %d\t" % len(body)), request(body, *["X: y"] * 90),
+        posted(TE, body=b"00%X ;a=b; c=\"d\"\r\n%b\r\n00\r\nx: y\r\nz:\r\n\r\n" % (
+            len(body), body)),
+        posted("transfer-encoding: Chunked", body=chunks(*(body[at:at + 1] for at in range(
+            len(body)))) + END),
+        head_of(f"POST {PATH} HTTP/1.0", AUTH, LENGTH) + body,
+        head_of(LINE, "Host:", AUTH, LENGTH) + body,
+        request(body, path=f"http://gw.example:80{PATH}"), request(body, "Connection: x"),
+        request(body, path="/v1/ch%61t/completions"), request(body, path=f"{PATH}?q=1&x=%20"),
+    ):
+        assert gate.client().send(sent).answer().status == 200, sent
+
+
+@pytest.mark.parametrize("sent, status, limits", [
+    (head_of(LINE, HOST, AUTH, *["X: y"] * 101), 431, {}),
+    (head_of(LINE, HOST, AUTH, "X: " + "y" * (65 << 10)), 431, {}),
+    (head_of(LINE, HOST, "X: " + "y" * 300), 431, {"head": 200}),
+    (head_of(LINE, *["X: y"] * 9), 431, {"fields": 8}),
+    (b"y" * (65 << 10), 431, {}),
+    (head_of(f"GET /{'x' * 8192} HTTP/1.1", HOST), 414, {}),
+    (head_of(f"GET /{'x' * 100} HTTP/1.1", HOST), 414, {"target": 100}),
+    (posted("Content-Length: 33554433"), 413, {}),
+    (posted("Content-Length: 33554433", "Expect: 100-continue"), 413, {}),
+    (posted("Content-Length: 101"), 413, {"body": 100}),
+    (posted("Content-Length: 999999999999999"), 413, {}),
+    (posted(TE, body=chunks(bytes(101))), 413, {"body": 100}),
+    (posted(TE, "Expect: 100-continue", body=chunks(bytes(101))), 413, {"body": 100}),
+    (posted("Content-Encoding: gzip", f"Content-Length: {len(BOMB)}", body=BOMB), 413, {}),
+    (posted("Content-Encoding: br", "Content-Length: 9", body=bytes(9)), 415, {}),
+    (posted("Content-Encoding: gzip, gzip", "Content-Length: 9", body=bytes(9)), 415, {}),
+], ids=range(16))
+def test_bounds(gate_for: Any, sent: bytes, status: int, limits: Any) -> None:
+    gate = gate_for(limits=limits)
+    client = gate.client().send(sent)
+    if TE.encode() in sent and b"Expect" in sent:  # how large it is, only its chunks tell
+        assert client.head()[0] == 100
+    answer = client.answer()
+    assert (answer.status, answer.error["type"]) == (status, "invalid_request_error")
+    assert gate.access()["status"] == str(status)
+    assert gate.upstream.connects == 0
+    if status == 415:
+        assert "gzip, " in answer.headers["accept-encoding"] and "gzip" in answer.error["message"]
+
+
+def test_the_largest_that_is_taken(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), limits={"body": 5000, "target": 100, "fields": 9})
+    body = chat(x="y" * (5000 - len(chat(x=""))))
+    assert len(body) == 5000
+    assert gate.call(body, path=PATH + "?" + "q" * (99 - len(PATH))).status == 200
+    assert gate.call(body, *["X: y"] * 6).status == 200
+    assert gate.client().send(posted(TE, body=chunks(body) + END)).answer().status == 200
+
+
+@pytest.mark.parametrize("fields", [[], ["Expect: 100-continue"]])
+def test_no_body_is_read_before_its_key_is_known(gate_for: Any, fields: list[str]) -> None:
+    gate = gate_for()
+    client = gate.client().send(request(b"", "Content-Length: 33554432", *fields, key="wrong" * 4))
+    answer = client.answer()
+    assert (answer.status, answer.headers["connection"]) == (401, "close")
+
+
+def test_a_refused_body_that_still_comes_does_not_cost_the_answer(gate_for: Any) -> None:
+    """A close with bytes unread would make the kernel send a reset, which may overtake it."""
+    gate = gate_for()
+    client = gate.client().send(request(bytes(8 << 20), key="wrong" * 4))
+    assert client.answer().status == 401
+    assert client.is_closed()
+
+
+def test_expect_100_continue(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    for fields, body in (([LENGTH], chat()), ([TE], SPLIT + END)):
+        client = gate.client().send(posted(*fields, "expect: 100-Continue"))
+        assert client.head() == (100, [])
+        assert client.send(body).answer().status == 200
+        assert client.send(request(chat())).answer().status == 200
+
+
+def test_all_bodies_together_are_bounded(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), limits={"bodies": 10_000})
+    large = chat(x="y" * 6000)
+    first = gate.client().send(posted(f"Content-Length: {len(large)}", "Expect: 100-continue"))
+    assert first.head()[0] == 100
+    refused = gate.call(large)
+    assert refused.status == 503 and int(refused.headers["retry-after"]) > 0
+    refused = gate.client().send(posted(TE, body=chunks(large) + END)).answer()
+    assert refused.status == 503
+    assert first.send(large).answer().status == 200
+    for _ in range(3):
+        assert gate.call(large).status == 200
+    gate.client().send(posted("Content-Length: 9000", "Expect: 100-continue")).close()
+    while gate.access()["status"] != "499":
+        pass
+    assert gate.call(large).status == 200
+    zipped = gzip.compress(chat(x="y" * 12_000))
+    assert gate.call(zipped, "Content-Encoding: gzip").status == 503
+    assert gate.call(large).status == 200
+
+
+@pytest.mark.parametrize("sent, what", [
+    (b"", ""), (b"P", "head"), (b"POST / HTTP/1.1\r\nHost: x\r\n", "head"), (b"\r\n", "head"),
+    (posted("Content-Length: 5", body=b"hell"), "body"),
+    (posted(TE, body=b"5\r\nhell"), "body"), (posted(TE), "body"),
+    (request(method="GET", path="/no", key="") + b"G", "head"),
+])
+def test_slow_clients(gate_for: Any, sent: bytes, what: str) -> None:
+    gate = gate_for(timeouts={"head": 0.2, "body": 0.2, "keep_alive": 0.2})
+    client = gate.client().send(sent)
+    if b"/no" in sent:
+        assert client.answer().status == 404
+    if what:
+        answer = client.answer()
+        assert (answer.status, answer.error["type"]) == (408, "timeout")
+        assert what in answer.error["message"] and answer.headers["connection"] == "close"
+    assert client.is_closed()
+    assert gate.upstream.connects == 0
+
+
+def test_an_idle_connection_is_closed_in_silence(gate_for: Any) -> None:
+    gate = gate_for()
+    client = gate.client()
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+    gate.later(74)
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+    gate.later(76)
+    assert client.is_closed()
+
+
+def test_a_head_has_one_deadline_and_a_body_one_for_each_piece(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    dripping, body = gate.client().send(b"GET /hea"), chat()
+    gate.later(6)
+    dripping.send(b"lth HTTP/1.1\r\n")
+    gate.later(6)
+    assert dripping.answer().status == 408
+    client = gate.client().send(posted(LENGTH))
+    for at in range(0, 50, 10):
+        client.send(body[at:at + 10])
+        gate.later(20)
+    assert client.send(body[50:]).answer().status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_never_reads_is_cut_off(gate_for: Any, stream: bool) -> None:
+    body = json.dumps({"x": "y" * (12 << 20)}).encode()
+    script = [STREAM_HEAD + chunks(FIRST), flood(50)] if stream else [reply(body)]
+    gate = gate_for([READ, *script], timeouts={"write": 0.2})
+    client = gate.client(4096).send(request(chat(stream)))
+    line = gate.access()
+    assert line["status"] == "499"
+    gate.gateway.pool.close()
+    with pytest.raises((ConnectionError, EOFError, AssertionError)):
+        client.answer()
+
+
+def test_a_client_that_reads_slowly_is_not(gate_for: Any) -> None:
+    body = json.dumps({"x": "y" * (8 << 20)}).encode()
+    gate = gate_for([READ, reply(body)])
+    client = gate.client(4096).send(request(chat()))
+    client.head()
+    for _ in range(8):
+        client.exactly(1 << 20)
+        gate.later(50)
+    assert client.exactly(len(body) - (8 << 20))
+    assert gate.access()["status"] == "200"
+
+
+def test_too_many_connections(gate_for: Any) -> None:
+    gate = gate_for(limits={"connections": 2})
+    first, second = gate.client(), gate.client()
+    for client in (first, second):
+        assert client.send(request(method="GET", path="/health")).answer().status == 200
+    third = gate.client()
+    answer = third.answer()
+    assert answer.status == 503 and answer.error["message"]
+    assert answer.headers["connection"] == "close" and third.is_closed()
+    third.close()
+    assert gate.access()["status"] == "503"
+    assert first.send(request(method="GET", path="/health")).answer().status == 200
+    first.close()
+    gate.settle()
+    assert gate.get("/health").status == 200
+
+
+def test_pipelined_requests_are_answered_in_order(gate_for: Any) -> None:
+    gate = gate_for([READ, GO, reply(b'{"n": 1}'), READ, streamed(FIRST, FINAL), READ,
+                     reply(b'{"n": 3}')])
+    client = gate.client().send(
+        request(chat()), request(chat(True)), request(method="GET", path="/health"),
+        request(b"x", path="/no"), posted(TE, body=SPLIT + END), b"\r\n",
+        request(method="GET", path="/v1/models"), b"BAD\r\n\r\n", request(method="GET", path="/no"))
+    gate.upstream.requests.get(timeout=WAIT)
+    assert gate.upstream.requests.empty()
+    gate.upstream.go.release()
+    assert [client.answer().body for _ in range(2)] == [b'{"n": 1}', FIRST + FINAL]
+    assert [client.answer().status for _ in range(2)] == [200, 404]
+    assert client.answer().body == b'{"n": 3}'
+    assert [client.answer().status for _ in range(2)] == [200, 400]
+    assert client.is_closed()
+
+
+def test_small_unread_bodies_are_skipped(gate_for: Any) -> None:
+    gate = gate_for()
+    client = gate.client()
+    for size in (1, 5000, 60_000):
+        client.send(request(bytes(size), key="wrong" * 4))
+        assert client.answer().status == 401
+        assert client.send(request(b"GET / HTTP/1.1", method="GET", path="/health")
+                           ).answer().status == 200
+    assert client.send(request(SPLIT + END, TE, path="/no")).answer().status == 404
+
+
+@pytest.mark.parametrize("path, status, length", [
+    ("/health", 200, True), ("/v1/models", 200, True), ("/metrics", 200, True), ("/no", 404, True),
+    (PATH, 405, True), ("/v1/models/none", 404, True), ("/", 200, True),
+])
+def test_a_head_has_no_body(gate_for: Any, path: str, status: int, length: bool) -> None:
+    client = gate_for().client()
+    client.send(request(method="HEAD", path=path), request(method="GET", path="/health"))
+    answer = client.answer(is_head=True)
+    assert answer.status == status and (int(answer.headers["content-length"]) > 0) == length
+    assert client.answer().body == b'{"status":"ok"}'
+
+
+def test_http_1_0(gate_for: Any) -> None:
+    gate = gate_for([step for script in (reply(), streamed(STREAMED), reply(), streamed(STREAMED))
+                     for step in (READ, script)])
+    closing = gate.client().send(request(chat(), version="HTTP/1.0"))
+    assert closing.answer().headers["connection"] == "close" and closing.is_closed()
+    answer = gate.client().send(request(chat(True), version="HTTP/1.0")).answer()
+    assert answer.body == STREAMED and "transfer-encoding" not in answer.headers
+    client = gate.client().send(request(chat(), "Connection: Keep-Alive", version="HTTP/1.0"))
+    answer = client.answer()
+    assert (answer.body, answer.headers["connection"]) == (REPLY, "keep-alive")
+    client.send(request(chat(True), "Connection: keep-alive", version="HTTP/1.0"))
+    answer = client.answer()  # only the end of the connection can end it
+    assert answer.body == STREAMED
+    assert [value for name, value in answer.fields if name == "connection"] == ["close"]
+
+
+@pytest.mark.parametrize("fields", [["Connection: close"], ["Connection: x, Close"],
+                                    ["connection: x", "connection: close"]])
+def test_a_client_that_wants_to_close(gate_for: Any, fields: list[str]) -> None:
+    client = gate_for(always(streamed(STREAMED))).client().send(request(chat(True), *fields))
+    answer = client.answer()
+    assert (answer.body, answer.headers["connection"]) == (STREAMED, "close")
+    assert client.is_closed()
+
+
+@pytest.mark.parametrize("method, path, fields, status, allow", [
+    ("GET", PATH, [], 405, "POST"), ("POST", "/health", [], 405, "GET, HEAD"),
+    ("DELETE", "/v1/models/x", [], 405, "GET, HEAD"), ("OPTIONS", PATH, [], 405, "POST"),
+    ("GET", "/no", [], 404, None), ("POST", "/v1/chat/completions/", [], 404, None),
+    ("POST", "/v1//chat/completions", [], 404, None), ("OPTIONS", "*", [], 404, None),
+    ("CONNECT", "example.org:443", [], 404, None), ("GET", "/../health", [], 404, None),
+    ("GET", "/%00", [], 404, None), ("GET", "/healthz", [], 404, None),
+    ("GET", PATH, ["Upgrade: WebSocket", "Connection: Upgrade"], 426, None),
+    ("GET", "/no", ["Upgrade: websocket", "Connection: Upgrade"], 404, None),
+])
+def test_paths_and_methods(gate_for: Any, method: str, path: str, fields: list[str], status: int,
+                           allow: str | None) -> None:
+    gate = gate_for()
+    client = gate.client().send(request(b"", *fields, method=method, path=path))
+    answer = client.answer()
+    assert answer.status == status and answer.error["message"]
+    assert answer.headers.get("allow") == allow
+    assert ("upgrade" in answer.headers) == (status == 426)
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+def deflated_raw(data: bytes) -> bytes:
+    squeezer = zlib.compressobj(wbits=-15)
+    return squeezer.compress(data) + squeezer.flush()
+
+
+@pytest.mark.parametrize("coding, squeeze, status", [
+    ("gzip", gzip.compress, 200), ("X-GZip", gzip.compress, 200), ("deflate", zlib.compress, 200),
+    ("deflate", deflated_raw, 200), ("identity", bytes, 200),
+    ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]), 200),
+    ("gzip", lambda data: gzip.compress(data)[:-1], 400), ("gzip", bytes, 400),
+    ("deflate", gzip.compress, 400), ("gzip", lambda data: gzip.compress(data) + b"junk", 400),
+    ("gzip", lambda data: b"", 400),
+])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_coded_request_bodies(gate_for: Any, coding: str, squeeze: Any, status: int,
+                              chunked: bool) -> None:
+    gate = gate_for(always(reply()))
+    body = chat(model="gpt-real", x="y" * 9000)
+    data = squeeze(body)
+    fields = [f"Content-Encoding: {coding}"] + [TE] * chunked
+    pieces = (data[at:at + 10] for at in range(0, len(data), 10))
+    answer = gate.call(chunks(*pieces) + END if chunked else data, *fields)
+    assert answer.status == status
+    if status == 200:
+        sent = gate.upstream.requests.get()
+        assert sent.body == body and "content-encoding" not in sent.headers
+    assert gate.access()["bytes_in"] == str(len(body)) or status != 200
+
+
+def test_every_cut_of_a_request(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    sent = posted(TE, "X: y", body=chunks(chat()[:20], chat()[20:]) + b"0\r\nx: y\r\n\r\n")
+    client = gate.client()
+    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for at in range(1, len(sent)):
+        client.send(sent[:at])
+        gate.settle()
+        assert client.send(sent[at:]).answer().body == REPLY, at
+        gate.access()
+
+
+def test_many_clients_at_once(gate_for: Any) -> None:
+    gate = gate_for(always(lambda sent: streamed(STREAMED) if b"true" in sent.body else reply()))
+    clients = [gate.client() for _ in range(100)]
+    for turn in range(3):
+        for number, client in enumerate(clients):
+            client.send(request(chat((number + turn) % 2 == 0)))
+        for number, client in enumerate(clients):
+            assert client.answer().body == (STREAMED if (number + turn) % 2 == 0 else REPLY)
+            gate.access()
+    assert gate.upstream.connects <= 100
+    assert gate.total("llm_requests_total", status="200") == 300
+
+
+# ==================================================================================================
+# 14. Demo
+# ==================================================================================================
+
+SCHEMA = {"type": "object", "properties": {
+    "city": {"type": "string"}, "unit": {"enum": ["C", "F"]}, "days": {"type": "integer"}}}
+FUNCTION = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+ARGUMENTS = {"city": "demo", "unit": "C", "days": 1}
+
+
+@pytest.fixture
+def ask_demo(gate_for: Any, monkeypatch: Any) -> Callable[..., Answer]:
+    """Asks the demo's upstream."""
+    monkeypatch.setattr(gateway, "DEMO_DELAY_SECONDS", 0)
+    gate = gate_for(app=gateway.DemoUpstream())
+
+    def ask(path: str = PATH, content: object = "Hi!", **more: object) -> Answer:
+        body = {"model": "m", "messages": [{"role": "user", "content": content}], **more}
+        return gate.call(json.dumps(body).encode(), path=path)  # type: ignore[no-any-return]
+
+    return ask
+
+
+def test_the_demo_says_it_back(ask_demo: Any) -> None:
+    answer = ask_demo()
+    assert answer.body == ask_demo().body  # it is deterministic
+    whole = json.loads(answer.body)
+    assert "You said: Hi!" in whole["choices"][0]["message"]["content"]
+    assert whole["usage"]["total_tokens"] == sum(
+        whole["usage"][key] for key in ("prompt_tokens", "completion_tokens")) > 2
+    parts = [{"type": "text", "text": text} for text in ("one", "two")]
+    assert b"one two" in ask_demo(content=parts).body
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
+def test_the_demo_streams(ask_demo: Any, options: Any) -> None:
+    answer = ask_demo(stream=True, **options)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = answer.events
+    assert done == b"[DONE]"
+    said = "".join(choice["delta"].get("content") or "" for chunk in chunks
+                   for choice in chunk["choices"])
+    assert said == json.loads(ask_demo().body)["choices"][0]["message"]["content"]
+    assert [bool(chunk["choices"]) for chunk in chunks].count(False) == bool(options)
+
+
+def test_the_demo_calls_a_tool(ask_demo: Any) -> None:
+    choice = json.loads(ask_demo(tools=[FUNCTION]).body)["choices"][0]
+    call = choice["message"]["tool_calls"][0]
+    assert (choice["finish_reason"], call["function"]["name"]) == ("tool_calls", "weather")
+    assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+    pieces = [piece for event in ask_demo(tools=[FUNCTION], stream=True).events[:-1]
+              for piece in event["choices"][0]["delta"].get("tool_calls", [])]
+    assert {piece["index"] for piece in pieces} == {0} and pieces[0]["id"] == call["id"]
+    assert "".join(piece["function"]["arguments"] for piece in pieces) == (
+        call["function"]["arguments"])
+    assert b"tool_calls" not in ask_demo(tools=[FUNCTION], tool_choice="none").body
+    result = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]},
+              {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
+    assert b"sunny" in ask_demo(tools=[FUNCTION], messages=result).body
+
+
+def test_the_demo_speaks_messages_too(ask_demo: Any) -> None:
+    def ask(**more: object) -> Answer:
+        return ask_demo("/v1/messages", max_tokens=99, **more)  # type: ignore[no-any-return]
+
+    whole, answer = json.loads(ask().body), ask(stream=True)
+    assert whole["type"] == "message" and "Hi!" in whole["content"][0]["text"]
+    names = re.findall(r"^event: (.*)$", answer.body.decode(), re.MULTILINE)
+    assert names == [event["type"] for event in answer.events]
+    assert names[:2] + names[-3:] == ["message_start", "content_block_start", "content_block_stop",
+                                      "message_delta", "message_stop"]
+    assert whole["content"][0]["text"] == "".join(
+        event["delta"]["text"] for event in answer.events if event["type"] == "content_block_delta")
+    call = json.loads(ask(tools=[{"name": "weather", "input_schema": SCHEMA}]).body)
+    assert call["stop_reason"] == "tool_use" and call["content"][0]["input"] == ARGUMENTS
+
+
+def test_the_demo_refuses_what_it_does_not_know(ask_demo: Any) -> None:
+    assert ask_demo("/v1/other").status == 404
+    assert ask_demo(model=float("nan")).status == 400
+
+
+# ==================================================================================================
+# 16. Workers
+# ==================================================================================================
+
+FILE = Path(gateway.__file__).resolve()
+
+
+class Process:
+    """A gateway in a process of its own."""
+
+    def __init__(self, *arguments: str, **how: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(FILE), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL, text=True, **how)
+        self.said: list[str] = []
+
+    def until(self, wanted: str) -> str:
+        """Reads its output up to the line that holds this."""
+        for line in self.process.stdout or ():
+            self.said.append(line)
+            if wanted in line:
+                return line
+        raise AssertionError(f"{wanted!r} was never said: {self.stop()}")
+
+    def ready(self) -> Any:
+        """Where it listens: an address for a Client."""
+        address = parse_log(self.until('msg="starting server"'))["addr"]
+        if address.startswith("unix:"):
+            return address[5:]
+        host, _, port = address.rpartition(":")
+        return host or "127.0.0.1", int(port)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = WAIT) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self) -> str:
+        """All that it said, once it is dead."""
+        if self.process.poll() is None:
+            self.process.kill()
+        rest, errors = ("", "") if self.process.stdout is None or self.process.stdout.closed \
+            else self.process.communicate()
+        said = "".join(self.said) + rest + errors
+        OUTPUT.append(said)
+        return said
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a gateway with a config, or with arguments."""
+    processes: list[Process] = []
+
+    def start(*arguments: str, config: Any = None, **how: Any) -> Process:
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            arguments = ("-config", str(tmp_path / "config.json"), *arguments)
+        processes.append(Process(*arguments, **how))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        assert "Traceback" not in process.stop()
+
+
+@pytest.fixture
+def upstream_for() -> Iterator[Callable[..., Upstream]]:
+    upstreams: list[Upstream] = []
+
+    def start(script: Script) -> Upstream:
+        upstreams.append(Upstream(itertools.repeat(script)))
+        return upstreams[-1]
+
+    yield start
+    for upstream in upstreams:
+        upstream.close()
+
+
+HELD: Script = [READ, STREAM_HEAD + chunks(FIRST), GO, chunks(delta(), LAST, FINAL) + END]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_what_is_in_flight_finish(run: Any, upstream_for: Any, number: int) -> None:
+    upstream = upstream_for(HELD)
+    process = run(config=config_for(upstream.port, limits={"grace": 30}))
+    address = process.ready()
+    idle, half, *clients = [Client(address) for _ in range(7)]
+    for client in clients:
+        client.send(request(chat(True))).head()
+        assert client.chunk() == FIRST
+    half.send(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+    assert idle.send(request(method="GET", path="/health")).answer().status == 200
+    process.signal(number)
+    assert idle.is_closed()
+    with pytest.raises(OSError):
+        Client(address)
+    answer = half.send(b"\r\n").answer()
+    assert (answer.status, answer.headers["connection"]) == (503, "close")
+    assert process.process.poll() is None
+    upstream.go.release(len(clients))
+    for client in clients:
+        rest = b"".join(iter(client.chunk, b""))
+        assert rest == delta() + LAST + FINAL
+    assert process.wait() == 0  # though the clients would keep their connections
+    assert process.stop().count("status=200") == len(clients)
+
+
+def test_a_stop_does_not_wait_for_ever(run: Any, upstream_for: Any) -> None:
+    process = run(config=config_for(upstream_for(HELD).port, limits={"grace": 0.3}))
+    client = Client(process.ready()).send(request(chat(True)))
+    client.head()
+    process.signal(signal.SIGTERM)
+    process.wait(3)
+    said = process.stop()
+    assert "msg=access" in said  # the exchange that was cut is counted too
+    assert "status=499" not in said  # it was not the client that left
+
+
+def test_a_second_signal_stops_at_once(run: Any, upstream_for: Any) -> None:
+    process = run(config=config_for(upstream_for(HELD).port))
+    address = process.ready()
+    client, idle = Client(address).send(request(chat(True))), Client(address)
+    client.head()
+    idle.send(request(method="GET", path="/health")).answer()
+    process.signal(signal.SIGTERM)
+    assert idle.is_closed()
+    process.signal(signal.SIGTERM)
+    process.wait(1)
+
+
+def test_running_out_of_descriptors_is_survived(run: Any, upstream_for: Any) -> None:
+    def few() -> None:
+        gateway.resource.setrlimit(gateway.resource.RLIMIT_NOFILE, (90, 90))
+
+    process = run(config=config_for(upstream_for(always(reply())).port), preexec_fn=few)
+    address = process.ready()
+    clients = [Client(address) for _ in range(150)]
+    process.until("out of system resource")
+    for client in clients:
+        client.reset()
+    eventually(lambda: Client(address).send(request(chat())).answer().status == 200)
+
+
+def test_a_log_that_nobody_reads_any_more(run: Any, upstream_for: Any) -> None:
+    process = run(config=config_for(upstream_for(always(reply())).port))
+    client = Client(process.ready())
+    process.process.stdout.close()
+    for _ in range(3):
+        assert client.send(request(chat())).answer().status == 200
+    metrics = client.send(request(method="GET", path="/metrics")).answer().body.decode()
+    OUTPUT.append(metrics)
+    assert "llm_log_lines_lost_total 3\n" in metrics
+    for name in ("llm_build_info{", "process_cpu_seconds_total ", "process_open_fds ",
+                 "process_resident_memory_bytes ", "process_start_time_seconds "):
+        assert f"\n{name}" in metrics
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+
+
+def test_closed_standard_descriptors_are_not_taken_by_sockets(run: Any, upstream_for: Any,
+                                                              tmp_path: Path) -> None:
+    path = str(tmp_path / "gw.sock")
+    config = config_for(upstream_for(always(reply())).port)
+    process = run(config={**config, "listen": f"unix:{path}"},
+                  preexec_fn=lambda: os.closerange(0, 3))
+    eventually(lambda: Client(path).send(request(chat())).answer().body == REPLY)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+
+
+def test_a_unix_socket(run: Any, command: Any, upstream_for: Any, tmp_path: Path) -> None:
+    config = {**config_for(upstream_for(always(reply())).port),
+              "listen": f"unix:{tmp_path / 'gw.sock'}"}
+    first = run(config=config)
+    path = first.ready()
+    assert Client(path).send(request(chat())).answer().body == REPLY
+    assert command("-health")[0] == 0
+    second = run(config=config)
+    assert second.wait() == 1 and "use" in second.stop()  # in use
+    first.process.kill()
+    first.wait()
+    assert command("-health")[0] == 1
+    third = run(config=config)  # what the dead one left behind is no hindrance
+    assert Client(third.ready()).send(request(chat())).answer().body == REPLY
+
+
+def test_an_address_in_use(run: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = run(config={**config_for(9), "listen": listen})
+        assert process.wait() == 1
+    said = process.stop()
+    assert listen in said and said.count("\n") == 1
+
+
+# ==================================================================================================
+# 17. Command line
+# ==================================================================================================
+
+
+@pytest.fixture
+def command(capsys: Any, tmp_path: Path, monkeypatch: Any) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in a folder of its own, to its end: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = gateway.main(arguments)
+        said = capsys.readouterr()
+        OUTPUT.extend(said)
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize("start", [[str(FILE)], ["-m", "gateway"]])
+def test_version(start: list[str]) -> None:
+    for flag in ("-version", "--version"):
+        done = subprocess.run([sys.executable, *start, flag], cwd=FILE.parent, capture_output=True,
+                              text=True, timeout=2 * WAIT, check=True)
+        assert (done.stdout, done.stderr) == (f"gateway.py {gateway.__version__}\n", "")
+
+
+@pytest.mark.parametrize("listen, reason", [
+    ("unix:/nowhere/gw.sock", "No such file"), ("unix:/tmp/" + "x" * 200, "too long"),
+    ("192.0.2.1:80", "assign"),
+])
+def test_an_address_that_cannot_be_had(command: Any, listen: str, reason: str) -> None:
+    Path("config.json").write_text(json.dumps({**config_for(9), "listen": listen}))
+    status, said, errors = command()
+    assert (status, said, errors.count("\n")) == (1, "", 1)
+    assert listen in errors and reason in errors
+
+
+def test_help_fits_one_screen(command: Any) -> None:
+    status, said, errors = command("-help")
+    assert (status, errors) == (0, "")
+    assert said.count("\n") <= 24 and max(map(len, said.splitlines())) <= 100
+    for flag in ("-config", "-check", "-health", "-demo", "-version"):
+        assert flag in said
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["-confg", "x"], "-config"), (["--chek"], "-check"), (["serve.json"], "serve.json"),
+    (["-config"], "-config"), (["-check", "-demo"], "-demo"), (["-check=1"], "check"),
+    (["-config", "/nowhere/config.json"], "/nowhere/config.json"),
+])
+def test_a_bad_command_line(command: Any, arguments: list[str], told: str) -> None:
+    status, said, errors = command(*arguments)
+    assert (status, said, errors.count("\n")) == (2, "", 1)
+    assert told in errors
+
+
+def test_without_a_config_a_hint_of_two_lines(command: Any) -> None:
+    status, said, errors = command()
+    assert (status, said, errors.count("\n")) == (2, "", 2)
+    assert "-demo" in errors and "config.json" in errors
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("config.json", ["-check"]), ("config.yaml", ["--check"]),
+    ("other", ["-config", "other", "-check"]), ("other", ["--config=other", "--check"]),
+])
+def test_a_check_prints_what_it_would_serve_and_no_secret(command: Any, name: str, monkeypatch: Any,
+                                                          arguments: list[str]) -> None:
+    monkeypatch.setenv("PROVIDERS_KEY", PROVIDER_KEY)
+    config = config_for(9, provider={"api_key": "${PROVIDERS_KEY}", "headers": {"X-S": APP_KEY}})
+    Path(name).write_text("# a comment\n" + json.dumps(config, indent=2))
+    status, said, errors = command(*arguments)
+    assert (status, errors) == (0, "")
+    for shown in ("127.0.0.1:0", "openai", "house", "gpt-", "chatbot", "tiny-*"):
+        assert shown in said
+    assert not any(secret in said for secret in SECRETS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-check"]])
+def test_a_bad_config_tells_all_that_is_wrong_and_starts_nothing(command: Any,
+                                                                 arguments: list[str]) -> None:
+    config = config_for(9, provider={"api_key": "${NOT_SET_HERE}"}, timeouts={"hed": 1},
+                        log="loud", limits={"body": -1})
+    config["models"]["house"]["provider"] = "opnai"
+    config["api_keys"][0]["key"] = "short"
+    Path("config.json").write_text(json.dumps(config))
+    status, said, errors = command(*arguments)
+    assert (status, said) == (2, "")
+    for path, fix in (("providers.openai.api_key", "${NOT_SET_HERE:-}"), ("timeouts.hed", "head"),
+                      ("log", "json"), ("limits.body", "above 0"), ("api_keys[0].key", "16"),
+                      ("models.house.provider", "openai")):
+        assert any(line.startswith(f"config.json: {path}: ") and fix in line
+                   for line in errors.splitlines()), path
+
+
+def test_a_yaml_file_gets_the_line_that_converts_it(command: Any) -> None:
+    Path("config.yaml").write_text("listen: ':8080'\nproviders:\n  openai: {}\n")
+    status, said, errors = command()
+    assert (status, said, errors.count("\n")) == (2, "", 1)
+    assert "yq -o=json config.yaml" in errors
+
+
+def test_health_asks_the_gateway_of_its_config(run: Any, command: Any) -> None:
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = {**config_for(9, provider={"api_key": "${ONLY_THERE}"}), "listen": f":{port}"}
+    process = run(config=config, env={**os.environ, "ONLY_THERE": PROVIDER_KEY})
+    process.ready()
+    assert command("-health") == (0, "", "")  # it needs none of the config's secrets
+    process.signal(signal.SIGTERM)
+    process.wait()
+    status, said, errors = command("-health")
+    assert (status, said, errors.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 503 Draining\r\n\r\n", b"SSH-2.0-x\r\n", b""])
+def test_health_believes_no_other_server(command: Any, upstream_for: Any, answer: bytes) -> None:
+    listen = f"127.0.0.1:{upstream_for([answer, CLOSE]).port}"
+    Path("config.json").write_text(json.dumps({"listen": listen}))
+    status, _, errors = command("-health")
+    assert (status, errors.count("\n")) == (1, 1) and listen in errors
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_demo_prints_a_line_that_works_when_pasted(run: Any, taken: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        if taken:
+            with contextlib.suppress(OSError):  # then another holds it, which is as good
+                stack.enter_context(socket.create_server(("127.0.0.1", 8080)))
+        process = run("-demo")
+        address = process.ready()
+        assert address[0] == "127.0.0.1" and (address[1] != 8080 or not taken)
+        process.until("curl")
+        while process.said[-1].endswith("\\\n"):
+            process.until("")
+        pasted = "".join(process.said[-3:])
+        assert pasted.lstrip().startswith("curl -N")
+        done = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, timeout=WAIT,
+                              check=True)
+        assert done.stdout.startswith("data: {") and done.stdout.endswith("data: [DONE]\n\n")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_a_missing_certificate_store_is_told_at_the_start(run: Any) -> None:
+    config = {**config_for(9), "providers": {"openai": {"api_key": PROVIDER_KEY}}}
+    process = run(config=config, env={**os.environ, "SSL_CERT_FILE": "/nowhere",
+                                      "SSL_CERT_DIR": "/nowhere"})
+    process.ready()
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "ca-certificates" in process.stop()
+
+
+# ==================================================================================================
+# Secrets
+# ==================================================================================================
+
+
+def test_no_secret_was_ever_told(gate_for: Any) -> None:
+    """In all that the tests above made gateways say: logs, heads, errors, metrics, output."""
+    gate = gate_for([READ, CLOSE])
+    gate.call(chat())
+    gate.access()
+    gate.series("")
+    told = "\n".join(OUTPUT)
+    for kind in ("msg=access", "HTTP/1.1 502 ", '{"error":{', "llm_requests_total{"):
+        assert kind in told
+    for secret in (*SECRETS, "vk-disabled-0123456789", "vk-expired-0123456789"):
+        assert secret not in told, told[max(told.index(secret) - 200, 0):][:400]
