@@ -1939,7 +1939,7 @@ TRANSLATED = list(gateway.DIALECTS)
 WORDS = ["a", "Grüße", "日本", "\u2028", "\u2029", "\x85", "👩‍👩‍👧", "\U0001f99c", '"', "\\", "\n",
          "\r\n", "\t", "\0", "data: [DONE]", "\x1c", " ", "{}", "é", "'", "</x>", "event: x"]
 ALL_CAPS = Caps("both", "adaptive", True, gateway.ALL_EFFORTS, mid_system=True)
-CHAT_SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"],
+CHAT_SHAPE = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"],
           "additionalProperties": False}
 PDF = "JVBERi0xLjQK"
 
@@ -2024,7 +2024,7 @@ class Making:
                           is_error=not self.is_chat and self.chance(0.2))
 
     def tools(self) -> list[Tool]:
-        tools = [Tool("f", self.text(), CHAT_SCHEMA, self.maybe(True), cache=self.cache()),
+        tools = [Tool("f", self.text(), CHAT_SHAPE, self.maybe(True), cache=self.cache()),
                  Tool("g", schema={"type": "object", "properties": {}})]
         grammar = {"syntax": "lark", "definition": self.text()}
         return tools + [Tool("shell", is_custom=True, grammar=self.maybe(grammar))] * self.is_chat
@@ -2044,7 +2044,7 @@ class Making:
                                      ToolChoice("tool", "g"))
             if chat.choice and chat.choice.mode != "none":
                 chat.parallel = self.maybe(False)
-        chat.format = self.maybe(Format({**CHAT_SCHEMA, "description": self.text()}))
+        chat.format = self.maybe(Format({**CHAT_SHAPE, "description": self.text()}))
         if self.is_chat:
             self.only_in_chat(chat)
         elif self.chance() and not (chat.choice and chat.choice.mode in ("required", "tool")):
@@ -2069,7 +2069,7 @@ class Making:
                                      allowed=["g", chat.tools[-1].name])
         if chat.format:
             chat.format = self.random.choice([Format(), Format(
-                CHAT_SCHEMA, "out", self.text(), self.maybe(True, False))])
+                CHAT_SHAPE, "out", self.text(), self.maybe(True, False))])
 
     def reply(self) -> Reply:
         """A whole answer; a Chat Completions message holds thoughts, a text, calls."""
@@ -2322,13 +2322,13 @@ CASES: list[tuple[str, JSON, Any, str]] = [
      {"stream_options": UNSET}, ""),
     ("0.2 H include_obfuscation", {"stream_options": {"include_obfuscation": False}}, {},
      "(include_obfuscation)"),
-    ("2.1 tools", {"tools": [function("f", description="D", parameters=CHAT_SCHEMA)]},
-     {"tools": [{"name": "f", "description": "D", "input_schema": CHAT_SCHEMA}]}, ""),
+    ("2.1 tools", {"tools": [function("f", description="D", parameters=CHAT_SHAPE)]},
+     {"tools": [{"name": "f", "description": "D", "input_schema": CHAT_SHAPE}]}, ""),
     ("2.1 tool without parameters", {"tools": [F]}, {"tools": [F_TOOL]}, ""),
     ("1.8 type is added", {"tools": [function("f", parameters={"properties": {}})]},
      {"tools": [F_TOOL]}, ""),
-    ("2.1 strict, closed", {"tools": [function("f", parameters=CHAT_SCHEMA, strict=True)]},
-     {"tools": [{"name": "f", "input_schema": CHAT_SCHEMA, "strict": True}]}, ""),
+    ("2.1 strict, closed", {"tools": [function("f", parameters=CHAT_SHAPE, strict=True)]},
+     {"tools": [{"name": "f", "input_schema": CHAT_SHAPE, "strict": True}]}, ""),
     ("2.1 strict, open", {"tools": [function("f", parameters=OPEN, strict=True)]},
      {"tools": [{"name": "f", "input_schema": OPEN}]}, "strict"),
     ("2.1 custom tool", {"tools": [CUSTOM]}, {"tools": [
@@ -2385,26 +2385,26 @@ CASES: list[tuple[str, JSON, Any, str]] = [
     ("2.1 parallel without tools", {"parallel_tool_calls": False}, {"tool_choice": UNSET}, ""),
     ("2.1 response_format text", {"response_format": {"type": "text"}},
      {"output_config": UNSET, "system": UNSET}, ""),
-    ("2.1 json_schema", format_(CHAT_SCHEMA, strict=True),
-     {"output_config": {"format": {"type": "json_schema", "schema": CHAT_SCHEMA}}}, ""),
+    ("2.1 json_schema", format_(CHAT_SHAPE, strict=True),
+     {"output_config": {"format": {"type": "json_schema", "schema": CHAT_SHAPE}}}, ""),
     ("1.8 schema cleaned", format_(OPEN, description="An x."),
      {"output_config": {"format": {"type": "json_schema", "schema": {
          "type": "object", "description": "An x.", "additionalProperties": False,
          "properties": {"x": {"type": "integer", "description": "(minimum: 1)"}}}}}}, ""),
-    ("1.8 oneOf", format_({"oneOf": [CHAT_SCHEMA, {"type": "array", "minItems": 2,
+    ("1.8 oneOf", format_({"oneOf": [CHAT_SHAPE, {"type": "array", "minItems": 2,
                                               "description": "L"}]}),
      {"output_config": {"format": {"type": "json_schema", "schema": {"anyOf": [
-         CHAT_SCHEMA, {"type": "array", "description": "L (minItems: 2)"}]}}}}, ""),
+         CHAT_SHAPE, {"type": "array", "description": "L (minItems: 2)"}]}}}}, ""),
     ("1.8 a property called minimum", format_({
         "type": "object", "properties": {"minimum": {"enum": [{"oneOf": 1}]}}}),
      {"output_config": {"format": {"type": "json_schema", "schema": {
          "type": "object", "additionalProperties": False,
          "properties": {"minimum": {"enum": [{"oneOf": 1}]}}}}}}, ""),
-    ("2.1 json_schema, older", {"model": OLD, **format_(CHAT_SCHEMA)},
+    ("2.1 json_schema, older", {"model": OLD, **format_(CHAT_SHAPE)},
      {"output_config": UNSET, "tool_choice": {"type": "tool", "name": "json_answer"},
       "tools": [{"name": "json_answer", "description": "Gives the answer.",
-                 "input_schema": CHAT_SCHEMA}]}, ""),
-    ("2.1 json_schema and tools, older", {"model": OLD, "tools": [F], **format_(CHAT_SCHEMA)},
+                 "input_schema": CHAT_SHAPE}]}, ""),
+    ("2.1 json_schema and tools, older", {"model": OLD, "tools": [F], **format_(CHAT_SHAPE)},
      "response_format", ""),
     ("2.1 json_object", {"response_format": {"type": "json_object"}}, {"system": RULE}, ""),
     ("2.1 json_object and system", {"response_format": {"type": "json_object"}, "messages": [
@@ -2597,8 +2597,8 @@ CASES: list[tuple[str, JSON, Any, str]] = [
     ("2.3 budget without room", effort("high", BUDGET, max_tokens=1500),
      {"thinking": UNSET, "max_tokens": 1500}, "reasoning_effort"),
     ("2.3 effort absent", {"model": NOW}, {"thinking": UNSET, "output_config": UNSET}, ""),
-    ("2.3 effort and format", effort("low", NOW, **format_(CHAT_SCHEMA)),
-     {"output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CHAT_SCHEMA}}},
+    ("2.3 effort and format", effort("low", NOW, **format_(CHAT_SHAPE)),
+     {"output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CHAT_SHAPE}}},
      ""),
     ("1.5 illegal ids", loop(asked(call("functions.x:0")), answer("functions.x:0")),
      {"messages": [user("Hi"), {"role": "assistant", "content": [
@@ -3099,9 +3099,9 @@ BIG: dict[str, JSON] = {
         "model": "m", "max_tokens": 99, "max_completion_tokens": 99, "temperature": 0.5,
         "top_p": 0.5, "top_k": 4, "stop": ["a"], "n": 1, "stream": True, "stream_options": {
             "include_usage": True, "include_obfuscation": False},
-        "tools": [function("f", description="D", parameters=CHAT_SCHEMA, strict=True), GRAMMAR,
+        "tools": [function("f", description="D", parameters=CHAT_SHAPE, strict=True), GRAMMAR,
                   {**F, "cache_control": MARK}],
-        "functions": [{"name": "h", "parameters": CHAT_SCHEMA}], "function_call": "auto",
+        "functions": [{"name": "h", "parameters": CHAT_SHAPE}], "function_call": "auto",
         "tool_choice": {"type": "allowed_tools", "allowed_tools": {
             "mode": "auto", "tools": [F, {"type": "custom", "custom": {"name": "sh"}}]}},
         "parallel_tool_calls": False, **format_(OPEN, description="D", strict=True),
@@ -3131,11 +3131,11 @@ BIG: dict[str, JSON] = {
     "messages": {
         "model": "m", "max_tokens": 99, "system": [text("S", cache_control=MARK)],
         "temperature": 0.5, "top_p": 0.5, "top_k": 4, "stop_sequences": ["a"], "stream": True,
-        "tools": [{"name": "f", "description": "D", "input_schema": CHAT_SCHEMA, "strict": True,
+        "tools": [{"name": "f", "description": "D", "input_schema": CHAT_SHAPE, "strict": True,
                    "type": "custom", "cache_control": MARK, "input_examples": [{}]}],
         "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
         "thinking": {"type": "adaptive"}, "metadata": {"user_id": "u"}, "service_tier": "auto",
-        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CHAT_SCHEMA}},
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": CHAT_SHAPE}},
         "messages": [
             user([text("a", cache_control=MARK, citations=[]), PNG_BLOCK, {
                 "type": "document", "title": "t", "source": {

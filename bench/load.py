@@ -120,13 +120,16 @@ def post(server: Process, body: bytes) -> bytes:
     return content
 
 
+def connections(server: Process, count: int) -> list[socket.socket]:
+    """Connections that say nothing."""
+    return [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(count)]
+
+
 def idle_connections(server: Process, count: int) -> list[socket.socket]:
     """Kept-alive connections, each of which has asked once and now says nothing."""
-    idle = []
-    for _ in range(count):
-        connection = socket.create_connection(("127.0.0.1", server.port), 10)
+    idle = connections(server, count)
+    for connection in idle:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         if not connection.recv(65536).startswith(b"HTTP/1.1 200 "):
             raise WrongAnswer("an idle connection's first request was not answered")
-        idle.append(connection)
     return idle
