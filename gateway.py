@@ -95,8 +95,8 @@ import zlib
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import (
-    Any, Awaitable, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Protocol, Sequence, Set, Tuple, Type, Union,
+    Any, Awaitable, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
+    NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union,
 )
 
 __version__ = "1.0.0"
@@ -105,12 +105,12 @@ JSON = Dict[str, Any]
 Headers = Dict[str, str]  # names in lower case; repeated fields are joined with commas
 
 
-# ==================================================================================================
+# ======================================
 # 1. Errors
 #
 # An error is raised anywhere and rendered once, in the client's dialect. Its message is what the
 # client may read; what only the log may see is its __cause__.
-# ==================================================================================================
+# ======================================
 
 # The error types of OpenAI's API by status; other dialects have tables of their own in section 4.
 ERROR_TYPES = {
@@ -168,11 +168,11 @@ def clipped(text: str, limit: int = 128) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-# ==================================================================================================
+# ======================================
 # 2. Model
 #
 # The small model that every dialect is translated through.
-# ==================================================================================================
+# ======================================
 
 
 @dataclass
@@ -193,10 +193,10 @@ def count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # JSON as it is on the wire: strict where a route is read from it, and cut into members so that a
 # value can be replaced with every other byte left as it came.
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 
 MAX_INT_DIGITS = 4300  # where int() has no bound of its own, 10 MB of digits take it minutes
 
@@ -231,12 +231,11 @@ def finite(value: object) -> object:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [finite(item) for item in value]
-    return {float("inf"): 10**309, float("-inf"): -10**309}.get(value, value) \
-        if isinstance(value, float) else value
+    is_infinite = isinstance(value, float) and abs(value) == float("inf")
+    return (10**309 if value > 0 else -10**309) if is_infinite else value  # type: ignore[operator]
 
 
 def dump_json(value: object) -> bytes:
-    """Compact JSON in UTF-8; a lone surrogate falls back to an escape."""
     return utf8(encode_json(value))
 
 
@@ -245,16 +244,14 @@ def utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return "".join(c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}"
-                       for c in text).encode()
+        return "".join(
+            c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" for c in text).encode()
 
 
 class Body:
-    """A JSON object as it came, whose top-level values can be replaced one by one.
-
-    Raises GatewayError(400) for what is not UTF-8, not JSON, not an object, nested deeper than the
-    parser follows, or names a top-level key twice.
-    """
+    """A JSON object as it came, whose top-level values can be replaced one by one. Raises
+    GatewayError(400) for any other body, one nested too deeply, and a top-level key that stands
+    twice."""
 
     def __init__(self, body: bytes) -> None:
         self.body = body
@@ -295,7 +292,7 @@ class Body:
         return b"".join([*pieces, body[at:]])
 
 
-Spans = Dict[str, Tuple[int, int]]  # where the values of an object's members start and end
+Spans = Dict[str, Tuple[int, int]]  # where an object's members' values start and end
 SPACE = r"[ \t\n\r]*"
 KEY = rf'"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"{SPACE}:'
 FIRST_KEY = re.compile(rf"{SPACE}\{{{SPACE}(?:{KEY}|\}}){SPACE}")
@@ -325,7 +322,6 @@ def scan_members(text: str) -> Tuple[JSON, Spans]:
 
 
 def in_bytes(text: str, spans: Spans) -> Spans:
-    """The spans counted in UTF-8 bytes."""
     if text.isascii():
         return spans
     counted, at, characters = {}, 0, 0
@@ -337,15 +333,14 @@ def in_bytes(text: str, spans: Spans) -> Spans:
     return counted
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # A conversation. Turns hold ordered blocks; system turns stand in the list, where they were said.
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 
 
 @dataclass
 class Block:
-    """What every block may carry: `cache` is a cache mark as it came, `signature` an opaque proof
-    that only its `issuer` can check."""
+    """`cache` is a cache mark as it came, `signature` a proof that only its `issuer` can check."""
 
     cache: Optional[JSON] = None
     signature: str = ""
@@ -371,7 +366,7 @@ class Image(Block):
 
 @dataclass
 class Document(Block):
-    """A file: by `url`, as base64 `data`, or as plain `text`."""
+    """By `url`, as base64 `data`, or as plain `text`."""
 
     url: str = ""
     media_type: str = ""
@@ -388,7 +383,7 @@ class Audio(Block):
 
 @dataclass
 class Thinking(Block):
-    """Reasoning. What its issuer keeps closed (`is_redacted`) is all signature."""
+    """What its issuer keeps closed (`is_redacted`) is all signature."""
 
     text: str = ""
     is_redacted: bool = False
@@ -428,8 +423,7 @@ class Turn:
 
 @dataclass
 class Tool:
-    """`schema` of its arguments; a custom tool takes freeform text, by its `grammar` if it has one:
-    {"syntax", "definition"}."""
+    """A custom tool takes freeform text, by its `grammar`, if any: {"syntax", "definition"}."""
 
     name: str
     description: str = ""
@@ -451,7 +445,7 @@ class ToolChoice:
 
 @dataclass
 class Format:
-    """The form that the answer must have: any JSON object, or one by a schema."""
+    """Any JSON object, or one by a schema."""
 
     schema: Optional[JSON] = None
     name: str = ""
@@ -461,8 +455,8 @@ class Format:
 
 @dataclass
 class Chat:
-    """One request. `options` are the fields that ask for no more than a word in the target: its
-    renderer takes those that it knows and names the others as losses."""
+    """One request. `options` ask for no more than a word in the target: its renderer takes those
+    that it knows and names the others as losses."""
 
     model: str
     turns: List[Turn]
@@ -548,14 +542,18 @@ class Losses:
         """Raises GatewayError(400) that names all but the hints, under strict."""
         names = [name for name, is_hint in self.names.items() if not is_hint]
         if names:
-            raise unsupported(names[0], "The model's provider cannot be told: "
-                                        f"{', '.join(names)} (strict).")
+            told = ", ".join(names)
+            raise unsupported(names[0], f"The model's provider cannot be told: {told} (strict).")
 
 
 def unsupported(param: str, what: str = "") -> GatewayError:
     """What would make the answer wrong is refused."""
-    return GatewayError(400, what or f"'{param}' is not supported by the model's provider.", param,
-                        "unsupported_parameter")
+    what = what or f"'{param}' is not supported by the model's provider."
+    return GatewayError(400, what, param, "unsupported_parameter")
+
+
+def bad_answer(message: str) -> GatewayError:
+    return upstream_error(502, message, "bad_answer")
 
 
 def canonical(turns: Iterable[Turn]) -> List[Turn]:
@@ -569,24 +567,28 @@ def canonical(turns: Iterable[Turn]) -> List[Turn]:
             place = answers.get(block.id) if isinstance(block, ToolResult) else None
             (rest.blocks if place is None else place).append(block)
         placed.append(rest)
-        ids = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+        ids = call_ids(turn)
         if ids:
             placed.append(Turn("user", []))
             answers.update(dict.fromkeys(ids, placed[-1].blocks))
     turns = merged(placed)
-    order: Dict[str, int] = {}
+    ids = []
     for turn in turns:
         if turn.role == "assistant":
-            ids = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
-            order = {id_: i for i, id_ in enumerate(ids)}
+            ids = call_ids(turn)
         elif any(isinstance(block, ToolResult) for block in turn.blocks):
+            order = {id_: i for i, id_ in enumerate(ids)}
             turn.blocks.sort(key=lambda block: order.get(block.id, len(order))
                              if isinstance(block, ToolResult) else len(order) + 1)
     return turns
 
 
+def call_ids(turn: Turn) -> List[str]:
+    return [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+
+
 def merged(turns: Iterable[Turn]) -> List[Turn]:
-    """Neighbours of one role as one turn; empty text, and a turn left empty, are none."""
+    """Neighbours of one role as one turn; no empty text, no empty turn."""
     result: List[Turn] = []
     for turn in turns:
         blocks = [block for block in turn.blocks if not isinstance(block, Text) or block.text]
@@ -597,10 +599,10 @@ def merged(turns: Iterable[Turn]) -> List[Turn]:
     return result
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # A stream is a reply in pieces: Start (BlockStart delta* BlockStop)* Finish. Each kind of block has
 # its own delta, so nobody need remember which block is open to read one.
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 
 
 class Start(NamedTuple):
@@ -647,6 +649,7 @@ class Finish(NamedTuple):
 
 StreamEvent = Union[Start, BlockStart, TextDelta, ThinkingDelta, SignatureDelta, ArgumentsDelta,
                     CitationDelta, BlockStop, Finish]
+Events = List[StreamEvent]
 
 
 def collect(events: Iterable[StreamEvent]) -> Reply:
@@ -675,7 +678,7 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
 
 
 def close_block(block: Block, said: str) -> None:
-    """Gives a block what its deltas spelt; raises GatewayError(502) where that must be JSON."""
+    """Gives a block what its deltas spelt. Raises GatewayError(502)."""
     if isinstance(block, (Text, Thinking)):
         block.text = said
     elif isinstance(block, ToolCall) and block.is_custom:
@@ -684,8 +687,7 @@ def close_block(block: Block, said: str) -> None:
         try:
             block.arguments = parse_arguments(said)
         except ValueError as error:
-            raise upstream_error(502, f"The model's arguments for a tool: {error}.",
-                                 "bad_answer") from error
+            raise bad_answer(f"The model's arguments for a tool: {error}.") from error
 
 
 def parse_arguments(text: str) -> JSON:
@@ -699,9 +701,9 @@ def parse_arguments(text: str) -> JSON:
     return arguments
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Reading what a client sent.
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 
 NUMBER = (int, float)
 TEXT_OR_LIST = (str, list)
@@ -712,8 +714,8 @@ TYPE_NAMES: Dict[object, str] = {
 
 
 class Fields:
-    """An object of a client's, and its place in the request. A value of the wrong type is a 400
-    that names its field; null counts as absent; what nobody reads is unknown."""
+    """An object of a client's, and its place in the request. A value of the wrong type is a 400;
+    null counts as absent; what nobody reads is unknown."""
 
     def __init__(self, wire: JSON, place: str = "", read: Optional[List[Fields]] = None) -> None:
         self.wire = wire
@@ -726,8 +728,11 @@ class Fields:
         param = clipped(f"{self.place}{key}")
         return GatewayError(400, f"'{param}' {what}.", param, code)
 
-    def get(self, key: str, kind: Any) -> Any:
-        """A value, None where it is absent or null."""
+    def unsupported(self, key: str, what: str) -> GatewayError:
+        return self.wrong(key, what, "unsupported_parameter")
+
+    def get(self, key: str, kind: Any = str) -> Any:
+        """A value, a string unless told otherwise; None where it is absent or null."""
         self._unread.discard(key)
         value = self.wire.get(key)
         is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -735,23 +740,20 @@ class Fields:
             return value
         raise self.wrong(key, f"must be {TYPE_NAMES[kind]}")
 
-    def need(self, key: str, kind: Any) -> Any:
+    def need(self, key: str, kind: Any = str) -> Any:
         value = self.get(key, kind)
         if value is None:
             raise self.wrong(key, "is missing")
         return value
 
     def one_of(self, key: str, choices: Iterable[str]) -> str:
-        value: str = self.need(key, str)
+        value: str = self.need(key)
         if value not in choices:
             raise self.wrong(key, f"must be one of: {', '.join(choices)}")
         return value
 
     def child(self, key: str, default: Optional[JSON] = None) -> Fields:
-        value = self.get(key, dict)
-        value = default if value is None else value
-        if value is None:
-            raise self.wrong(key, "is missing")
+        value: JSON = self.need(key, dict) if default is None else self.get(key, dict) or default
         return Fields(value, f"{self.place}{key}.", self._all)
 
     def children(self, key: str) -> Iterator[Fields]:
@@ -772,13 +774,19 @@ class Fields:
         self._unread.difference_update(keys)
         return any(self.wire.get(key) not in (None, "", [], {}) for key in keys)
 
+    def hint(self, losses: Losses, keys: Iterable[str]) -> None:
+        """Tells which of these fields say something that no other dialect can."""
+        for key in keys:
+            if self.skip(key):
+                losses.hint(key)
+
     def name_unknown(self, losses: Losses) -> None:
         if any(fields.wire[key] is not None for fields in self._all for key in fields._unread):
             losses.drop("unknown")
 
 
 def parse_data_uri(uri: str) -> Optional[Tuple[str, str]]:
-    """(media type, base64 data) of a data: URI, None of any other."""
+    """(media type, base64 data); None of any other URI."""
     head, comma, data = uri.partition(",")
     scheme, _, media = head.partition(":")
     parts = media.lower().split(";")
@@ -787,12 +795,12 @@ def parse_data_uri(uri: str) -> Optional[Tuple[str, str]]:
     return parts[0] or "text/plain", data
 
 
-# ==================================================================================================
+# ======================================
 # 3. SSE
 #
 # Server-sent events (HTML Living Standard, section 9.2). Lines end in LF, CRLF or CR, and are cut
 # as bytes: str.splitlines would also cut at U+2028, which is legal inside JSON strings.
-# ==================================================================================================
+# ======================================
 
 
 def sse(data: bytes, event: str = "") -> bytes:
@@ -831,11 +839,10 @@ BLANK_LINE = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r\n?")
 def split_events(block: bytes) -> Iterator[bytes]:
     """A block of whole events, cut after each blank line."""
     at = 0
-    for blank in BLANK_LINE.finditer(block):
-        yield block[at:blank.end()]
-        at = blank.end()
-    if at < len(block):
-        yield block[at:]
+    while at < len(block):
+        end = event_end(block, at)
+        yield block[at:end]
+        at = end
 
 
 def last_blank_line(block: bytes, before: int) -> int:
@@ -849,6 +856,9 @@ def last_blank_line(block: bytes, before: int) -> int:
 
 def event_end(block: bytes, at: int) -> int:
     """Where the event in which `at` lies ends, its blank line included."""
+    end = block.find(b"\n\n", at, at + 4096) + 2
+    if end > 1 and block.find(b"\r", at, end) < 0:  # as nearly always; the regex crawls
+        return end
     blank = BLANK_LINE.search(block, at)
     return blank.end() if blank else len(block)
 
@@ -923,27 +933,25 @@ class SSEDecoder:
         return [event for event in events if event.data]
 
 
-# ==================================================================================================
+# ======================================
 # 4. Dialects
 #
 # A dialect is one wire format, read from both ends. Nothing here looks a model or a provider up:
 # what a target takes is handed down.
-# ==================================================================================================
+# ======================================
 
 
 class Watch:
     """Watches a passed stream: whole events in, what the client may see out.
 
-    Each dialect's own watch finds in passing what metering and honesty need: `usage` as it is
-    known so far, `has_content` once the first token is there, `ended` at the terminal event, and
-    `failure` where the stream says that it failed. Only blocks that hold a telling word are looked
-    into: to parse every event costs ten times as much as to pass it.
+    `usage` is as it is known so far, `has_content` true once the first token is there, `ended` at
+    the terminal event; `failure` is the one that the stream tells. Only blocks that hold a telling
+    word are looked into: to parse every event costs ten times as much as to pass it.
     """
 
     def __init__(self) -> None:
         self.usage: Optional[Usage] = None
-        self.has_content = False
-        self.ended = False
+        self.has_content = self.ended = False
         self.failure: Optional[GatewayError] = None
         self._bytes = self._events = self._envelope = 0
 
@@ -958,8 +966,8 @@ class Watch:
 
     @property
     def content_bytes(self) -> int:
-        """About how many bytes of content went by: all bytes, less for each event what the first
-        one with content held around it. Exact counting would parse every event."""
+        """About how many bytes of content went by: all, less for each event what the
+        first one with content held around it. To count exactly is to parse every event."""
         return max(self._bytes - self._events * self._envelope, self._events)
 
 
@@ -968,8 +976,8 @@ def cut_stream() -> GatewayError:
 
 
 class DeltaTemplate:
-    """Renders an event whose only moving part is one JSON string, at half the cost of encoding it
-    all: what stands before and after it is encoded once."""
+    """Renders an event whose only moving part is one JSON string: what stands around it is encoded
+    once, at half the cost."""
 
     def __init__(self, render: Callable[[str], bytes]) -> None:
         before, _, after = render("\0").partition(b'"\\u0000"')
@@ -980,22 +988,24 @@ class DeltaTemplate:
 
 
 class Parser:
-    """Reads an upstream's stream: an SSE event in, model events out. `usage` is readable at any
-    time, so that an aborted stream is counted; `content_bytes` is what has been said so far."""
+    """Reads an upstream's stream: an SSE event in, model events out. `usage` and `content_bytes`
+    (what has been said) are readable at any time, so that an aborted stream is counted."""
 
-    def __init__(self, rewrites: Rewrites) -> None:
+    def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
         self.rewrites = rewrites
         self.usage: Optional[Usage] = None
         self.content_bytes = 0
         self.ended = False
+        self._dialect = dialect
         self._open: Optional[Block] = None
-        self._service_tier = ""
+        self._block_count = 0
+        self._finish = self._service_tier = ""
 
-    def feed(self, event: Event) -> List[StreamEvent]:
+    def feed(self, event: Event) -> Events:
         raise NotImplementedError
 
-    def end(self) -> List[StreamEvent]:
-        """The provider closed: a stream that has not ended fails."""
+    def end(self) -> Events:
+        """The provider closed."""
         if not self.ended:
             raise cut_stream()
         return []
@@ -1004,22 +1014,22 @@ class Parser:
         try:
             wire = DECODER.decode(event.data.decode())
         except (ValueError, RecursionError) as error:
-            raise upstream_error(502, "The provider sent an event that is not JSON.",
-                                 "bad_answer") from error
+            raise bad_answer("The provider sent an event that is not JSON.") from error
         if not isinstance(wire, dict):
-            raise upstream_error(502, "The provider sent an event that is no object.", "bad_answer")
+            raise bad_answer("The provider sent an event that is no object.")
         return wire
 
-    def make_call(self, id_: object, name: object, is_custom: bool = False) -> ToolCall:
+    def say(self, text: str, block: Block) -> Events:
+        return [DELTAS[type(block)](text)] if text else []
+
+    def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         """A call under the name that the client gave its tool."""
-        name = name if isinstance(name, str) else ""
-        return ToolCall(id=id_ if isinstance(id_, str) else "",
-                        name=self.rewrites.names.get(name, name),
+        return ToolCall(id=id_, name=self.rewrites.names.get(name, name),
                         is_custom=is_custom or name in self.rewrites.custom)
 
 
 class Renderer:
-    """Writes a client's stream: model events in, bytes out."""
+    """Writes a client's stream."""
 
     events: Mapping[type, Callable[[Any, Any], bytes]] = {}  # all but the deltas of the open block
 
@@ -1035,55 +1045,47 @@ class Renderer:
         return self.events[event.__class__](self, event)
 
 
-class Dialect:
+class Dialect(Protocol):
     """One wire format, read from both ends: `parse_` from the wire, `render_` to it."""
 
-    name = ""
-    keepalive = b""  # what says no more than that a stream is alive
+    name: str = ""
+    keepalive: bytes = b""  # what says no more than that a stream is alive
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        """A client's request. Raises GatewayError(400) naming the field."""
-        raise NotImplementedError
+        """Raises GatewayError(400) naming the field."""
 
     def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        """A request to a provider. The same chat gives the same bytes, since prompt caches depend
-        on it. Raises GatewayError(400) for what would make the answer wrong."""
-        raise NotImplementedError
+        """The same chat gives the same bytes, since prompt caches depend on it.
+        Raises GatewayError(400) for what would make the answer wrong."""
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
-        """A provider's plain answer. Raises GatewayError(502)."""
-        raise NotImplementedError
+        """Raises GatewayError(502)."""
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
-        """A plain answer to a client; `created` in unix seconds."""
-        raise NotImplementedError
+        """`created` in unix seconds."""
 
     def parser(self, rewrites: Rewrites) -> Parser:
-        """Reads a provider's stream."""
-        raise NotImplementedError
+        """Of a provider's stream."""
 
     def renderer(self, chat: Chat, created: int) -> Renderer:
-        """Writes a client's stream."""
-        raise NotImplementedError
+        """Of a client's stream."""
 
     def watch(self, hide_usage: bool, needs_done: bool) -> Watch:
-        """Watches a passed stream."""
-        raise NotImplementedError
+        return Watch()
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        raise NotImplementedError
+        """A whole body."""
 
     def error_event(self, body: bytes) -> bytes:
-        """An error's body as an event of a stream."""
         return sse(body)
 
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
         return self.error_event(self.render_error(error, request_id))
 
     def parse_error(self, wire: object, status: int) -> GatewayError:
-        """A provider's error object (or what stands in its place) as ours, its words kept. The
-        status is what it says of itself where it does: in a stream the HTTP status is 200."""
+        """A provider's error object (or what stands in its place) as ours, its words
+        kept, with the status that it gives itself: in a stream the HTTP status is 200."""
         detail = wire if isinstance(wire, dict) else {"message": wire}
         code, type_ = detail.get("code"), text_of(detail, "type")
         message = text_of(detail, "message") or "The provider reported an error."
@@ -1096,15 +1098,15 @@ class Dialect:
         elif status == 404 and type_ == "not_found_error":
             code = code or "model_not_found"
         return upstream_error(
-            status, message, error_label(status), type=type_ or None,
+            status, message, error_label(status), type=type_ or None, is_quoted=True,
             param=text_of(detail, "param") or None,
-            code=str(code) if isinstance(code, (str, int)) else None, is_quoted=True)
+            code=str(code) if isinstance(code, (str, int)) else None)
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
-        raise NotImplementedError
+        """None where it is no object."""
 
     def count_content(self, reply: JSON) -> int:
-        """The bytes of content of a plain reply that tells no usage."""
+        """Bytes of content in a plain reply that tells no usage."""
         return 0
 
     def asks_for_usage(self, body: Body) -> bool:
@@ -1112,17 +1114,17 @@ class Dialect:
         return True
 
     def values_for_usage(self, body: Body) -> JSON:
-        """What to put into a streamed request so that its answer ends in its usage."""
+        """What makes a streamed request's answer end in its usage."""
         return {}
 
     def parse_plain_fields(self, root: Fields, chat: Chat) -> None:
         for key, name, kind in self.plain_fields:
-            value = root.get(key, kind) if key in root.wire else None
-            if value is not None and getattr(chat, name) is None:
-                setattr(chat, name, value)
-        if chat.max_tokens is not None and chat.max_tokens < 1:
-            raise next(root.wrong(key, "must be at least 1") for key, name, _ in self.plain_fields
-                       if name == "max_tokens" and root.wire.get(key) is not None)
+            value = root.get(key, kind)
+            if value is None or getattr(chat, name) is not None:
+                continue
+            if name == "max_tokens" and value < 1:
+                raise root.wrong(key, "must be at least 1")
+            setattr(chat, name, value)
 
     def render_plain_fields(self, chat: Chat, wire: JSON) -> None:
         said: Set[str] = set()  # where two fields mean the same, the first is written
@@ -1137,15 +1139,16 @@ def parse_content(holder: Fields, key: str, parts: Mapping[str, Callable[[Fields
                   ) -> List[Block]:
     """A string, or a list of parts read by their type ("" for any other); empty text is none."""
     content = holder.get(key, TEXT_OR_LIST)
-    blocks: List[Block] = []
     if isinstance(content, str):
-        blocks = [Text(text=content)]
-    else:
-        for part in holder.children(key):
-            cache = parse_cache(part)
-            blocks.append(parts.get(part.need("type", str), parts[""])(part))
-            blocks[-1].cache = cache
-    return [block for block in blocks if not isinstance(block, Text) or block.text]
+        return [Text(text=content)] if content else []
+    blocks: List[Block] = []
+    for part in holder.children(key):
+        block = parts.get(part.need("type"), parts[""])(part)
+        part.skip("citations")  # of an answer that comes back
+        block.cache = parse_cache(part)
+        if not isinstance(block, Text) or block.text:
+            blocks.append(block)
+    return blocks
 
 
 def parse_cache(part: Fields) -> Optional[JSON]:
@@ -1154,8 +1157,8 @@ def parse_cache(part: Fields) -> Optional[JSON]:
     if mark is None and part.get("prompt_cache_breakpoint", dict) is not None:
         point = part.child("prompt_cache_breakpoint")
         point.skip("mode")
-        is_short = point.get("ttl", str) in (None, "5m", "30m")
-        mark = {"type": "ephemeral"} if is_short else {"type": "ephemeral", "ttl": "1h"}
+        is_short = point.get("ttl") in (None, "5m", "30m")
+        mark = {"type": "ephemeral", **({} if is_short else {"ttl": "1h"})}
     return mark
 
 
@@ -1175,22 +1178,12 @@ def list_of_objects(wire: JSON, key: str) -> List[JSON]:
 
 
 def without_none(**members: Any) -> JSON:
-    """The members that say something."""
     return {key: value for key, value in members.items() if value not in (None, "", [])}
 
 
 # What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
-ERROR_STATUSES = {
-    "invalid_request_error": 400, "context_length_exceeded": 400, "authentication_error": 401,
-    "invalid_api_key": 401, "billing_error": 402, "permission_error": 403, "not_found_error": 404,
-    "model_not_found": 404, "request_too_large": 413, "rate_limit_error": 429,
-    "rate_limit_exceeded": 429, "insufficient_quota": 429, "server_error": 500, "api_error": 500,
-    "timeout_error": 504, "overloaded_error": 503, "server_is_overloaded": 503,
-}
-
-
 def error_label(status: int) -> str:
-    """The label in `llm_provider_errors_total` of what a provider answered."""
+    """Of what a provider answered, in `llm_provider_errors_total`."""
     if status in (401, 402):
         return "auth"
     if status == 429:
@@ -1212,7 +1205,12 @@ class ChatCompletions(Dialect):
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
-        chat = Chat(root.need("model", str), canonical(parse_chat_turns(root, losses)))
+        stop = root.get("stop", TEXT_OR_LIST)
+        chat = Chat(
+            root.need("model"), canonical(parse_chat_turns(root, losses)),
+            parallel=root.get("parallel_tool_calls", bool), choice=parse_chat_choice(root),
+            stop=[stop] if isinstance(stop, str) else root.strings("stop"),
+            format=parse_chat_format(root), stream=bool(root.get("stream", bool)))
         if root.get("n", int) not in (None, 1):
             raise unsupported("n", "'n' must be 1 for this model.")
         for key, is_asked in (("audio", root.get("audio", dict) is not None),
@@ -1220,23 +1218,17 @@ class ChatCompletions(Dialect):
             if is_asked:
                 raise unsupported(key, "This model answers in text only.")
         self.parse_plain_fields(root, chat)
-        chat.parallel = root.get("parallel_tool_calls", bool)
         chat.tools = [parse_chat_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
                       for kind in [item.one_of("type", ("function", "custom"))]]
         functions = [parse_chat_tool(item, "function", None) for item in root.children("functions")]
         chat.legacy_functions = bool(functions) and not chat.tools
         chat.tools += functions
-        chat.choice = parse_chat_choice(root)
-        stop = root.get("stop", TEXT_OR_LIST)
-        chat.stop = [stop] if isinstance(stop, str) else root.strings("stop")
-        chat.format = parse_chat_format(root)
         alternatives = root.get("top_logprobs", int)
         if root.get("logprobs", bool):
             chat.logprobs = alternatives or 0
         elif alternatives:
             raise root.wrong("top_logprobs", "needs 'logprobs'")
-        chat.stream = bool(root.get("stream", bool))
         options = root.child("stream_options", {})
         chat.include_usage = bool(options.get("include_usage", bool))
         if options.get("include_obfuscation", bool) is not None:
@@ -1252,18 +1244,14 @@ class ChatCompletions(Dialect):
         wire: JSON = {"model": target.model, "messages": [
             message for turn in chat.turns for message in render_chat_turn(turn, losses)]}
         self.render_plain_fields(chat, wire)
-        if chat.stop:
-            wire["stop"] = chat.stop
-        if chat.format is not None:
-            wire["response_format"] = render_chat_format(chat.format)
+        wire.update(without_none(
+            stop=chat.stop, response_format=chat.format and render_chat_format(chat.format)))
         if chat.logprobs is not None:
             wire.update(logprobs=True, top_logprobs=chat.logprobs)
         if chat.tools:
-            wire["tools"] = [render_chat_tool(tool) for tool in chat.tools]
-            if chat.choice is not None:
-                wire["tool_choice"] = render_chat_choice(chat.choice, chat.tools)
-            if chat.parallel is not None:
-                wire["parallel_tool_calls"] = chat.parallel
+            wire.update(tools=list(map(render_chat_tool, chat.tools)), **without_none(
+                tool_choice=chat.choice and render_chat_choice(chat.choice, chat.tools),
+                parallel_tool_calls=chat.parallel))
         wire.update(chat.options)
         if chat.stream:
             wire.update(stream=True, stream_options={"include_usage": True})
@@ -1271,7 +1259,7 @@ class ChatCompletions(Dialect):
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         if not list_of_objects(wire, "choices"):
-            raise upstream_error(502, "The provider's answer has no choices.", "bad_answer")
+            raise bad_answer("The provider's answer has no choices.")
         parser = ChatParser(self, rewrites)
         return collect([*parser.read(wire, "message"), *parser.finish()])
 
@@ -1280,25 +1268,22 @@ class ChatCompletions(Dialect):
         calls = [block for block in reply.blocks if isinstance(block, ToolCall)]
         thinking = [block for block in reply.blocks if isinstance(block, Thinking)]
         ends = [0, *itertools.accumulate(len(text.text) for text in texts)]
-        annotations = [annotation(citation, start, end) for text, start, end in zip(
-            texts, ends, ends[1:]) for citation in text.citations]
+        content = "".join(text.text for text in texts if not text.is_refusal)
+        refusal = "".join(text.text for text in texts if text.is_refusal) or reply.refusal
         message: JSON = {
-            "role": "assistant",
-            "content": "".join(text.text for text in texts if not text.is_refusal) or None,
-            "refusal": "".join(text.text for text in texts if text.is_refusal) or reply.refusal
-            or None, **without_none(
-                annotations=annotations,
+            "role": "assistant", "content": content or None, "refusal": refusal or None,
+            **without_none(
+                annotations=[annotation(citation, start, end) for text, start, end in zip(
+                    texts, ends, ends[1:]) for citation in text.citations],
                 reasoning_content="".join(block.text for block in thinking),
                 thinking_blocks=render_thinking_blocks(thinking))}
         if calls and chat.legacy_functions:
             message["function_call"] = render_function(calls[0])
         elif calls:
-            message["tool_calls"] = [render_chat_call(call) for call in calls]
+            message["tool_calls"] = list(map(render_chat_call, calls))
         finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
-        return {"id": chat_id(reply.id), "object": "chat.completion", "created": created,
-                "model": reply.model, "system_fingerprint": None,
-                "choices": [{"index": 0, "message": message, "logprobs": None,
-                             "finish_reason": finish}],
+        return {**chat_head("chat.completion", reply.id, reply.model, created),
+                "choices": [chat_choice("message", message, finish)],
                 "usage": render_chat_usage(reply.usage),
                 **without_none(service_tier=reply.service_tier)}
 
@@ -1316,7 +1301,7 @@ class ChatCompletions(Dialect):
                                     "param": error.param, "code": error.code}})
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
-        """The `usage` object; its counts hold the cached and the reasoning parts already."""
+        """Its counts hold the cached and the reasoning parts already."""
         if not isinstance(wire, dict):
             return None
         read = part_of(wire, "prompt_tokens_details")
@@ -1326,8 +1311,8 @@ class ChatCompletions(Dialect):
                      0, count(written.get("reasoning_tokens")))
 
     def count_content(self, reply: JSON) -> int:
-        return sum(len(dump_json(choice.get("message")))
-                   for choice in list_of_objects(reply, "choices"))
+        return sum(
+            len(dump_json(choice.get("message"))) for choice in list_of_objects(reply, "choices"))
 
     def asks_for_usage(self, body: Body) -> bool:
         options = body.get("stream_options")
@@ -1340,11 +1325,9 @@ class ChatCompletions(Dialect):
 
 
 class Option(NamedTuple):
-    """A field that asks for no more than a word in the target; at its default it says nothing."""
-
     kind: Any
     is_hint: bool = True
-    default: Any = None
+    default: Any = None  # which says nothing
 
 
 OPTIONS: Dict[str, Option] = {
@@ -1366,17 +1349,15 @@ def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
     function_ids: Dict[str, str] = {}  # by the name of a deprecated function, its last call's
     for message in root.children("messages"):
         role = message.one_of("role", CHAT_ROLES)
-        content = parse_content(message, "content", CHAT_PARTS)
+        blocks = parse_content(message, "content", CHAT_PARTS)
         if role == "function":
-            name = message.need("name", str)
-            blocks: List[Block] = [ToolResult(id=function_ids.get(name, name), content=content)]
+            name = message.need("name")
+            blocks = [ToolResult(id=function_ids.get(name, name), content=blocks)]
         elif role == "tool":
-            blocks = [ToolResult(id=message.need("tool_call_id", str), content=content)]
+            blocks = [ToolResult(id=message.need("tool_call_id"), content=blocks)]
         elif role == "assistant":
-            blocks = parse_chat_assistant(message, content, function_ids, losses)
-        else:
-            blocks = content
-        if message.get("name", str) and role != "function":
+            blocks = parse_chat_assistant(message, blocks, function_ids, losses)
+        if message.get("name") and role != "function":
             losses.hint("name")
         cache = parse_cache(message)
         if cache and blocks:
@@ -1390,7 +1371,7 @@ CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assist
 
 def parse_image_part(part: Fields) -> Block:
     image = part.child("image_url")
-    url, detail = image.need("url", str), image.get("detail", str) or ""
+    url, detail = image.need("url"), image.get("detail") or ""
     data = parse_data_uri(url)
     return (Image(media_type=data[0], data=data[1], detail=detail) if data
             else Image(url=url, detail=detail))
@@ -1398,34 +1379,34 @@ def parse_image_part(part: Fields) -> Block:
 
 def parse_file_part(part: Fields) -> Block:
     file = part.child("file")
-    if file.get("file_id", str) is not None:
-        raise file.wrong("file_id", "names a file in another vendor's store",
-                         "unsupported_parameter")
-    uri = parse_data_uri(file.need("file_data", str))
+    if file.get("file_id") is not None:
+        raise file.unsupported("file_id", "names a file in another vendor's store")
+    uri = parse_data_uri(file.need("file_data"))
     if uri is None:
         raise file.wrong("file_data", "must be a data: URI in base64")
-    (media_type, data), title = uri, file.get("filename", str) or ""
-    if not media_type.startswith("text/"):
-        return Document(media_type=media_type, data=data, title=title)
+    document = Document(media_type=uri[0], title=file.get("filename") or "")
+    if not document.media_type.startswith("text/"):
+        document.data = uri[1]
+        return document
     try:
-        text = base64.b64decode(data, validate=True).decode()
+        document.text = base64.b64decode(uri[1], validate=True).decode()
     except ValueError as error:
         raise file.wrong("file_data", "must be UTF-8 text in base64") from error
-    return Document(media_type=media_type, text=text, title=title)
+    return document
 
 
 def refuse_part(part: Fields) -> Block:
-    raise part.wrong("type", "is not known", "unsupported_parameter")
+    raise part.unsupported("type", "is not known")
 
 
 def parse_audio_part(part: Fields) -> Block:
     audio = part.child("input_audio")
-    return Audio(data=audio.need("data", str), format=audio.need("format", str))
+    return Audio(data=audio.need("data"), format=audio.need("format"))
 
 
 CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
-    "text": lambda part: Text(text=part.need("text", str)),
-    "refusal": lambda part: Text(text=part.need("refusal", str), is_refusal=True),
+    "text": lambda part: Text(text=part.need("text")),
+    "refusal": lambda part: Text(text=part.need("refusal"), is_refusal=True),
     "image_url": parse_image_part, "file": parse_file_part, "input_audio": parse_audio_part,
     "": refuse_part,
 }
@@ -1433,58 +1414,51 @@ CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
 
 def parse_chat_assistant(message: Fields, content: List[Block], function_ids: Dict[str, str],
                          losses: Losses) -> List[Block]:
-    """Thinking, then text, then calls: the order in which a model says them."""
+    """In the order in which a model says them."""
     if message.get("audio", dict) is not None:
-        raise message.wrong("audio", "cannot be sent to this model", "unsupported_parameter")
+        raise message.unsupported("audio", "cannot be sent to this model")
     blocks: List[Block] = [parse_thinking(block) for block in message.children("thinking_blocks")]
-    if message.get("reasoning_content", str) and not blocks:
+    if message.get("reasoning_content") and not blocks:
         losses.hint("reasoning_content")
-    if message.skip("annotations"):
-        losses.hint("annotations")
-    blocks += content
-    refusal = message.get("refusal", str)
-    if refusal:
-        blocks.append(Text(text=refusal, is_refusal=True))
+    message.hint(losses, ["annotations"])
+    refusal = message.get("refusal")
+    blocks += content + ([Text(text=refusal, is_refusal=True)] if refusal else [])
     blocks += map(parse_chat_call, message.children("tool_calls"))
     if message.get("function_call", dict) is not None:
-        function = message.child("function_call")
-        name = function.need("name", str)
-        function_ids[name] = f"call_{name}_{len(function_ids)}"
-        blocks.append(ToolCall(id=function_ids[name], name=name,
-                               arguments=parse_chat_arguments(function)))
+        call = parse_function(message.child("function_call"))
+        call.id = function_ids[call.name] = f"call_{call.name}_{len(function_ids)}"
+        blocks.append(call)
     return blocks
 
 
 def parse_thinking(block: Fields) -> Thinking:
-    """A block that we gave out; its signature is Anthropic's unless it is in an envelope."""
+    """Its signature is Anthropic's unless it is in an envelope."""
     if block.one_of("type", ("thinking", "redacted_thinking")) == "redacted_thinking":
-        return Thinking(signature=block.need("data", str), issuer="anthropic", is_redacted=True)
-    signature = block.get("signature", str) or ""
-    return Thinking(text=block.get("thinking", str) or "", signature=signature,
+        return Thinking(signature=block.need("data"), issuer="anthropic", is_redacted=True)
+    signature = block.get("signature") or ""
+    return Thinking(text=block.get("thinking") or "", signature=signature,
                     issuer="anthropic" if signature and not signature.startswith("gw1.") else "")
 
 
 def parse_chat_call(call: Fields) -> ToolCall:
-    id_ = call.need("id", str)
     call.skip("index")  # some clients give a stream's back
-    if call.get("type", str) == "custom":
+    if call.get("type") == "custom":
         custom = call.child("custom")
-        return ToolCall(id=id_, name=custom.need("name", str), is_custom=True,
-                        input=custom.need("input", str))
-    function = call.child("function")
-    return ToolCall(id=id_, name=function.need("name", str),
-                    arguments=parse_chat_arguments(function))
+        return ToolCall(id=call.need("id"), name=custom.need("name"), is_custom=True,
+                        input=custom.need("input"))
+    return parse_function(call.child("function"), call.need("id"))
 
 
-def parse_chat_arguments(function: Fields) -> JSON:
+def parse_function(function: Fields, id_: str = "") -> ToolCall:
     try:
-        return parse_arguments(function.get("arguments", str) or "")
+        arguments = parse_arguments(function.get("arguments") or "")
     except ValueError as error:
         raise function.wrong("arguments", str(error)) from error
+    return ToolCall(id=id_, name=function.need("name"), arguments=arguments)
 
 
 def parse_chat_tool(about: Fields, kind: str, cache: Optional[JSON]) -> Tool:
-    tool = Tool(about.need("name", str), about.get("description", str) or "",
+    tool = Tool(about.need("name"), about.get("description") or "",
                 is_custom=kind == "custom", cache=cache or parse_cache(about))
     if not tool.is_custom:
         tool.schema, tool.strict = about.get("parameters", dict), about.get("strict", bool)
@@ -1492,7 +1466,7 @@ def parse_chat_tool(about: Fields, kind: str, cache: Optional[JSON]) -> Tool:
     form = about.child("format", {"type": "text"})
     if form.one_of("type", ("text", "grammar")) == "grammar":
         grammar = form.child("grammar")
-        tool.grammar = {key: grammar.need(key, str) for key in ("syntax", "definition")}
+        tool.grammar = {key: grammar.need(key) for key in ("syntax", "definition")}
     return tool
 
 
@@ -1505,14 +1479,14 @@ def parse_chat_choice(root: Fields) -> Optional[ToolChoice]:
         return None if choice is None else ToolChoice(root.one_of(key, modes))
     place = root.child(key)
     if key == "function_call":
-        return ToolChoice("tool", place.need("name", str))
+        return ToolChoice("tool", place.need("name"))
     kind = place.one_of("type", ("function", "custom", "allowed_tools"))
     about = place.child(kind)
     if kind != "allowed_tools":
-        return ToolChoice("tool", about.need("name", str))
+        return ToolChoice("tool", about.need("name"))
     about.need("tools", list)
     return ToolChoice(about.one_of("mode", ("auto", "required")), allowed=[
-        item.child(item.one_of("type", ("function", "custom"))).need("name", str)
+        item.child(item.one_of("type", ("function", "custom"))).need("name")
         for item in about.children("tools")])
 
 
@@ -1522,15 +1496,15 @@ def parse_chat_format(root: Fields) -> Optional[Format]:
     if kind != "json_schema":
         return None if kind == "text" else Format()
     about = form.child("json_schema")
-    return Format(about.get("schema", dict) or {"type": "object"}, about.need("name", str),
-                  about.get("description", str) or "", about.get("strict", bool))
+    return Format(about.get("schema", dict) or {"type": "object"}, about.need("name"),
+                  about.get("description") or "", about.get("strict", bool))
 
 
 # ---- to the wire ----
 
 
 def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
-    rest = []
+    rest, thinking, calls = [], [], []
     for block in turn.blocks:
         if isinstance(block, ToolResult):
             content = render_chat_content(block.content, losses) or ""
@@ -1539,23 +1513,22 @@ def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
                     {"type": "text", "text": "Error:"}, *content]
             yield {"role": "tool", "tool_call_id": block.id, "content": content,
                    **without_none(cache_control=block.cache)}
+        elif isinstance(block, ToolCall):
+            calls.append(render_chat_call(block))
+        elif isinstance(block, Thinking):
+            thinking.append(block)
         else:
             rest.append(block)
-    calls = [render_chat_call(block) for block in rest if isinstance(block, ToolCall)]
-    thinking = [block for block in rest if isinstance(block, Thinking)]
-    content = render_chat_content([block for block in rest
-                                   if not isinstance(block, (ToolCall, Thinking))], losses)
-    if turn.role == "assistant":
-        yield {"role": "assistant", "content": content, **without_none(
+    content = render_chat_content(rest, losses)
+    if content or turn.role == "assistant":
+        yield {"role": turn.role, "content": content, **without_none(
             thinking_blocks=render_thinking_blocks(thinking), tool_calls=calls)}
-    elif content:
-        yield {"role": turn.role, "content": content}
 
 
 def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
     """A string where one plain text is all, else parts; None for nothing."""
-    parts = [part for part in (render_chat_part(block, losses) for block in blocks) if part]
-    return plain_content(parts) or None
+    return plain_content(
+        [part for block in blocks for part in render_chat_part(block, losses)]) or None
 
 
 def plain_content(blocks: List[JSON]) -> Any:
@@ -1565,30 +1538,30 @@ def plain_content(blocks: List[JSON]) -> Any:
     return blocks
 
 
-def render_chat_part(block: Block, losses: Losses) -> Optional[JSON]:
-    part: JSON
+def render_chat_part(block: Block, losses: Losses) -> Iterator[JSON]:
+    """None for a block that cannot go there."""
+    kind, about = "text", None  # type: str, Any
     if isinstance(block, Text):
-        part = {"type": "refusal", "refusal": block.text} if block.is_refusal else \
-            {"type": "text", "text": block.text}
+        kind, about = "refusal" if block.is_refusal else "text", block.text
     elif isinstance(block, Image):
         url = block.url or f"data:{block.media_type};base64,{block.data}"
-        part = {"type": "image_url", "image_url": {"url": url, **without_none(detail=block.detail)}}
+        kind, about = "image_url", {"url": url, **without_none(detail=block.detail)}
     elif isinstance(block, Document):
         if block.url:
             raise unsupported("file", "A document by URL cannot be sent to this model.")
         data = block.data or base64.b64encode(utf8(block.text)).decode()
-        part = {"type": "file", "file": {"file_data": f"data:{block.media_type};base64,{data}",
-                                         **without_none(filename=block.title)}}
+        kind, about = "file", {"file_data": f"data:{block.media_type};base64,{data}",
+                               **without_none(filename=block.title)}
     elif isinstance(block, Audio):
-        part = {"type": "input_audio", "input_audio": {"data": block.data, "format": block.format}}
+        kind, about = "input_audio", {"data": block.data, "format": block.format}
     else:
         losses.hint("content")
-        return None
-    return {**part, **without_none(cache_control=block.cache)}
+        return
+    yield {"type": kind, kind: about, **without_none(cache_control=block.cache)}
 
 
 def render_thinking_blocks(blocks: List[Thinking]) -> List[JSON]:
-    """What can be given back: thoughts that nobody signed are for reading only."""
+    """Thoughts that nobody signed are for reading only."""
     return [{"type": "redacted_thinking", "data": block.signature} if block.is_redacted else
             {"type": "thinking", "thinking": block.text, "signature": block.signature}
             for block in blocks if block.signature]
@@ -1640,8 +1613,21 @@ def render_chat_usage(usage: Usage) -> JSON:
 
 
 def annotation(citation: JSON, start: int, end: int) -> JSON:
-    return {"type": "url_citation", "url_citation": {**citation, "start_index": start,
-                                                     "end_index": end}}
+    about = {**citation, "start_index": start, "end_index": end}
+    return {"type": "url_citation", "url_citation": about}
+
+
+def parse_citation(about: JSON) -> JSON:
+    return {"url": text_of(about, "url"), "title": text_of(about, "title")}
+
+
+def chat_head(kind: str, id_: str, model: str, created: int) -> JSON:
+    return {"id": chat_id(id_), "object": kind, "created": created, "model": model,
+            "system_fingerprint": None}
+
+
+def chat_choice(part: str, said: JSON, finish: Optional[str]) -> JSON:
+    return {"index": 0, part: said, "logprobs": None, "finish_reason": finish}
 
 
 def chat_id(id_: str) -> str:
@@ -1661,23 +1647,20 @@ def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
 
 
 class ChatParser(Parser):
-    """Reads a Chat Completions stream. One block is open at a time: a call stays open to the end,
-    since more of it may come, and what is said beside it waits."""
+    """One block is open at a time: a call stays open to the end, since more of it may come,
+    and what is said beside it waits."""
 
     def __init__(self, dialect: ChatCompletions, rewrites: Rewrites) -> None:
-        super().__init__(rewrites)
-        self._dialect = dialect
+        super().__init__(dialect, rewrites)
         self._id: Optional[str] = None
         self._open_key: object = None
         self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
         self._calls: Dict[object, Tuple[int, ToolCall]] = {}  # by index: a number, the call
         self._call_count = 0
-        self._block_count = 0
         self._text_block = -1
         self._has_refused = False
-        self._finish = ""
 
-    def feed(self, event: Event) -> List[StreamEvent]:
+    def feed(self, event: Event) -> Events:
         if self.ended:
             return []
         if event.data.strip() == b"[DONE]":
@@ -1685,11 +1668,11 @@ class ChatParser(Parser):
             return self.finish()
         return self.read(self.parse(event), "delta")
 
-    def read(self, wire: JSON, part: str) -> List[StreamEvent]:
-        """A chunk, or with its `part` "message" a whole answer: they have the same fields."""
+    def read(self, wire: JSON, part: str) -> Events:
+        """A chunk, or with `part` "message" a whole answer."""
         if wire.get("error"):
             raise self._dialect.parse_error(wire["error"], 502)
-        events: List[StreamEvent] = []
+        events: Events = []
         self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
         if self._id is None:
@@ -1703,26 +1686,27 @@ class ChatParser(Parser):
             self._finish = CHAT_FINISHES.get(reason, "stop") if reason else self._finish
         return events
 
-    def _read_delta(self, delta: JSON) -> List[StreamEvent]:
-        events: List[StreamEvent] = []
-        for key, block in (("reasoning_content", Thinking()), ("content", Text()),
-                           ("refusal", Text(is_refusal=True))):
-            text = text_of(delta, key) or key == "reasoning_content" and text_of(delta, "reasoning")
+    def _read_delta(self, delta: JSON) -> Events:
+        events: Events = []
+        thought = text_of(delta, "reasoning_content") or text_of(delta, "reasoning")
+        for key, block, text in (("reasoning", Thinking(), thought),
+                                 ("content", Text(), text_of(delta, "content")),
+                                 ("refusal", Text(is_refusal=True), text_of(delta, "refusal"))):
             if text:
                 events += self._say(key, block, text)
         for item in list_of_objects(delta, "annotations"):
             about = part_of(item, "url_citation")
             if about and self._text_block >= 0:
-                events.append(CitationDelta(self._text_block, {
-                    "url": text_of(about, "url"), "title": text_of(about, "title")}))
-        for call in list_of_objects(delta, "tool_calls"):
-            events += self._read_call(call)
+                events.append(CitationDelta(self._text_block, parse_citation(about)))
+        calls = list_of_objects(delta, "tool_calls")
         if isinstance(delta.get("function_call"), dict):
-            events += self._read_call({"index": 0, "function": delta["function_call"]})
+            calls.append({"index": 0, "function": delta["function_call"]})
+        for call in calls:
+            events += self._read_call(call)
         self._has_refused = self._has_refused or bool(delta.get("refusal"))
         return events
 
-    def _read_call(self, call: JSON) -> List[StreamEvent]:
+    def _read_call(self, call: JSON) -> Events:
         """A call or a piece of one. Some servers leave the index out, or say 0 for each: a new id
         with a name is then a new call."""
         about = part_of(call, "custom") or part_of(call, "function")
@@ -1737,9 +1721,9 @@ class ChatParser(Parser):
             self._call_count += 1
         return self._say(known[0], known[1], text_of(about, "arguments") or text_of(about, "input"))
 
-    def _say(self, key: object, block: Block, text: str) -> List[StreamEvent]:
+    def _say(self, key: object, block: Block, text: str) -> Events:
         self.content_bytes += len(text)
-        events: List[StreamEvent] = []
+        events: Events = []
         if key != self._open_key:
             if isinstance(self._open, ToolCall):
                 self._waiting.setdefault(key, (block, []))[1].append(text)
@@ -1748,21 +1732,19 @@ class ChatParser(Parser):
             self._open_key, self._open = key, block
             if key == "content":
                 self._text_block = self._block_count
-        return [*events, DELTAS[type(block)](text)] if text else events
+        return events + self.say(text, block)
 
-    def _close(self) -> List[StreamEvent]:
+    def _close(self) -> Events:
         if self._open is None:
             return []
         self._open, self._block_count = None, self._block_count + 1
         return [BlockStop()]
 
-    def finish(self) -> List[StreamEvent]:
+    def finish(self) -> Events:
         """Says what has waited, and ends."""
         events = self._close()
         for block, pieces in self._waiting.values():
-            text = "".join(pieces)
-            events += [BlockStart(block), *([DELTAS[type(block)](text)] if text else []),
-                       BlockStop()]
+            events += [BlockStart(block), *self.say("".join(pieces), block), BlockStop()]
         finish = self._finish or "stop"
         if finish == "stop" and self._call_count:
             finish = "tool_calls"
@@ -1776,13 +1758,10 @@ DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
 
 
 class ChatRenderer(Renderer):
-    """Writes a Chat Completions stream."""
-
     def __init__(self, chat: Chat, created: int) -> None:
         super().__init__()
         self._chat = chat
-        self._base: JSON = {"id": "", "object": "chat.completion.chunk", "created": created,
-                            "model": chat.model, "system_fingerprint": None}
+        self._base = chat_head("chat.completion.chunk", "", chat.model, created)
         self._ends = [0]  # of the blocks in the content, after a first end at its start
         self._citations: List[CitationDelta] = []
         self._calls = 0
@@ -1790,8 +1769,7 @@ class ChatRenderer(Renderer):
         self._thought: List[str] = []
 
     def _chunk(self, delta: JSON, finish: Optional[str] = None) -> bytes:
-        chunk = {**self._base, "choices": [{"index": 0, "delta": delta, "logprobs": None,
-                                            "finish_reason": finish}]}
+        chunk = {**self._base, "choices": [chat_choice("delta", delta, finish)]}
         if self._chat.include_usage:
             chunk["usage"] = None
         return sse(dump_json(chunk))
@@ -1851,19 +1829,19 @@ class ChatRenderer(Renderer):
         return b""
 
     def _finish(self, event: Finish) -> bytes:
+        annotations = [annotation(citation, *self._ends[block:block + 2])
+                       for block, citation in self._citations]
         lists = without_none(
-            thinking_blocks=render_thinking_blocks(self._thinking),
-            annotations=[annotation(citation, *self._ends[block:block + 2])
-                         for block, citation in self._citations])
+            thinking_blocks=render_thinking_blocks(self._thinking), annotations=annotations)
         out = self._chunk(lists) if lists else b""
         if event.refusal:
             out += self._chunk({"refusal": event.refusal})
         self._base.update(without_none(service_tier=event.service_tier))
-        out += self._chunk({}, chat_finish(event.finish, self._calls > 0,
-                                           self._chat.legacy_functions))
+        finish = chat_finish(event.finish, self._calls > 0, self._chat.legacy_functions)
+        out += self._chunk({}, finish)
         if self._chat.include_usage:
-            out += sse(dump_json({**self._base, "choices": [],
-                                  "usage": render_chat_usage(event.usage)}))
+            usage = render_chat_usage(event.usage)
+            out += sse(dump_json({**self._base, "choices": [], "usage": usage}))
         return out + sse(b"[DONE]")
 
     events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
@@ -1872,13 +1850,12 @@ class ChatRenderer(Renderer):
 
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 DONE = re.compile(rb"data:[ \t]*\[DONE\]")
-DONE_LINE = re.compile(rb"(?:\A|[\r\n])" + DONE.pattern)
 COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)*")
 
 
 def find_usage(block: bytes, start: int = 0) -> int:
-    """Where a usage object starts, or -1. Real chunks hold "usage":null, through which a regex
-    would crawl; hence it is the last resort, for unusual white space."""
+    """Where a usage object starts, or -1. Through the "usage":null of real chunks a regex
+    would crawl; it is the last resort, for unusual white space."""
     for mark in (b'"usage":{', b'"usage": {'):
         at = block.find(mark, start)
         if at >= 0:
@@ -1892,17 +1869,19 @@ def find_usage(block: bytes, start: int = 0) -> int:
 
 def find_done(block: bytes) -> int:
     """Where the stream's first [DONE] ends, or -1; the word in a text is none."""
-    found = DONE_LINE.search(block) if b"[DONE]" in block else None
-    return found.end() if found else -1
+    at = block.find(b"[DONE]")
+    while at >= 0:  # a regex would crawl through all that stands before it
+        line = block.rfind(b"data:", max(at - 256, 0), at)
+        if line >= 0 and block[line - 1:line] in b"\r\n" and DONE.match(block, line):
+            return at + len(b"[DONE]")
+        at = block.find(b"[DONE]", at + 1)
+    return -1
 
 
 class ChatWatch(Watch):
-    """Watches a Chat Completions stream.
-
-    With `hide_usage` the usage chunk that we asked for is taken out: it is held until the next
-    event shows that it was the last before [DONE]. Without `needs_done` a stream also ends well
-    when each of its choices gave a finish_reason.
-    """
+    """With `hide_usage` the usage chunk that we asked for is held until the next event shows
+    that it was the last before [DONE], and dropped. Without `needs_done` a stream also ends well
+    when each of its choices gave a finish_reason."""
 
     def __init__(self, dialect: ChatCompletions, hide_usage: bool, needs_done: bool) -> None:
         super().__init__()
@@ -1937,8 +1916,8 @@ class ChatWatch(Watch):
         return held + super().end()
 
     def _look_at_each(self, block: bytes) -> None:
-        """Finds the first content, and what an event of this stream weighs without; where no
-        [DONE] is to come, goes on to watch which choices are still open."""
+        """Finds the first content and what such an event weighs without it; where
+        no [DONE] is to come, goes on to watch which choices are open."""
         for raw in split_events(block):
             for choice in list_of_objects(parse_chunk(raw), "choices"):
                 self._open_choices[str(choice.get("index"))] = not choice.get("finish_reason")
@@ -1951,7 +1930,7 @@ class ChatWatch(Watch):
                 return
 
     def _cut_at_error(self, block: bytes) -> bytes:
-        """An event with an error is the last; the word alone, in a text, is none."""
+        """An event with an error is the last; the word in a text is none."""
         at = 0
         for raw in split_events(block):
             at += len(raw)
@@ -1963,7 +1942,7 @@ class ChatWatch(Watch):
         return block
 
     def _take_usage(self, block: bytes) -> bytes:
-        """Reads the usage, and holds the chunk that carries nothing else."""
+        """Reads the usage, and holds the chunk that has nothing else."""
         at = find_usage(block)
         while at >= 0:
             start, end = last_blank_line(block, at), event_end(block, at)
@@ -1972,12 +1951,12 @@ class ChatWatch(Watch):
             if self._hide_usage and chunk.get("choices") == [] and part_of(chunk, "usage") \
                     and not chunk.get("moderation"):
                 self._held = block[start:end]
-                return block[:start] + self._settle_held(block[end:])
+                return b"".join([memoryview(block)[:start], self._settle_held(block[end:])])
             at = find_usage(block, end)
         return block
 
     def _settle_held(self, block: bytes) -> bytes:
-        """Decides on the held chunk by what follows it: dropped before [DONE], else given back."""
+        """Drops the held chunk before [DONE], else gives it back."""
         follows = COMMENTS.match(block).end()  # type: ignore[union-attr]  # it matches everywhere
         if follows == len(block):
             return block
@@ -1988,7 +1967,7 @@ class ChatWatch(Watch):
 
 
 def parse_chunk(raw: bytes) -> JSON:
-    """The JSON object in an event of a passed stream; {} for anything else, which passes too."""
+    """The JSON object in an event; {} for anything else, which passes too."""
     try:
         chunk = DECODER.decode(parse_event(raw).data.decode())
     except (ValueError, RecursionError):
@@ -2013,31 +1992,28 @@ class Messages(Dialect):
             role = message.one_of("role", ("user", "assistant", "system"))
             message.need("content", TEXT_OR_LIST)
             turns.append(Turn(role, parse_content(message, "content", MESSAGES_PARTS)))
-        chat = Chat(root.need("model", str), canonical(turns))
         root.need("max_tokens", int)
+        output = root.child("output_config", {})
+        chat = Chat(
+            root.need("model"), canonical(turns), effort=output.get("effort"),
+            tools=[parse_messages_tool(item, losses) for item in root.children("tools")],
+            stop=root.strings("stop_sequences"), stream=bool(root.get("stream", bool)),
+            user=root.child("metadata", {}).get("user_id"))
         self.parse_plain_fields(root, chat)
-        chat.tools = [parse_messages_tool(item, losses) for item in root.children("tools")]
-        chat.stop = root.strings("stop_sequences")
         if root.get("tool_choice", dict) is not None:
             choice = root.child("tool_choice")
             mode = MESSAGES_CHOICES[choice.one_of("type", MESSAGES_CHOICES)]
-            chat.choice = ToolChoice(mode, choice.need("name", str) if mode == "tool" else "")
+            chat.choice = ToolChoice(mode, choice.need("name") if mode == "tool" else "")
             single = choice.get("disable_parallel_tool_use", bool)
             chat.parallel = None if single is None else not single
-        output = root.child("output_config", {})
-        chat.effort = output.get("effort", str)
         if output.get("format", dict) is not None:
             form = output.child("format")
             form.one_of("type", ("json_schema",))
             chat.format = Format(form.need("schema", dict))
-        chat.user = root.child("metadata", {}).get("user_id", str)
-        chat.stream = bool(root.get("stream", bool))
-        tier = root.get("service_tier", str)
+        tier = root.get("service_tier")
         if tier is not None:
             chat.options["service_tier"] = {"standard_only": "default"}.get(tier, "auto")
-        for key in MESSAGES_HINTS:
-            if root.skip(key):
-                losses.hint(key)
+        root.hint(losses, MESSAGES_HINTS)
         root.name_unknown(losses)
         return chat
 
@@ -2051,7 +2027,7 @@ class Messages(Dialect):
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the stream that it could have been."""
         if not isinstance(wire.get("content"), list):
-            raise upstream_error(502, "The provider's answer has no content.", "bad_answer")
+            raise bad_answer("The provider's answer has no content.")
         parser = MessagesParser(self, rewrites)
         events = parser.message_start({"message": wire})
         for block in list_of_objects(wire, "content"):
@@ -2080,8 +2056,7 @@ class Messages(Dialect):
         return sse(body, "error")
 
     def parse_usage(self, wire: object) -> Optional[Usage]:
-        """Its input_tokens leave out what the cache served and stored; ours count the whole
-        prompt."""
+        """Its input_tokens leave out the cached parts; ours count the whole prompt."""
         if not isinstance(wire, dict):
             return None
         read = count(wire.get("cache_read_input_tokens"))
@@ -2095,8 +2070,8 @@ class Messages(Dialect):
 
 MESSAGES_HINTS = ("cache_control", "container", "context_management", "diagnostics",
                   "inference_geo", "speed", "user_profile_id", "workspace_id")
-MESSAGES_TOOL_HINTS = ("eager_input_streaming", "defer_loading", "input_examples",
-                       "allowed_callers")
+MESSAGES_TOOL_HINTS = (
+    "eager_input_streaming", "defer_loading", "input_examples", "allowed_callers")
 MESSAGES_CHOICES = {"auto": "auto", "any": "required", "tool": "tool", "none": "none"}
 CHOICES_IN_MESSAGES = {mode: kind for kind, mode in MESSAGES_CHOICES.items()}
 MESSAGES_ERRORS = {
@@ -2104,6 +2079,13 @@ MESSAGES_ERRORS = {
     403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
     413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
     529: "overloaded_error"}
+
+# What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
+ERROR_STATUSES = {
+    **{type_: status for status, type_ in MESSAGES_ERRORS.items()}, "overloaded_error": 503,
+    "context_length_exceeded": 400, "invalid_api_key": 401, "model_not_found": 404,
+    "rate_limit_exceeded": 429, "insufficient_quota": 429, "server_error": 500, "api_error": 500,
+    "server_is_overloaded": 503}
 
 
 # ---- from the wire ----
@@ -2115,66 +2097,58 @@ def parse_opaque(block: Fields) -> Block:
         key: value for key, value in block.wire.items() if key != "cache_control"})
 
 
-def parse_text_block(block: Fields) -> Block:
-    block.skip("citations")
-    return Text(text=block.need("text", str))
-
-
 def parse_image_block(block: Fields) -> Block:
     source = block.child("source")
     if source.one_of("type", ("base64", "url")) == "url":
-        return Image(url=source.need("url", str))
-    return Image(media_type=source.need("media_type", str), data=source.need("data", str))
+        return Image(url=source.need("url"))
+    return Image(media_type=source.need("media_type"), data=source.need("data"))
 
 
 def parse_document_block(block: Fields) -> Block:
-    source, title = block.child("source"), block.get("title", str) or ""
+    source, title = block.child("source"), block.get("title") or ""
     block.skip("citations", "context")
     kind = source.one_of("type", ("base64", "text", "url"))
     if kind == "url":
-        return Document(url=source.need("url", str), title=title)
-    media_type, data = source.need("media_type", str), source.need("data", str)
-    if kind == "text":
-        return Document(media_type=media_type, text=data, title=title)
-    return Document(media_type=media_type, data=data, title=title)
+        return Document(url=source.need("url"), title=title)
+    media_type = source.need("media_type")
+    return Document(media_type=media_type, title=title,
+                    **{"text" if kind == "text" else "data": source.need("data")})
 
 
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
-    "text": parse_text_block, "image": parse_image_block, "document": parse_document_block,
+    "text": lambda block: Text(text=block.need("text")),
+    "image": parse_image_block, "document": parse_document_block,
     "thinking": parse_thinking, "redacted_thinking": parse_thinking,
-    "tool_use": lambda block: ToolCall(id=block.need("id", str), name=block.need("name", str),
+    "tool_use": lambda block: ToolCall(id=block.need("id"), name=block.need("name"),
                                        arguments=block.get("input", dict) or {}),
     "tool_result": lambda block: ToolResult(
-        id=block.need("tool_use_id", str), is_error=bool(block.get("is_error", bool)),
+        id=block.need("tool_use_id"), is_error=bool(block.get("is_error", bool)),
         content=parse_content(block, "content", MESSAGES_PARTS)),
     "": parse_opaque,
 }
 
 
 def parse_messages_tool(item: Fields, losses: Losses) -> Tool:
-    if item.get("type", str) not in (None, "custom"):
-        raise item.wrong("type", "names a tool that runs at its own provider only",
-                         "unsupported_parameter")
-    for key in MESSAGES_TOOL_HINTS:
-        if item.skip(key):
-            losses.hint(key)
-    return Tool(item.need("name", str), item.get("description", str) or "",
-                item.need("input_schema", dict), item.get("strict", bool),
-                cache=item.get("cache_control", dict))
+    if item.get("type") not in (None, "custom"):
+        raise item.unsupported("type", "names a tool that runs at its own provider only")
+    item.hint(losses, MESSAGES_TOOL_HINTS)
+    return Tool(item.need("name"), item.get("description") or "", item.need("input_schema", dict),
+                item.get("strict", bool), cache=item.get("cache_control", dict))
 
 
 # ---- to the wire ----
 
 IMAGE_TYPES = frozenset(["image/jpeg", "image/png", "image/gif", "image/webp"])
 LEGAL_ID = re.compile(r"[A-Za-z0-9_-]+")
+MAX_NAME_CHARACTERS = 128
 MAX_CACHE_MARKS = 4
 JSON_TOOL = "json_answer"
 CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}")
 MAX_USER_CHARACTERS = 256
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MIN_BUDGET = 1024
-THINKING_BUDGETS = {"minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768,
-                    "max": 32768}
+THINKING_BUDGETS = {
+    "minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768, "max": 32768}
 SERVICE_TIERS = {"auto": "auto", "default": "standard_only"}
 
 
@@ -2183,19 +2157,18 @@ def hashed(text: str, length: int) -> str:
 
 
 def legal_id(id_: str) -> str:
-    """A call's id as Anthropic takes it: the same for a call and its result."""
+    """The same for a call and its result."""
     return id_ if LEGAL_ID.fullmatch(id_) else f"toolu_{hashed(id_, 22)}"
 
 
-def legal_name(name: str, limit: int = 128) -> str:
-    """A tool's name as Anthropic takes it."""
-    if len(name) <= limit and LEGAL_ID.fullmatch(name):
+def legal_name(name: str) -> str:
+    if len(name) <= MAX_NAME_CHARACTERS and LEGAL_ID.fullmatch(name):
         return name
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:limit - 9]}_{hashed(name, 8)}"
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:MAX_NAME_CHARACTERS - 9]}_{hashed(name, 8)}"
 
 
 class BlockWriter:
-    """Writes blocks, with what is counted and rewritten over the whole of a request."""
+    """Counts and rewrites over the whole of a request."""
 
     def __init__(self, losses: Losses) -> None:
         self.losses = losses
@@ -2206,7 +2179,7 @@ class BlockWriter:
         return [wire for wire in map(self.block, blocks) if wire]
 
     def block(self, block: Block) -> Optional[JSON]:
-        """A block on the wire; None for one that cannot go there."""
+        """None for a block that cannot go there."""
         wire = self.kinds[type(block)](self, block)
         return self.marked(wire, block.cache) if wire else None
 
@@ -2232,21 +2205,22 @@ class BlockWriter:
     def _image(self, block: Image) -> JSON:
         if block.detail not in ("", "auto"):
             self.losses.hint("detail")
-        if block.url:
-            return {"type": "image", "source": {"type": "url", "url": block.url}}
-        if block.media_type not in IMAGE_TYPES:
-            raise unsupported("image_url", "An image must be JPEG, PNG, GIF or WebP for this "
-                                           "model.")
-        return {"type": "image", "source": {
-            "type": "base64", "media_type": block.media_type, "data": block.data}}
+        source = {"type": "url", "url": block.url}
+        if not block.url:
+            if block.media_type not in IMAGE_TYPES:
+                raise unsupported(
+                    "image_url", "An image must be JPEG, PNG, GIF or WebP for this model.")
+            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        return {"type": "image", "source": source}
 
     def _document(self, block: Document) -> JSON:
+        media_type = block.media_type
         if block.url:
-            source: JSON = {"type": "url", "url": block.url}
+            source = {"type": "url", "url": block.url}
         elif not block.data:
             source = {"type": "text", "media_type": "text/plain", "data": block.text}
-        elif block.media_type == "application/pdf":
-            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        elif media_type == "application/pdf":
+            source = {"type": "base64", "media_type": media_type, "data": block.data}
         else:
             raise unsupported("file", "A file must be a PDF or plain text for this model.")
         return {"type": "document", "source": source, **without_none(title=block.title)}
@@ -2255,7 +2229,7 @@ class BlockWriter:
         raise unsupported("input_audio", "This model does not take audio.")
 
     def _thinking(self, block: Thinking) -> Optional[JSON]:
-        """Only what Anthropic signed goes back to it; the rest is never shown as text."""
+        """Only what Anthropic signed; the rest is never shown as text."""
         if block.issuer == "anthropic" and block.signature:
             return render_thinking_blocks([block])[0]
         self.losses.hint("thinking_blocks")
@@ -2282,8 +2256,6 @@ class BlockWriter:
 
 
 class MessagesRequest(BlockWriter):
-    """One request on its way to the wire."""
-
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(losses)
         self.chat = chat
@@ -2314,16 +2286,15 @@ class MessagesRequest(BlockWriter):
         return wire
 
     def _add_turns(self) -> None:
-        """Later system turns stay in place where the model takes them, so that what is cached
-        before them holds; else all go first."""
+        """Later system turns stay where the model takes them there, so that what
+        is cached before them holds; else all go first."""
         system: List[JSON] = []
         messages: List[JSON] = []
         calls: List[str] = []
         for turn in self._ordered_turns():
-            check_blocks(turn)
+            check_turn(turn, calls)
             if turn.role != "system":
-                check_results(turn, calls)
-                calls = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+                calls = call_ids(turn)
             content = self.blocks(turn.blocks)
             if turn.role == "system" and not (messages and self.caps.mid_system):
                 system += content
@@ -2336,8 +2307,7 @@ class MessagesRequest(BlockWriter):
         if not messages:
             raise GatewayError(400, "'messages' must hold a user message.", "messages")
         if self.chat.format is not None and self.chat.format.schema is None:
-            system.append({"type": "text",
-                           "text": "Answer with one JSON object and nothing else."})
+            system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
         if system:
             self.wire["system"] = plain_content(system)
         self.wire["messages"] = messages
@@ -2360,8 +2330,8 @@ class MessagesRequest(BlockWriter):
         tools = [self._tool(tool) for tool in chat.tools
                  if choice.allowed is None or tool.name in choice.allowed]
         if chat.web_search is not None:
-            tools.append(render_web_search(Fields(chat.web_search, "web_search_options."),
-                                           self.losses))
+            tools.append(
+                render_web_search(Fields(chat.web_search, "web_search_options."), self.losses))
         if tools:
             self.wire["tools"] = tools
 
@@ -2375,16 +2345,15 @@ class MessagesRequest(BlockWriter):
             description = (f"{description}\nThe input follows this {tool.grammar['syntax']} "
                            f"grammar:\n{tool.grammar['definition']}").strip()
         wire.update(without_none(description=description), input_schema=typed_object(schema))
-        if tool.strict:
-            if is_closed(schema):
-                wire["strict"] = True
-            else:
-                self.losses.drop("strict")
+        if tool.strict and is_closed(schema):
+            wire["strict"] = True
+        elif tool.strict:
+            self.losses.drop("strict")
         return self.marked(wire, tool.cache)
 
     def _add_choice(self) -> None:
-        """A history with calls needs their tools, though the client offers none: then they are
-        there for show."""
+        """A history with calls needs their tools, though none is offered: then
+        they are there for show."""
         chat = self.chat
         mode = chat.choice.mode if chat.choice else "auto"
         if "tools" not in self.wire:
@@ -2463,20 +2432,20 @@ class MessagesRequest(BlockWriter):
         if effort not in EFFORTS:
             raise GatewayError(400, f"'reasoning_effort' must be one of: {', '.join(EFFORTS)}.",
                                "reasoning_effort")
+        if effort == "none" and caps.can_disable_thinking:
+            return {"type": "disabled"}
         if effort == "none":
-            if caps.can_disable_thinking:
-                return {"type": "disabled"}
             if caps.thinking == "adaptive" and caps.efforts:
                 self._add_effort("low")
                 self.losses.drop("reasoning_effort")
-            return None
-        if caps.thinking == "budget":
+        elif caps.thinking == "budget":
             return {"type": "enabled", "budget_tokens": THINKING_BUDGETS[effort]}
-        if caps.thinking == "none":
+        elif caps.thinking == "none":
             self.losses.drop("reasoning_effort")
-            return None
-        self._add_effort(effort)
-        return {"type": "adaptive", "display": "summarized"}
+        else:
+            self._add_effort(effort)
+            return {"type": "adaptive", "display": "summarized"}
+        return None
 
     def _add_effort(self, effort: Optional[str]) -> None:
         """The level, or the nearest that the model has, the higher first."""
@@ -2491,10 +2460,10 @@ class MessagesRequest(BlockWriter):
             self.wire.setdefault("output_config", {})["effort"] = level
 
     def _lacks_thinking(self) -> bool:
-        """Whether the open tool loop lost its thinking on the way through the client: such a turn
-        is refused while thinking is on, and accepted without."""
-        blocks = next((turn.blocks for turn in reversed(self.chat.turns)
-                       if turn.role == "assistant"), [])
+        """Whether the open tool loop lost its thinking on the way: such a
+        turn is refused while thinking is on, and accepted without."""
+        blocks = next(
+            (turn.blocks for turn in reversed(self.chat.turns) if turn.role == "assistant"), [])
         return (any(isinstance(block, ToolCall) for block in blocks)
                 and not any(isinstance(block, Thinking) and block.signature
                             and block.issuer == "anthropic" for block in blocks))
@@ -2504,8 +2473,8 @@ class MessagesRequest(BlockWriter):
         thinks = self.wire.get("thinking", {}).get("type") not in (None, "disabled")
         for name in ("temperature", "top_p", "top_k"):
             value = getattr(self.chat, name)
-            is_second = (name == "top_p" and "temperature" in self.wire
-                         and self.caps.sampling == "one")
+            is_second = (
+                name == "top_p" and "temperature" in self.wire and self.caps.sampling == "one")
             if value is None:
                 continue
             if self.caps.sampling == "none" or thinks or is_second:
@@ -2525,20 +2494,17 @@ class MessagesRequest(BlockWriter):
                 (self.losses.hint if OPTIONS[name].is_hint else self.losses.drop)(name)
 
 
-def check_blocks(turn: Turn) -> None:
-    """Whether the turn may hold what it holds."""
-    for block in turn.blocks:
-        if not isinstance(block, TURN_BLOCKS.get(turn.role, Block)):
-            raise unsupported("messages", f"The {turn.role}'s messages can hold text only for this "
-                                          "model.")
+# What a turn may hold, where not all.
+TURN_BLOCKS: Dict[str, Any] = {"system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
 
 
-TURN_BLOCKS: Dict[str, Any] = {
-    "system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
-
-
-def check_results(turn: Turn, calls: List[str]) -> None:
-    """Every call is answered in the next turn, and nothing else is."""
+def check_turn(turn: Turn, calls: List[str]) -> None:
+    """A user's turn answers all the calls before it and no other."""
+    if not all(isinstance(block, TURN_BLOCKS.get(turn.role, Block)) for block in turn.blocks):
+        raise unsupported(
+            "messages", f"The {turn.role}'s messages can hold text only for this model.")
+    if turn.role == "system":
+        return
     results = [block.id for block in turn.blocks if isinstance(block, ToolResult)]
     for id_ in results:
         if id_ not in calls:
@@ -2566,8 +2532,8 @@ def typed_object(schema: JSON) -> JSON:
 
 def render_web_search(options: Fields, losses: Losses) -> JSON:
     location = options.child("user_location", {}).child("approximate", {})
-    place = {key: location.get(key, str) for key in ("city", "country", "region", "timezone")}
-    if options.get("search_context_size", str) not in (None, "medium"):
+    place = {key: location.get(key) for key in ("city", "country", "region", "timezone")}
+    if options.get("search_context_size") not in (None, "medium"):
         losses.drop("search_context_size")
     return {"type": "web_search_20250305", "name": "web_search", **without_none(
         user_location={"type": "approximate", **without_none(**place)} if any(place.values())
@@ -2575,7 +2541,7 @@ def render_web_search(options: Fields, losses: Losses) -> JSON:
 
 
 def is_closed(schema: object) -> bool:
-    """Whether every object in a schema is closed, as `strict` wants it."""
+    """Whether all its objects are closed, as `strict` wants it."""
     if isinstance(schema, list):
         return all(map(is_closed, schema))
     if not isinstance(schema, dict):
@@ -2594,7 +2560,7 @@ SCHEMA_VALUES = frozenset(["enum", "const", "default", "examples", "required"])
 
 
 def clean_schema(schema: Any) -> Any:
-    """A schema as `output_config.format` takes it: what it cannot enforce is told in words."""
+    """For `output_config.format`: what it cannot enforce is told in words."""
     if isinstance(schema, list):
         return [clean_schema(item) for item in schema]
     if not isinstance(schema, dict):
@@ -2623,8 +2589,8 @@ def clean_schema(schema: Any) -> Any:
 MESSAGES_STOPS = {"end_turn": "stop", "stop_sequence": "stop_sequence", "tool_use": "tool_calls",
                   "max_tokens": "length", "model_context_window_exceeded": "context",
                   "refusal": "refusal", "pause_turn": "pause"}
-STOPS_IN_MESSAGES = {**{finish: stop for stop, finish in MESSAGES_STOPS.items()},
-                     "filter": "refusal"}
+STOPS_IN_MESSAGES = {
+    **{finish: stop for stop, finish in MESSAGES_STOPS.items()}, "filter": "refusal"}
 CITATION = "web_search_result_location"  # those of documents have no counterpart elsewhere
 
 
@@ -2640,10 +2606,10 @@ def render_messages_usage(usage: Usage) -> JSON:
         "input_tokens": max(usage.input - usage.cache_read - usage.cache_write, 0),
         "cache_read_input_tokens": usage.cache_read,
         "cache_creation_input_tokens": usage.cache_write, "output_tokens": usage.output}
-    if usage.cache_write_1h:
-        wire["cache_creation"] = {
-            "ephemeral_1h_input_tokens": usage.cache_write_1h,
-            "ephemeral_5m_input_tokens": usage.cache_write - usage.cache_write_1h}
+    long = usage.cache_write_1h
+    if long:
+        wire["cache_creation"] = {"ephemeral_1h_input_tokens": long,
+                                  "ephemeral_5m_input_tokens": usage.cache_write - long}
     if usage.reasoning:
         wire["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
     return wire
@@ -2654,7 +2620,7 @@ def render_citation(citation: JSON) -> JSON:
 
 
 def unwrap_custom(arguments: str) -> str:
-    """The freeform input of a custom tool that went out as a function with one string."""
+    """The input of a custom tool that went out as a function with one string."""
     try:
         value = parse_arguments(arguments).get("input")
     except ValueError:
@@ -2663,20 +2629,16 @@ def unwrap_custom(arguments: str) -> str:
 
 
 class MessagesParser(Parser):
-    """Reads a Messages stream. Usage is cumulative: what message_delta tells replaces, field by
-    field, what message_start told."""
+    """Usage is cumulative: what message_delta tells replaces, field by field."""
 
     def __init__(self, dialect: Messages, rewrites: Rewrites) -> None:
-        super().__init__(rewrites)
-        self._dialect = dialect
+        super().__init__(dialect, rewrites)
         self._usage: JSON = {}
-        self._block_count = 0
         self._arguments: Optional[List[str]] = None  # of a call that cannot be told piece by piece
         self._input: JSON = {}  # of a call, where it came at once
-        self._finish = ""
         self._refusal = ""
 
-    def feed(self, event: Event) -> List[StreamEvent]:
+    def feed(self, event: Event) -> Events:
         plain = TEXT_EVENT.fullmatch(event.data)
         if plain and isinstance(self._open, Text):  # nine events of ten: only the text is parsed
             try:
@@ -2690,12 +2652,12 @@ class MessagesParser(Parser):
         read = self.events.get(text_of(wire, "type"))
         return read(self, wire) if read and not self.ended else []  # new kinds may appear
 
-    def message_start(self, wire: JSON) -> List[StreamEvent]:
+    def message_start(self, wire: JSON) -> Events:
         message = part_of(wire, "message")
         self._note_usage(message)
         return [Start(text_of(message, "id"), text_of(message, "model"), self.usage)]
 
-    def message_delta(self, wire: JSON) -> List[StreamEvent]:
+    def message_delta(self, wire: JSON) -> Events:
         delta = part_of(wire, "delta")
         reason = text_of(delta, "stop_reason")
         self._finish = MESSAGES_STOPS.get(reason, "stop") if reason else self._finish
@@ -2709,9 +2671,9 @@ class MessagesParser(Parser):
         self._service_tier = text_of(told, "service_tier") or self._service_tier
         self.usage = self._dialect.parse_usage(self._usage) if self._usage else None
 
-    def block_start(self, wire: JSON) -> List[StreamEvent]:
-        """Opens a block and says what it brings: all of it in a plain answer, and in the streams of
-        some servers; else nothing. A server tool's traces are no block: no call of the client's."""
+    def block_start(self, wire: JSON) -> Events:
+        """Opens a block and says what it brings: all in a plain answer and in
+        some servers' streams. A server tool's traces are no block: no call of the client's."""
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
         self._open = self._arguments = None
@@ -2721,30 +2683,27 @@ class MessagesParser(Parser):
             self._open = Thinking(signature=text_of(block, "data"), issuer="anthropic",
                                   is_redacted=kind != "thinking")
         elif kind == "tool_use":
-            self._open = call = self.make_call(block.get("id"), name)
+            self._open = call = self.make_call(text_of(block, "id"), name)
             self._arguments = [] if call.is_custom else None
         else:
             return []
         self._block_count += 1
         self._input = part_of(block, "input")
-        events: List[StreamEvent] = [BlockStart(self._open)]
-        for delta in ({"type": f"{key}_delta", key: block.get(key)} for key in (
-                "thinking", "signature", "text")):
-            events += self.block_delta({"delta": delta})
-        for citation in list_of_objects(block, "citations"):
-            events += self.block_delta({"delta": {"type": "citations_delta", "citation": citation}})
-        return events
+        deltas = [{"type": f"{key}_delta", key: block.get(key)}
+                  for key in ("thinking", "signature", "text")]
+        deltas += [{"citation": citation} for citation in list_of_objects(block, "citations")]
+        return [BlockStart(self._open), *(event for delta in deltas
+                                          for event in self.block_delta({"delta": delta}))]
 
-    def block_delta(self, wire: JSON) -> List[StreamEvent]:
+    def block_delta(self, wire: JSON) -> Events:
         delta, block = part_of(wire, "delta"), self._open
-        kind = text_of(delta, "type")
-        text = text_of(delta, MESSAGES_DELTAS.get(kind, ""))
-        about = part_of(delta, "citation")
         if block is None:
             return []
+        about = part_of(delta, "citation")
         if about.get("type") == CITATION:
-            return [CitationDelta(self._block_count - 1, {
-                "url": text_of(about, "url"), "title": text_of(about, "title")})]
+            return [CitationDelta(self._block_count - 1, parse_citation(about))]
+        kind = text_of(delta, "type")
+        text = text_of(delta, MESSAGES_DELTAS.get(kind, ""))
         if kind == "signature_delta":
             return [SignatureDelta(text)] if text else []
         self.content_bytes += len(text)
@@ -2753,21 +2712,21 @@ class MessagesParser(Parser):
         if self._arguments is not None:
             self._arguments.append(text)
             return []
-        return [DELTAS[type(block)](text)] if text else []
+        return self.say(text, block)
 
-    def block_stop(self, wire: JSON) -> List[StreamEvent]:
+    def block_stop(self, wire: JSON) -> Events:
         if self._open is None:
             return []
-        events: List[StreamEvent] = []
+        events: Events = []
         if self._input:
-            events = self.block_delta({"delta": {"type": "input_json_delta",
-                                                 "partial_json": encode_json(self._input)}})
+            delta = {"type": "input_json_delta", "partial_json": encode_json(self._input)}
+            events = self.block_delta({"delta": delta})
         if self._arguments is not None:
             events = [ArgumentsDelta(unwrap_custom("".join(self._arguments)))]
         self._open = None
         return [*events, BlockStop()]
 
-    def finish(self, wire: JSON) -> List[StreamEvent]:
+    def finish(self, wire: JSON) -> Events:
         self.ended = True
         finish = self._finish or "stop"
         if self.rewrites.json_tool and finish == "tool_calls":
@@ -2775,10 +2734,10 @@ class MessagesParser(Parser):
         tier = {"standard": "default", "batch": ""}.get(self._service_tier, self._service_tier)
         return [Finish(finish, self.usage or Usage(), self._refusal, tier)]
 
-    def fail(self, wire: JSON) -> List[StreamEvent]:
+    def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error"), 502)
 
-    events: Mapping[str, Callable[[Any, JSON], List[StreamEvent]]] = {
+    events: Mapping[str, Callable[[Any, JSON], Events]] = {
         "message_start": message_start, "content_block_start": block_start,
         "content_block_delta": block_delta, "content_block_stop": block_stop,
         "message_delta": message_delta, "message_stop": finish, "error": fail}
@@ -2794,8 +2753,6 @@ scan_string: Callable[[str, int], Tuple[str, int]] = (
 
 
 class MessagesRenderer(Renderer):
-    """Writes a Messages stream."""
-
     def __init__(self) -> None:
         super().__init__()
         self._index = -1
@@ -2819,15 +2776,17 @@ class MessagesRenderer(Renderer):
         block = self._open = event.block
         self._is_open = True
         wire = BlockWriter(Losses()).block(block) or {}
-        if isinstance(block, Thinking) and not block.is_redacted:
-            wire = {"type": "thinking", "thinking": "", "signature": ""}
-        kind = {Thinking: "thinking_delta", ToolCall: "input_json_delta"}.get(type(block),
-                                                                              "text_delta")
-        say = self._say = DeltaTemplate(lambda text: self._delta(
-            kind, **{MESSAGES_DELTAS[kind]: text}))
-        if isinstance(block, ToolCall):
+        kind = "text_delta"
+        if isinstance(block, Thinking):
+            kind = "thinking_delta"
+            if not block.is_redacted:
+                wire = {"type": "thinking", "thinking": "", "signature": ""}
+        elif isinstance(block, ToolCall):
+            kind = "input_json_delta"
             self._has_calls = True
             wire["input"] = {}
+        say = self._say = DeltaTemplate(
+            lambda text: self._delta(kind, **{MESSAGES_DELTAS[kind]: text}))
         out = self._event("content_block_start", index=self._index, content_block=wire)
         if isinstance(block, ToolCall) and block.is_custom:  # in an object with one string
             self._say = lambda text: say(encode_string(text)[1:-1])
@@ -2835,16 +2794,15 @@ class MessagesRenderer(Renderer):
         return out
 
     def _citation(self, event: CitationDelta) -> bytes:
-        """One that comes after the end of its block has no place in this wire."""
+        """After the end of its block it has no place in this wire."""
         if event.block != self._index or not self._is_open:
             return b""
         return self._delta("citations_delta", citation=render_citation(event.citation))
 
     def _block_stop(self, event: BlockStop) -> bytes:
         self._is_open = False
-        out = b""
-        if isinstance(self._open, ToolCall) and self._open.is_custom:
-            out = self._delta("input_json_delta", partial_json='"}')
+        is_custom = isinstance(self._open, ToolCall) and self._open.is_custom
+        out = self._delta("input_json_delta", partial_json='"}') if is_custom else b""
         return out + self._event("content_block_stop", index=self._index)
 
     def _finish(self, event: Finish) -> bytes:
@@ -2862,29 +2820,23 @@ class MessagesRenderer(Renderer):
 DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages()}
 
 
-# ==================================================================================================
+# ======================================
 # 5. Providers
 #
 # What is known of each kind of upstream. A new provider that speaks a known dialect is a config
 # entry, or a row here.
-# ==================================================================================================
+# ======================================
 
 
 class Kind(NamedTuple):
-    """One kind of upstream.
+    """One kind of upstream."""
 
-    `base_url` is None where the config must give it; `version` is the path segment that a base_url
-    may leave out. `paths` gives the path below it for each dialect that the upstream speaks.
-    `auth` is the header that carries the key, and how.
-    """
-
-    base_url: Optional[str]
-    version: str
-    paths: Mapping[str, str]
-    auth: Tuple[str, str]
+    base_url: Optional[str]  # None: the config must give it
+    version: str  # the path segment that a base_url may leave out
+    paths: Mapping[str, str]  # below base_url, for each dialect that it speaks
+    auth: Tuple[str, str]  # the header that carries the key, and how
     needs_key: bool = True
     headers: Tuple[Tuple[str, str], ...] = ()
-    takes_usage_option: bool = True  # stream_options.include_usage
     has_list_prices: bool = True  # else its models cost what the config says
     caps: Caps = Caps()  # of models of no known family
 
@@ -2933,7 +2885,7 @@ MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
 
 
 def find_caps(kind: Kind, model: str) -> Caps:
-    """What a model takes, by the provider's name for it."""
+    """By the provider's name for a model."""
     found = FAMILY.search(model)
     if not found:
         return kind.caps
@@ -2946,13 +2898,13 @@ def find_caps(kind: Kind, model: str) -> Caps:
     return caps
 
 
-# ==================================================================================================
+# ======================================
 # 6. Config
 #
 # The file is JSON with comment lines. It is read into frozen dataclasses whose fields say how to
-# read them, what they default to and what they are for, so that parsing, errors, defaults and
-# documentation are one table. Every problem is collected and all are told at once.
-# ==================================================================================================
+# read them and what they default to, so that parsing, errors and defaults are one table; what each
+# is for stands in config.example.yaml.json. Every problem is collected and all are told at once.
+# ======================================
 
 MIN_KEY_CHARACTERS = 16
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -2985,10 +2937,13 @@ Read = Callable[[Any, str, Problems], Any]
 
 def shown(value: object) -> str:
     """A wrong value in an error: its type, since it may be a secret."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), repr(value))
+    return repr(value) if is_number(value) else TYPE_NAMES.get(type(value), "null")
+
+
+def has_type(kind: type, value: object, path: str, problems: Problems) -> bool:
+    if not isinstance(value, kind):
+        problems.error(path, f"must be {TYPE_NAMES[kind]}, not {shown(value)}")
+    return isinstance(value, kind)
 
 
 class Broken(str):
@@ -2997,7 +2952,6 @@ class Broken(str):
 
 def scalar(expected: str, accepts: Callable[[Any], bool],
            convert: Callable[[Any], Any] = lambda value: value) -> Read:
-    """A reader of one plain value."""
     def read(value: Any, path: str, problems: Problems) -> Any:
         if isinstance(value, Broken):
             return value
@@ -3039,8 +2993,7 @@ def one_of(*names: str) -> Read:
 
 def list_of(read_item: Read) -> Read:
     def read(value: Any, path: str, problems: Problems) -> Any:
-        if not isinstance(value, list):
-            problems.error(path, f"must be a list, not {shown(value)}")
+        if not has_type(list, value, path, problems):
             return ()
         items = [read_item(item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
         return tuple(item for item in items if item is not None)
@@ -3048,10 +3001,8 @@ def list_of(read_item: Read) -> Read:
 
 
 def map_of(read_item: Read) -> Read:
-    """An object with names of the user's own."""
     def read(value: Any, path: str, problems: Problems) -> Any:
-        if not isinstance(value, dict):
-            problems.error(path, f"must be an object, not {shown(value)}")
+        if not has_type(dict, value, path, problems):
             return {}
         for name in value:
             if not is_clean(name):
@@ -3061,7 +3012,6 @@ def map_of(read_item: Read) -> Read:
 
 
 def read_headers(value: Any, path: str, problems: Problems) -> Any:
-    """Header fields: names are tokens, values free of control characters."""
     fields = map_of(HEADER_TEXT)(value, path, problems)
     for name in fields:
         if not TOKEN.fullmatch(name):
@@ -3070,26 +3020,25 @@ def read_headers(value: Any, path: str, problems: Problems) -> Any:
 
 
 def read_json_object(value: Any, path: str, problems: Problems) -> Any:
-    """Any JSON object, as it stands."""
-    if isinstance(value, dict):
-        return value
-    problems.error(path, f"must be an object, not {shown(value)}")
-    return None
+    return value if has_type(dict, value, path, problems) else None
 
 
 def check_keys_known(value: JSON, known: Iterable[str], path: str, problems: Problems) -> None:
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(key, list(known), 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
-            problems.error(join(path, key), f"unknown key; {hint}")
+            hint = suggest(key, known) or "; known: " + ", ".join(known)
+            problems.error(join(path, key), "unknown key" + hint)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def some_of(readers: Mapping[str, Read]) -> Read:
     """An object with some of these keys; what is left out is left to others."""
     def read(value: Any, path: str, problems: Problems) -> Any:
-        if not isinstance(value, dict):
-            problems.error(path, f"must be an object, not {shown(value)}")
+        if not has_type(dict, value, path, problems):
             return {}
         check_keys_known(value, readers, path, problems)
         return {name: readers[name](item, join(path, name), problems)
@@ -3098,10 +3047,8 @@ def some_of(readers: Mapping[str, Read]) -> Read:
 
 
 def table_of(shape: Type[Any]) -> Read:
-    """An object with the fields of a dataclass."""
     def read(value: Any, path: str, problems: Problems) -> Any:
-        if not isinstance(value, dict):
-            problems.error(path, f"must be an object, not {shown(value)}")
+        if not has_type(dict, value, path, problems):
             return None
         fields = {f.name: f for f in dataclasses.fields(shape) if f.metadata}
         check_keys_known(value, fields, path, problems)
@@ -3119,10 +3066,10 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def setting(read: Read, about: str, default: Any = None, *, required: bool = False,
+def setting(read: Read, default: Any = None, *, required: bool = False,
             secret: bool = False) -> Any:
     """A field of a config dataclass, and all that is known of it."""
-    metadata = {"read": read, "about": about, "required": required}
+    metadata = {"read": read, "required": required}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata, repr=not secret)
@@ -3130,32 +3077,32 @@ def setting(read: Read, about: str, default: Any = None, *, required: bool = Fal
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes in bytes, where not said otherwise."""
+    """Sizes in bytes, but for two counts and the seconds of `grace`."""
 
-    head: int = setting(SIZE, "a request's head", 64 << 10)
-    fields: int = setting(SIZE, "header fields of a request (a count)", 100)
-    target: int = setting(SIZE, "a request's target", 8 << 10)
-    body: int = setting(SIZE, "a request's body, decoded", 32 << 20)
-    bodies: int = setting(SIZE, "all request bodies in memory together", 256 << 20)
-    connections: int = setting(SIZE, "client connections (a count)", 20_000)
-    event: int = setting(SIZE, "one event of a provider's stream", 16 << 20)
-    events: int = setting(SIZE, "all unfinished events in memory together", 256 << 20)
-    answer: int = setting(SIZE, "a provider's plain answer, decoded", 64 << 20)
-    grace: float = setting(OPTIONAL_SECONDS, "seconds for exchanges to finish after SIGTERM", 30.0)
+    head: int = setting(SIZE, 64 << 10)
+    fields: int = setting(SIZE, 100)
+    target: int = setting(SIZE, 8 << 10)
+    body: int = setting(SIZE, 32 << 20)
+    bodies: int = setting(SIZE, 256 << 20)
+    connections: int = setting(SIZE, 20_000)
+    event: int = setting(SIZE, 16 << 20)
+    events: int = setting(SIZE, 256 << 20)
+    answer: int = setting(SIZE, 64 << 20)
+    grace: float = setting(OPTIONAL_SECONDS, 30.0)
 
 
 @dataclass(frozen=True)
 class Timeouts:
     """Deadlines in seconds: four towards providers, four towards clients."""
 
-    connect: float = setting(SECONDS, "TCP and TLS to the provider", 10.0)
-    first_token: float = setting(SECONDS, "until a stream's first content", 600.0)
-    idle: float = setting(SECONDS, "between bytes of a provider's answer", 300.0)
-    total: float = setting(OPTIONAL_SECONDS, "for a whole answer; 0: 600 s, none for streams", 0.0)
-    head: float = setting(SECONDS, "for a request's head, from its first byte", 10.0)
-    body: float = setting(SECONDS, "between bytes of a request's body", 30.0)
-    keep_alive: float = setting(SECONDS, "an idle client connection", 75.0)
-    write: float = setting(SECONDS, "a write to a client without progress", 60.0)
+    connect: float = setting(SECONDS, 10.0)
+    first_token: float = setting(SECONDS, 600.0)
+    idle: float = setting(SECONDS, 300.0)
+    total: float = setting(OPTIONAL_SECONDS, 0.0)  # 0: 600 for a plain answer, none for a stream
+    head: float = setting(SECONDS, 10.0)
+    body: float = setting(SECONDS, 30.0)
+    keep_alive: float = setting(SECONDS, 75.0)
+    write: float = setting(SECONDS, 60.0)
 
 
 PROVIDER_TIMEOUTS: Dict[str, Read] = {"connect": SECONDS, "first_token": SECONDS, "idle": SECONDS,
@@ -3171,13 +3118,13 @@ CAPS: Dict[str, Read] = {
 class Tuning:
     """What may be said of a provider and, over it, of an alias."""
 
-    timeouts: JSON = setting(some_of(PROVIDER_TIMEOUTS), "deadlines of its own", {})
-    default_max_tokens: Optional[int] = setting(SIZE, "where a client sets no cap and must")
-    max_output_tokens: Optional[int] = setting(SIZE, "a ceiling for the cap that clients set")
-    caps: JSON = setting(some_of(CAPS), "what its models take, where the table is wrong", {})
-    set: JSON = setting(read_json_object, "body fields to set", {})
-    drop: Tuple[str, ...] = setting(list_of(TEXT), "body fields to leave out", ())
-    rename: Dict[str, str] = setting(map_of(TEXT), "body fields to rename", {})
+    timeouts: JSON = setting(some_of(PROVIDER_TIMEOUTS), {})
+    default_max_tokens: Optional[int] = setting(SIZE)
+    max_output_tokens: Optional[int] = setting(SIZE)
+    caps: JSON = setting(some_of(CAPS), {})
+    set: JSON = setting(read_json_object, {})
+    drop: Tuple[str, ...] = setting(list_of(TEXT), ())
+    rename: Dict[str, str] = setting(map_of(TEXT), {})
 
 
 class Origin(NamedTuple):
@@ -3192,12 +3139,11 @@ class Origin(NamedTuple):
 class Provider(Tuning):
     """A configured upstream."""
 
-    api_key: str = setting(HEADER_TEXT, "the provider's key", "", secret=True)
-    base_url: str = setting(HEADER_TEXT, "where it is, with the API's version segment", "")
-    kind: str = setting(one_of(*KINDS), "what it speaks; by default what its name says", "")
-    headers: Tuple[Tuple[str, str], ...] = setting(read_headers, "sent with every request", (),
-                                                   secret=True)
-    done: bool = setting(FLAG, "whether its streams end in [DONE]", True)
+    api_key: str = setting(HEADER_TEXT, "", secret=True)
+    base_url: str = setting(HEADER_TEXT, "")
+    kind: str = setting(one_of(*KINDS), "")
+    headers: Tuple[Tuple[str, str], ...] = setting(read_headers, (), secret=True)
+    done: bool = setting(FLAG, True)
     name: str = ""
     deadlines: Timeouts = Timeouts()
 
@@ -3220,23 +3166,23 @@ class Provider(Tuning):
 class Alias(Tuning):
     """A model's name of the house's own, and what it stands for."""
 
-    provider: str = setting(TEXT, "a name from `providers`", required=True)
-    model: str = setting(TEXT, "the provider's name for it; by default the alias")
-    cost_per_million_input: Optional[float] = setting(PRICE, "dollars per million input tokens")
-    cost_per_million_output: Optional[float] = setting(PRICE, "dollars per million output tokens")
-    cost_per_million_cache_read: Optional[float] = setting(PRICE, "... of it read from a cache")
-    cost_per_million_cache_write: Optional[float] = setting(PRICE, "... of it written to a cache")
-    strict: bool = setting(FLAG, "400 for what the provider's wire cannot say", False)
+    provider: str = setting(TEXT, required=True)
+    model: str = setting(TEXT)
+    cost_per_million_input: Optional[float] = setting(PRICE)
+    cost_per_million_output: Optional[float] = setting(PRICE)
+    cost_per_million_cache_read: Optional[float] = setting(PRICE)
+    cost_per_million_cache_write: Optional[float] = setting(PRICE)
+    strict: bool = setting(FLAG, False)
 
 
 @dataclass(frozen=True)
 class Rule:
     """Where a model goes that is no alias: the first rule that fits decides."""
 
-    provider: str = setting(TEXT, "a name from `providers`", required=True)
-    prefix: Optional[str] = setting(TEXT, "what the model's name starts with")
-    match: Optional[str] = setting(TEXT, "a glob for the model's whole name")
-    default: bool = setting(FLAG, "fits every name", False)
+    provider: str = setting(TEXT, required=True)
+    prefix: Optional[str] = setting(TEXT)
+    match: Optional[str] = setting(TEXT)
+    default: bool = setting(FLAG, False)
 
     def fits(self, model: str) -> bool:
         return (self.default or self.prefix is not None and model.startswith(self.prefix)
@@ -3245,43 +3191,37 @@ class Rule:
 
 def is_date(value: object) -> bool:
     found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", value) if isinstance(value, str) else None
-    if not found or not 1 <= int(found[2]) <= 12 or int(found[1]) < 1970:
-        return False
-    return 1 <= int(found[3]) <= calendar.monthrange(int(found[1]), int(found[2]))[1]
+    year, month, day = map(int, found.groups()) if found else (0, 0, 0)
+    return (year >= 1970 and 1 <= month <= 12
+            and 1 <= day <= calendar.monthrange(year, month)[1])
 
 
 @dataclass(frozen=True)
 class ApiKey:
     """A virtual key and the app that holds it."""
 
-    key: str = setting(TEXT, "the secret, 16 characters or more", required=True, secret=True)
-    app: str = setting(TEXT, "whose it is; `virtual_key` in metrics and log", required=True)
-    allowed_models: Tuple[str, ...] = setting(list_of(TEXT), "names and globs; by default all",
-                                              ("*",))
-    strict: bool = setting(FLAG, "400 for what a provider's wire cannot say", False)
-    disabled: bool = setting(FLAG, "refuses the key for now", False)
-    expires: str = setting(scalar('a day as "2027-01-31"', is_date), "its last day, UTC", "")
+    key: str = setting(TEXT, required=True, secret=True)
+    app: str = setting(TEXT, required=True)
+    allowed_models: Tuple[str, ...] = setting(list_of(TEXT), ("*",))
+    strict: bool = setting(FLAG, False)
+    disabled: bool = setting(FLAG, False)
+    expires: str = setting(scalar('a day as "2027-01-31"', is_date), "")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole config file."""
-
-    listen: str = setting(TEXT, '":8080", "host:port", "[::1]:8080" or "unix:/path"', ":8080")
-    providers: Dict[str, Provider] = setting(map_of(table_of(Provider)), "by name", {},
-                                              required=True)
-    models: Dict[str, Alias] = setting(map_of(table_of(Alias)), "aliases by name", {})
-    routing: Tuple[Rule, ...] = setting(list_of(table_of(Rule)), "rules for other names", ())
-    api_keys: Tuple[ApiKey, ...] = setting(list_of(table_of(ApiKey)), "who may call", (),
-                                            required=True)
-    limits: Limits = setting(table_of(Limits), "bounds", Limits())
-    timeouts: Timeouts = setting(table_of(Timeouts), "deadlines", Timeouts())
-    log: str = setting(one_of("text", "json"), "the access log's form", "text")
-    log_headers: Tuple[str, ...] = setting(list_of(TEXT), "request headers to log", ())
-    log_probes: bool = setting(FLAG, "log good answers to /health and /metrics too", False)
-    sse_keepalive: float = setting(OPTIONAL_SECONDS, "silence after which a stream is kept alive",
-                                   15.0)
-    prices: str = setting(OPTIONAL_TEXT, "a price file in LiteLLM's format", "")
+    listen: str = setting(TEXT, ":8080")
+    providers: Dict[str, Provider] = setting(map_of(table_of(Provider)), {}, required=True)
+    models: Dict[str, Alias] = setting(map_of(table_of(Alias)), {})
+    routing: Tuple[Rule, ...] = setting(list_of(table_of(Rule)), ())
+    api_keys: Tuple[ApiKey, ...] = setting(list_of(table_of(ApiKey)), (), required=True)
+    limits: Limits = setting(table_of(Limits), Limits())
+    timeouts: Timeouts = setting(table_of(Timeouts), Timeouts())
+    log: str = setting(one_of("text", "json"), "text")
+    log_headers: Tuple[str, ...] = setting(list_of(TEXT), ())
+    log_probes: bool = setting(FLAG, False)
+    sse_keepalive: float = setting(OPTIONAL_SECONDS, 15.0)
+    prices: str = setting(OPTIONAL_TEXT, "")
     warnings: Tuple[str, ...] = ()
 
 
@@ -3299,20 +3239,19 @@ def expand(tree: Any, env: Mapping[str, str], read_file: Callable[[str], str], p
                 for i, value in enumerate(tree)]
     if not isinstance(tree, str) or "$" not in tree:
         return tree
-
-    broken = False
+    errors: List[str] = []
 
     def value_of(found: re.Match[str]) -> str:
-        nonlocal broken
         try:
             return variable_value(found, env, read_file)
         except ValueError as error:
-            problems.error(path, str(error))
-            broken = True
+            errors.append(str(error))
             return ""
 
     text = VARIABLE.sub(value_of, tree)
-    return Broken("?") if broken else text
+    for message in errors:
+        problems.error(path, message)
+    return Broken("?") if errors else text
 
 
 def variable_value(found: re.Match[str], env: Mapping[str, str],
@@ -3327,7 +3266,11 @@ def variable_value(found: re.Match[str], env: Mapping[str, str],
     if not end:
         raise ValueError("'${' is not closed by '}'; write $${ for the text itself")
     if braced.startswith("file:"):
-        return read_secret(braced[5:], read_file)
+        try:
+            return read_file(braced[5:]).rstrip("\r\n")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(f"cannot read {braced[5:]}: {reason}") from error
     name, has_default, default = braced.partition(":-")
     if env.get(name) or (name in env and not has_default):
         return env[name]
@@ -3337,22 +3280,13 @@ def variable_value(found: re.Match[str], env: Mapping[str, str],
     return default
 
 
-def read_secret(name: str, read_file: Callable[[str], str]) -> str:
-    try:
-        return read_file(name).rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"cannot read {name}: {reason}") from error
-
-
 def parse_config(text: str, where: str, env: Mapping[str, str],
                  read_file: Callable[[str], str]) -> Config:
     """A config file's text, checked as a whole; raises ConfigError with every problem."""
     problems = Problems(where)
     config: Optional[Config] = None
     try:
-        tree = parse_config_json(text, problems)
-        tree = expand(tree, env, read_file, "", problems)
+        tree = expand(parse_config_json(text, problems), env, read_file, "", problems)
         config = table_of(Config)(tree, "", problems)
         if config is not None:
             config = settle(config, problems)
@@ -3397,18 +3331,14 @@ def settle(config: Config, problems: Problems) -> Config:
             parse_listen(config.listen)
     except ValueError as error:
         problems.error("listen", str(error))
-    providers = {name: settled for name, settled in (
-        (name, settle_provider(name, provider, config.timeouts, problems))
-        for name, provider in config.providers.items() if provider is not None)
-        if settled is not None}
+    settled = [settle_provider(name, provider, config.timeouts, problems)
+               for name, provider in config.providers.items() if provider is not None]
+    providers = {provider.name: provider for provider in settled if provider is not None}
     for alias, model in config.models.items():
-        if model is not None and not is_known(model.provider, config):
-            problems.error(f"models.{alias}.provider",
-                           unknown_provider(model.provider, config.providers))
+        if model is not None:
+            check_provider(model.provider, config, f"models.{alias}.provider", problems.error)
     for i, rule in enumerate(config.routing):
-        if not is_known(rule.provider, config):
-            problems.warn(f"routing[{i}].provider",
-                          unknown_provider(rule.provider, config.providers))
+        check_provider(rule.provider, config, f"routing[{i}].provider", problems.warn)
         if [rule.prefix is not None, rule.match is not None, rule.default].count(True) != 1:
             problems.error(f"routing[{i}]", 'needs one of "prefix", "match" and "default": true')
     check_keys(config.api_keys, problems)
@@ -3420,25 +3350,21 @@ def settle(config: Config, problems: Problems) -> Config:
     return dataclasses.replace(config, providers=providers, models=models)
 
 
-def is_known(provider: Optional[str], config: Config) -> bool:
-    """Also true of a name that has an error already."""
-    return provider is None or isinstance(provider, Broken) or provider in config.providers
+def check_provider(name: Optional[str], config: Config, path: str,
+                   tell: Callable[[str, str], None]) -> None:
+    """Tells of a name that no provider has, unless it has an error already."""
+    if name is not None and not isinstance(name, Broken) and name not in config.providers:
+        tell(path, f"no provider {name!r} is configured" + suggest(name, config.providers))
 
 
 SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-api-key",
                             "api-key", "x-goog-api-key", "x-gateway-key"])
 
 
-def unknown_provider(name: str, providers: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(providers), 1, 0.5)
-    return f"no provider {name!r} is configured" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
 def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
                     problems: Problems) -> Optional[Provider]:
     """The provider with its kind, address and deadlines filled in."""
-    path = f"providers.{name}"
-    kind = provider.kind or name
+    path, kind = f"providers.{name}", provider.kind or name
     if isinstance(kind, Broken):
         return None
     row = KINDS.get(kind)
@@ -3458,19 +3384,15 @@ def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
     except ValueError as error:
         problems.error(f"{path}.base_url", str(error))
     settled = dataclasses.replace(provider, name=name, kind=kind, base_url=base_url,
-                                  deadlines=merge_timeouts(timeouts, provider.timeouts))
+                                  deadlines=dataclasses.replace(timeouts, **provider.timeouts))
     if not settled.is_on:
         problems.warn(f"{path}.api_key", "is absent or empty: the provider is off, its models "
                                          "are not listed and answer 404")
     return settled
 
 
-def merge_timeouts(timeouts: Timeouts, own: JSON) -> Timeouts:
-    return dataclasses.replace(timeouts, **own)
-
-
 def settle_base_url(url: str, version: str) -> str:
-    """The address without a trailing slash, with the version segment of its kind."""
+    """Without a trailing slash, with the version segment of its kind; raises ValueError."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError('must start with "http://" or "https://" and name a host')
@@ -3486,15 +3408,16 @@ def settle_base_url(url: str, version: str) -> str:
 def check_keys(keys: Sequence[ApiKey], problems: Problems) -> None:
     first: Dict[str, int] = {}
     for i, entry in enumerate(keys):
-        if entry.key is None or isinstance(entry.key, Broken):
+        key, path = entry.key, f"api_keys[{i}].key"
+        if key is None or isinstance(key, Broken):
             continue
-        if len(entry.key) < MIN_KEY_CHARACTERS:
-            problems.error(f"api_keys[{i}].key", f"is shorter than {MIN_KEY_CHARACTERS} characters")
-        if not entry.key.isascii() or " " in entry.key:
-            problems.error(f"api_keys[{i}].key", "must be ASCII without spaces, for a header")
-        if entry.key in first:
-            problems.error(f"api_keys[{i}].key", f"is the key of api_keys[{first[entry.key]}] too")
-        first.setdefault(entry.key, i)
+        if len(key) < MIN_KEY_CHARACTERS:
+            problems.error(path, f"is shorter than {MIN_KEY_CHARACTERS} characters")
+        if not key.isascii() or " " in key:
+            problems.error(path, "must be ASCII without spaces, for a header")
+        if key in first:
+            problems.error(path, f"is the key of api_keys[{first[key]}] too")
+        first.setdefault(key, i)
     if not keys and not problems.has_error("api_keys"):
         problems.warn("api_keys", "is empty: nobody may call")
 
@@ -3524,11 +3447,11 @@ def parse_listen(listen: str) -> Address:
     return Address("", found[1] or found[2] or "", int(found[3]))
 
 
-# ==================================================================================================
+# ======================================
 # 7. Policy
 #
 # Who may call, where a model's name leads, what a reply costs. Time comes in as an argument.
-# ==================================================================================================
+# ======================================
 
 
 @dataclass(frozen=True)
@@ -3543,9 +3466,13 @@ class App:
     expires: float  # unix seconds; inf for never
 
     def may_use(self, model: str) -> bool:
-        if model in self.allowed or "*" in self.allowed:
-            return True
-        return any(glob.match(model) for glob in self.globs)
+        return (model in self.allowed or "*" in self.allowed
+                or any(glob.match(model) for glob in self.globs))
+
+    def check_may_use(self, model: str) -> None:
+        if not self.may_use(model):
+            raise GatewayError(403, "This API key may not use the requested model.", "model",
+                               "model_not_allowed")
 
 
 def digest(key: str) -> bytes:
@@ -3576,8 +3503,7 @@ def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
     globs = [name for name in entry.allowed_models if re.search(r"[*?[]", name)]
     return App(entry.app, frozenset(entry.allowed_models),
                tuple(re.compile(fnmatch.translate(glob)) for glob in globs), entry.strict,
-               entry.disabled,
-               parse_day(entry.expires) + 86400 if entry.expires else float("inf"))
+               entry.disabled, parse_day(entry.expires) + 86400 if entry.expires else float("inf"))
 
 
 def presented_keys(headers: Mapping[str, str]) -> List[str]:
@@ -3619,7 +3545,7 @@ class Price:
 
 
 def cost(price: Price, usage: Usage) -> int:
-    """What a reply costs, in nano-dollars."""
+    """In nano-dollars."""
     price = price.at(usage.input)
     written = price.input if price.cache_write is None else price.cache_write
     written_1h = written if price.cache_write_1h is None else price.cache_write_1h
@@ -3655,7 +3581,7 @@ class Route:
 
 
 class Edits(NamedTuple):
-    """What the config changes in a body that goes to a provider. Names may be dotted paths."""
+    """What the config changes in a provider's body. Names may be dotted paths."""
 
     set: JSON
     drop: Tuple[str, ...]
@@ -3692,7 +3618,7 @@ def put_path(body: JSON, path: str, value: Any) -> None:
 
 def make_edits(provider: Provider, alias: Optional[Alias]) -> Edits:
     """The provider's edits, and over them the alias's."""
-    given = [entry for entry in (provider, alias) if entry is not None]
+    given = list(filter(None, (provider, alias)))
     return Edits({key: value for entry in given for key, value in entry.set.items()},
                  tuple(name for entry in given for name in entry.drop),
                  {old: new for entry in given for old, new in entry.rename.items()})
@@ -3702,11 +3628,10 @@ def make_target(provider: Provider, model: str, alias: Optional[Alias]) -> Targe
     """What a model takes: the table's word, then the provider's entry, then the alias's."""
     caps = find_caps(provider.row, model)
     default, ceiling = 8192, None
-    for entry in (provider, alias):
-        if entry is not None:
-            caps = dataclasses.replace(caps, **entry.caps)
-            default = entry.default_max_tokens or default
-            ceiling = entry.max_output_tokens or ceiling
+    for entry in filter(None, (provider, alias)):
+        caps = dataclasses.replace(caps, **entry.caps)
+        default = entry.default_max_tokens or default
+        ceiling = entry.max_output_tokens or ceiling
     return Target(model, caps, default, ceiling)
 
 
@@ -3717,52 +3642,47 @@ class Router:
                  find_price: Callable[[Provider, str], Optional[Price]]) -> None:
         self._find_price = find_price
         self._providers = {name: p for name, p in config.providers.items() if p.is_on}
-        self._aliases = {name: self._alias_route(name, alias)
+        self._aliases = {name: self._route(alias.provider, alias.model or name, name, alias)
                          for name, alias in config.models.items()
                          if alias.provider in self._providers}
         self._off = set(config.models).difference(self._aliases)
         self._rules = [rule for rule in config.routing if rule.provider in self._providers]
 
-    def _alias_route(self, name: str, alias: Alias) -> Route:
-        provider = self._providers[alias.provider]
-        model = alias.model or name
-        price = override_price(self._find_price(provider, model), alias)
-        return Route(provider, model, name, price,
-                     merge_timeouts(provider.deadlines, alias.timeouts),
+    def _route(self, name: str, model: str, alias_name: Optional[str] = None,
+               alias: Optional[Alias] = None) -> Route:
+        provider = self._providers[name]
+        price, deadlines = self._find_price(provider, model), provider.deadlines
+        if alias is not None:
+            price = override_price(price, alias)
+            deadlines = dataclasses.replace(deadlines, **alias.timeouts)
+        return Route(provider, model, alias_name, price, deadlines,
                      make_target(provider, model, alias), make_edits(provider, alias),
-                     alias.strict)
+                     alias is not None and alias.strict)
 
     def resolve(self, model: str) -> Route:
         """Raises GatewayError(404)."""
-        route = self._aliases.get(model)
-        if route is not None:
-            return route
+        if model in self._aliases:
+            return self._aliases[model]
         name, slash, rest = ("", "", "") if model in self._off else model.partition("/")
         if slash and rest and name in self._providers:
-            return self._rule_route(name, rest)
+            return self._route(name, rest)
         for rule in self._rules:
             if model not in self._off and rule.fits(model):
-                return self._rule_route(rule.provider, model)
+                return self._route(rule.provider, model)
         raise GatewayError(404, f"The model {clipped(model)!r} does not exist.", "model",
                            "model_not_found")
 
-    def _rule_route(self, name: str, model: str) -> Route:
-        provider = self._providers[name]
-        return Route(provider, model, None, self._find_price(provider, model), provider.deadlines,
-                     make_target(provider, model, None), make_edits(provider, None))
-
     def aliases(self, app: App) -> List[Tuple[str, str]]:
-        """The aliases that an app may use, with their providers, in the config's order."""
+        """Those that an app may use, with their providers, in the config's order."""
         return [(name, route.provider.name) for name, route in self._aliases.items()
                 if app.may_use(name)]
 
 
 def override_price(price: Optional[Price], alias: Alias) -> Optional[Price]:
     """The price with what the config says in its place; a price of one's own has no tiers."""
-    own = {name: nano_dollars(value) for name, value in (
-        ("input", alias.cost_per_million_input), ("output", alias.cost_per_million_output),
-        ("cache_read", alias.cost_per_million_cache_read),
-        ("cache_write", alias.cost_per_million_cache_write)) if value is not None}
+    said = {name: getattr(alias, f"cost_per_million_{name}")
+            for name in ("input", "output", "cache_read", "cache_write")}
+    own = {name: nano_dollars(value) for name, value in said.items() if value is not None}
     if not own:
         return price
     base = price or Price(0, 0)
@@ -3807,13 +3727,13 @@ class Budget:
         self.held -= size
 
 
-# ==================================================================================================
+# ======================================
 # 8. Metrics
 #
 # Counters are integers and exact; money is nano-dollars until it is rendered. One Metrics object is
 # made in main and handed on; a Meter per app and route binds label values once, so that recording
 # a request is a few additions.
-# ==================================================================================================
+# ======================================
 
 Labels = Tuple[str, ...]
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0,
@@ -3840,8 +3760,6 @@ class Counter:
 
 
 class Gauge(Counter):
-    """A family of values that go up and down."""
-
     type = "gauge"
 
     def set(self, labels: Labels, value: int) -> None:
@@ -3879,7 +3797,7 @@ Family = Union[Counter, Gauge, Histogram]
 
 
 def show_scaled(number: int, scale: int) -> str:
-    """An integer divided by a power of ten, exactly."""
+    """Divided by a power of ten, exactly."""
     if scale == 1:
         return str(number)
     digits = len(str(scale)) - 1
@@ -3891,34 +3809,32 @@ ROUTE_LABELS = ("virtual_key", "provider", "model")
 
 
 class Metrics:
-    """Every metric of the gateway."""
-
     def __init__(self) -> None:
+        route, model = ROUTE_LABELS, ROUTE_LABELS[1:]
         self.requests = Counter(
-            "llm_requests_total", "Requests by their final status.", (*ROUTE_LABELS, "status"))
+            "llm_requests_total", "Requests by their final status.", (*route, "status"))
         self.durations = Histogram(
             "llm_request_duration_seconds", "From a request's head to the end of its answer.",
-            (*ROUTE_LABELS, "stream"), DURATION_BUCKETS)
+            (*route, "stream"), DURATION_BUCKETS)
         self.tokens = Counter(
             "llm_tokens_total", "Tokens by direction: prompt and completion.",
-            (*ROUTE_LABELS, "direction"))
+            (*route, "direction"))
         self.token_details = Counter(
             "llm_token_details_total", "Parts of the tokens: cache_read, cache_write, reasoning.",
-            (*ROUTE_LABELS, "kind"))
+            (*route, "kind"))
         self.first_byte = Histogram(
             "llm_stream_first_byte_seconds", "From a request's head to its stream's first content.",
-            ROUTE_LABELS, DURATION_BUCKETS)
+            route, DURATION_BUCKETS)
         self.provider_errors = Counter(
             "llm_provider_errors_total", f"Failures of providers: {', '.join(PROVIDER_ERRORS)}.",
             ("provider", "error_type"))
         self.cost = Counter(
             "llm_cost_dollars_total", "Dollars, by the prices of the config or the built-in list.",
-            ROUTE_LABELS, scale=10**9)
+            route, scale=NANO_DOLLARS)
         self.estimated = Counter(
-            "llm_usage_estimated_total", "Requests whose tokens were estimated.",
-            ("provider", "model"))
+            "llm_usage_estimated_total", "Requests whose tokens were estimated.", model)
         self.unpriced = Counter(
-            "llm_unpriced_tokens_total", "Tokens of models without a price.", ("provider", "model"))
+            "llm_unpriced_tokens_total", "Tokens of models without a price.", model)
         self.dropped = Counter(
             "llm_params_dropped_total", "Parts of requests that a provider's wire cannot say.",
             ("param", "provider"))
@@ -3970,11 +3886,9 @@ class Meter:
             metrics.first_byte.observe(route, record.ttft)
         if record.provider_error:
             metrics.provider_errors.add((route[1], record.provider_error))
-        if record.usage is not None:
-            self._record_usage(record, record.usage)
-
-    def _record_usage(self, record: Record, usage: Usage) -> None:
-        metrics, route = self._metrics, self._route
+        usage = record.usage
+        if usage is None:
+            return
         metrics.tokens.add(self._prompt, usage.input)
         metrics.tokens.add(self._completion, usage.output)
         if usage.cache_read or usage.cache_write or usage.reasoning:
@@ -4010,10 +3924,10 @@ def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 # Log lines. A value can hold anything a client sends, so it is quoted unless it is plain, and
 # nothing in it can end the line or forge another.
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------
 
 PLAIN_LOG_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,\-]{1,256}")
 MAX_LOG_VALUE = 256
@@ -4028,7 +3942,8 @@ def quote_log(value: str) -> str:
 
 def render_log(fields: Iterable[Tuple[str, object]]) -> str:
     """The part of a key=value line that these fields make, a space before each."""
-    return "".join([f" {key}={SHOW.get(value.__class__, str)(value)}" for key, value in fields])
+    return "".join([f" {key}={SHOW[value.__class__](value) if value.__class__ in SHOW else value}"
+                    for key, value in fields])
 
 
 def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
@@ -4041,12 +3956,12 @@ SHOW: Dict[type, Callable[[Any], str]] = {
 }
 
 
-# ==================================================================================================
+# ======================================
 # 9. HTTP
 #
 # HTTP/1.1 (RFC 9112) as bytes in and bytes out. Strict where smuggling lives: one regex judges a
 # head as a whole, so that the loop which reads it need not.
-# ==================================================================================================
+# ======================================
 
 MAX_CHUNK_LINE_BYTES = 4096
 MAX_CHUNK_WASTE_BYTES = 16 << 10  # extensions and trailers of one body
@@ -4054,12 +3969,11 @@ MAX_INFLATE_RATIO = 200
 INFLATE_STEP_BYTES = 64 << 10
 FREE_INFLATED_BYTES = 1 << 20  # below it any ratio will do: short JSON repeats itself
 
-FIELD = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n"
-REQUEST_LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [\x21-\x7e]+ HTTP/1\.[01]\r\n"
-REQUEST_HEAD = re.compile(REQUEST_LINE + rb"(?:" + FIELD + rb")*\r\n")
-ANSWER_HEAD = re.compile(rb"HTTP/1\.[01] [1-5][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?\r\n(?:"
-                         + FIELD + rb")*\r\n")
-TRAILERS = re.compile(rb"(?:" + FIELD + rb")*\r\n")
+NAME = TOKEN.pattern.encode()
+FIELDS = rb"(?:" + NAME + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"  # and their blank line
+REQUEST_HEAD = re.compile(NAME + rb" [\x21-\x7e]+ HTTP/1\.[01]\r\n" + FIELDS)
+ANSWER_HEAD = re.compile(rb"HTTP/1\.[01] [1-5][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?\r\n" + FIELDS)
+TRAILERS = re.compile(FIELDS)
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=:\[\]%-]*")
 ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*(.*)")
 DIGITS = re.compile(r"[0-9]{1,15}")
@@ -4090,12 +4004,13 @@ def parse_fields(lines: List[str]) -> Headers:
     """The fields by name, in order; repeated ones are one list (RFC 9110, section 5.3)."""
     headers = {name.lower(): value.strip(" \t") for name, _, value in
                [line.partition(":") for line in lines]}
-    if len(headers) < len(lines):
-        headers = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip(" \t")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if len(headers) == len(lines):
+        return headers
+    headers = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
@@ -4139,8 +4054,6 @@ def request_length(headers: Headers, is_http10: bool) -> Optional[int]:
 
 
 class AnswerHead(NamedTuple):
-    """The head of a provider's answer."""
-
     status: int
     is_http10: bool
     headers: Headers
@@ -4227,7 +4140,7 @@ class ChunkedFraming(Framing):
         return data
 
     def _open_chunk(self, data: bytes, at: int) -> int:
-        """Reads a size line; returns where the chunk starts."""
+        """Returns where the chunk starts."""
         end = data.find(b"\r\n", at)
         if end < 0 or end - at > MAX_CHUNK_LINE_BYTES:
             return self._keep(data, at, MAX_CHUNK_LINE_BYTES)
@@ -4243,7 +4156,7 @@ class ChunkedFraming(Framing):
         return end + 2
 
     def _end_trailers(self, data: bytes, at: int) -> int:
-        """Reads the trailers up to their blank line; returns where the body ends."""
+        """Returns where the body ends."""
         end = at if data.startswith(b"\r\n", at) else data.find(b"\r\n\r\n", at) + 2
         if end == 1 or end - at > MAX_CHUNK_WASTE_BYTES:  # 1 is not found: -1 + 2
             return self._keep(data, at, MAX_CHUNK_WASTE_BYTES)
@@ -4253,7 +4166,6 @@ class ChunkedFraming(Framing):
         return end + 2
 
     def _keep(self, data: bytes, at: int, limit: int) -> int:
-        """Keeps a line that is still arriving, within its bound."""
         self._kept = data[at:]
         if len(self._kept) > limit:
             raise ValueError("a chunk's size line or its trailers are endless")
@@ -4353,8 +4265,8 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 def render_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     """An answer's head. Whatever becomes a field was checked for control characters before."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
+    return "\r\n".join([f"HTTP/1.1 {status} {REASONS.get(status, '')}", *map(": ".join, fields),
+                        "\r\n"]).encode("latin-1")
 
 
 def render_chunk(data: bytes) -> bytes:
@@ -4375,20 +4287,26 @@ ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
     "x-request-id", "x-gateway-id"])
 
 
+def with_named(dropped: FrozenSet[str], headers: Headers) -> FrozenSet[str]:
+    """And the fields that Connection names, which speak of one connection too."""
+    named = headers.get("connection", "").lower()
+    if named in ("", "keep-alive", "close"):
+        return dropped
+    return dropped.union(name.strip() for name in named.split(","))
+
+
 def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
     """The lines of a request's fields that go on to the provider."""
-    named = head.headers.get("connection", "").lower()
-    if named not in ("", "keep-alive", "close"):
-        dropped = dropped | frozenset(name.strip() for name in named.split(","))
+    dropped = with_named(dropped, head.headers)
     return "".join([f"{name}: {value}\r\n" for name, value in head.headers.items()
                     if name not in dropped and not name.startswith(PREFIXES_ONLY_HERE)])
 
 
-# ==================================================================================================
+# ======================================
 # 10. Prices
 #
 # What models cost: data, a row a model, and how lists of it are read.
-# ==================================================================================================
+# ======================================
 
 MAX_DOLLARS_PER_TOKEN = Decimal("0.1")  # a dearer one was given for more than a token
 PRICE_FIELDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
@@ -4761,18 +4679,18 @@ grok-code-fast-1 1 2 0.2 >200k 2 4 0.4
 """
 
 
-# ==================================================================================================
+# ======================================
 # I/O starts here
-# ==================================================================================================
+# ======================================
 
 
-# ==================================================================================================
+# ======================================
 # 11. Upstream
 #
 # Connections to providers: made, kept alive, and dropped at the first doubt. Deadlines cost no
 # timers: each connection carries one, and the sweeper of section 13 looks at all of them several
 # times a second.
-# ==================================================================================================
+# ======================================
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_READ_BYTES = 64 << 10  # at once from a provider, so that a slow client makes us hold little
@@ -5224,13 +5142,13 @@ async def read_answer_head(reader: Reader) -> AnswerHead:
     return head
 
 
-# ==================================================================================================
+# ======================================
 # 12. Gateway
 #
 # One exchange, from request to record. Handlers return a Response and write nothing; errors are
 # raised anywhere and rendered once; `record` runs once for each exchange and is the only place that
 # logs it and touches its metrics.
-# ==================================================================================================
+# ======================================
 
 BAD_KEY = re.compile(rb"invalid_api_key|API_KEY_INVALID|authentication_error|unregistered caller"
                      rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key not valid", re.IGNORECASE)
@@ -5262,16 +5180,15 @@ class Log:
     def access(self, exchange: Exchange, meter: Meter) -> None:
         """The line of one exchange. Its head is rendered in one go, since it is in every one."""
         fields = access_fields(exchange)
-        milliseconds = round(exchange.duration * 1000, 1)
         if self._as_json:
             return self.line("INFO", "access", [
                 ("request_id", exchange.id), ("method", exchange.method), ("path", exchange.path),
-                ("status", exchange.status), ("duration_ms", milliseconds), *meter.log_fields,
-                *fields])
+                ("status", exchange.status), ("duration_ms", round(exchange.duration * 1000, 1)),
+                *meter.log_fields, *fields])
         return self._write(
             f"time={self._now()} level=INFO msg=access request_id={exchange.id} "
             f"method={quote_log(exchange.method)} path={quote_log(exchange.path)} "
-            f"status={exchange.status} duration_ms={milliseconds}"
+            f"status={exchange.status} duration_ms={exchange.duration * 1000:.1f}"
             f"{meter.log_text}{render_log(fields)}")
 
     def _now(self) -> str:
@@ -5289,23 +5206,19 @@ class Log:
         self.line("ERROR", "crash", [("error", type(error).__name__), ("at", places)])
 
     def _write(self, line: str) -> None:
+        """Never waits: a pipe that polls as writable takes 4 KiB, and no line is longer."""
         data = line.encode() + b"\n"
         try:
-            if not self._is_ready() or os.write(self._fd, data) < len(data):
+            is_ready = not self._may_block or any(
+                event & select.POLLOUT for _, event in self._poll.poll(0))
+            if not is_ready or os.write(self._fd, data) < len(data):
                 self.lost += 1
         except OSError:
             self.lost += 1
 
-    def _is_ready(self) -> bool:
-        """Whether a line can be written without waiting: a pipe that polls as writable takes 4 KiB,
-        and no line is longer."""
-        if not self._may_block:
-            return True
-        return any(event & select.POLLOUT for _, event in self._poll.poll(0))
-
 
 class ClientLeft(Exception):
-    """The client closed before its request was whole."""
+    """Before its request was whole."""
 
 
 class Request:
@@ -5318,8 +5231,6 @@ class Request:
 
 
 class Source(Protocol):
-    """Where a stream's pieces come from."""
-
     async def pump(self, sink: Callable[[bytes], bool]) -> None: ...
 
     def hold(self) -> None: ...
@@ -5369,6 +5280,7 @@ class Exchange(Record):
     method = ""
     path = ""
     app = ""
+    dialect = DIALECTS["chat"]  # the client's
     route: Optional[Route] = None
     is_generation = False
     error = ""
@@ -5398,9 +5310,10 @@ class Exchange(Record):
             self.error += f" ({type(error.__cause__).__name__}: {error.__cause__})"
 
 
-class Gateway:
-    """The application behind the server."""
+Waited = TypeVar("Waited")
 
+
+class Gateway:
     def __init__(self, config: Config, router: Router, keyring: Keyring, pool: Pool,
                  metrics: Metrics, log: Log) -> None:
         self.config = config
@@ -5426,75 +5339,72 @@ class Gateway:
         if self._log_headers:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
-        dialect = DIALECTS["chat"]
         try:
-            handler, dialect = find_handler(request.head)
+            handler, exchange.dialect = find_handler(request.head)
             exchange.is_generation = handler == Gateway.generate
             if exchange.is_generation:
                 self.metrics.in_flight.add((), 1)
-            response = await handler(self, exchange, request, dialect)
+            response = await handler(self, exchange, request)
         except GatewayError as error:
-            return self.refuse(exchange, error, dialect)
+            return self.refuse(exchange, error)
         except (ConnectionError, ClientLeft):
             raise
         except Exception as error:
             self.log.crash(error)
-            return self.refuse(exchange, GatewayError(500, "The gateway failed."), dialect)
+            return self.refuse(exchange, GatewayError(500, "The gateway failed."))
         exchange.status = exchange.status or response.status
-        return self.signed(exchange, response, dialect)
+        return self.signed(exchange, response)
 
-    def refuse(self, exchange: Exchange, error: GatewayError,
-               dialect: Dialect = DIALECTS["chat"]) -> Response:
+    def refuse(self, exchange: Exchange, error: GatewayError) -> Response:
         exchange.fail(error)
-        return self.signed(exchange, Response(error.status, [JSON_TYPE, *error.headers],
-                                              dialect.render_error(error, exchange.id)), dialect)
+        body = exchange.dialect.render_error(error, exchange.id)
+        return self.signed(exchange, Response(error.status, [JSON_TYPE, *error.headers], body))
 
-    def signed(self, exchange: Exchange, response: Response, dialect: Dialect) -> Response:
+    def signed(self, exchange: Exchange, response: Response) -> Response:
         """The response with the ids that a client may name when it asks what went wrong."""
         if exchange.is_stream and response.stream is None:
-            response.event = dialect.error_event(response.body)
+            response.event = exchange.dialect.error_event(response.body)
         exchange.overhead = self.clock() - exchange.started - exchange.waited
         response.fields += [("x-request-id", exchange.upstream_id or exchange.id),
                             ("x-gateway-id", exchange.id)]
         return response
 
-    async def generate(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+    async def generate(self, exchange: Exchange, request: Request) -> Response:
         """Answers one generation request; the order of the steps is what clients rely on."""
-        app = self.keyring.authenticate(request.headers, self.log.wall_clock())  # 401
-        exchange.app = app.name
-        body = Body(await self.read_body(exchange, request))  # 400, 408, 413, 415, 503
+        app = self.authenticate(exchange, request)  # 401
+        body = Body(await self.wait(exchange, request.body()))  # 400, 408, 413, 415, 503
+        exchange.bytes_in = len(body.body)
         model, exchange.is_stream = read_call(body)  # 400
-        if not app.may_use(model):
-            raise GatewayError(403, "This API key may not use the requested model.", "model",
-                               "model_not_allowed")
+        app.check_may_use(model)  # 403
         route = exchange.route = self.router.resolve(model)  # 404
         if exchange.is_stream:
-            exchange.keepalive = dialect.keepalive
+            exchange.keepalive = exchange.dialect.keepalive
             exchange.keepalive_seconds = self.config.sse_keepalive
-        if dialect.name in route.provider.row.paths:
-            return await self.pass_through(exchange, request, dialect, route, body)
-        return await self.translate(exchange, request, dialect, route, body,
-                                    app.is_strict or route.is_strict)
+        if exchange.dialect.name in route.provider.row.paths:
+            return await self.pass_through(exchange, request, route, body)
+        is_strict = app.is_strict or route.is_strict
+        return await self.translate(exchange, request, route, body, is_strict)
 
-    async def pass_through(self, exchange: Exchange, request: Request, dialect: Dialect,
-                           route: Route, body: Body) -> Response:
+    async def pass_through(self, exchange: Exchange, request: Request, route: Route,
+                           body: Body) -> Response:
         """The provider speaks the client's dialect: the bytes are passed."""
+        dialect = exchange.dialect
         hides_usage = exchange.is_stream and not dialect.asks_for_usage(body)
         payload = self.render_passed(request, route, body, dialect, hides_usage)
         del body  # it may be large, and the answer may take minutes
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
-            return await self.pass_error(exchange, route, answer, dialect)
+            return await self.pass_error(exchange, route, answer)
         if not exchange.is_stream:
-            return await self.pass_answer(exchange, answer, dialect)
+            return await self.pass_answer(exchange, answer)
         watch = dialect.watch(hides_usage, route.provider.done)
-        stream = PassedStream(self, exchange, route, answer, dialect, watch)
+        stream = PassedStream(self, exchange, route, answer, watch)
         return await self.open_stream(exchange, stream, answer_fields(answer))
 
-    async def translate(self, exchange: Exchange, request: Request, dialect: Dialect, route: Route,
-                        body: Body, is_strict: bool) -> Response:
+    async def translate(self, exchange: Exchange, request: Request, route: Route, body: Body,
+                        is_strict: bool) -> Response:
         """The provider speaks another dialect: request and answer go through the model."""
-        losses = Losses()
+        dialect, losses = exchange.dialect, Losses()
         wire = DIALECTS[next(iter(route.provider.row.paths))]
         chat = dialect.parse_request(body.tree(), losses)  # 400
         del body
@@ -5504,7 +5414,11 @@ class Gateway:
             losses.refuse()  # 400
         for name in losses.names:
             self.metrics.dropped.add((name, route.provider.name))
-        payload = self.render_translated(request, route, wire, tree)
+        own_lines, _ = self._lines[route.provider.name, wire.name]
+        passed = "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()
+                          if name in TRANSLATED_FIELDS])
+        payload = with_head(own_lines + passed, dump_json(tree))
+        del tree
         chat.turns.clear()
         answer = await self.send(exchange, route, payload)  # 502, 504
         fields = translated_fields(answer, losses)
@@ -5512,22 +5426,29 @@ class Gateway:
             raise await self.translated_error(exchange, route, answer, wire)
         created = int(self.log.wall_clock())
         if exchange.is_stream:
-            stream = TranslatedStream(self, exchange, route, answer, dialect,
-                                      wire.parser(rewrites), dialect.renderer(chat, created))
-            return await self.open_stream(exchange, stream,
-                                          [("content-type", "text/event-stream"), *fields])
-        reply = wire.parse_reply(await self.read_reply(exchange, answer), rewrites)  # 502
+            stream = TranslatedStream(self, exchange, route, answer, wire.parser(rewrites),
+                                      dialect.renderer(chat, created))
+            fields.append(("content-type", "text/event-stream"))
+            return await self.open_stream(exchange, stream, fields)
+        told = parse_answer(await self.read_answer(exchange, answer))  # 502
+        reply = wire.parse_reply(told, rewrites)
         reply.model = chat.model
         exchange.usage, exchange.usage_from = reply.usage, "reported"
-        return Response(200, [JSON_TYPE, *fields],
-                        dump_json(dialect.render_reply(reply, chat, created)))
+        answered = dump_json(dialect.render_reply(reply, chat, created))
+        return Response(200, [JSON_TYPE, *fields], answered)
 
-    async def read_body(self, exchange: Exchange, request: Request) -> bytes:
-        waiting_since = self.clock()
-        body = await request.body()
-        exchange.waited += self.clock() - waiting_since
-        exchange.bytes_in = len(body)
-        return body
+    def authenticate(self, exchange: Exchange, request: Request) -> App:
+        app = self.keyring.authenticate(request.headers, self.log.wall_clock())
+        exchange.app = app.name
+        return app
+
+    async def wait(self, exchange: Exchange, coming: Awaitable[Waited]) -> Waited:
+        """Awaits the client or the provider: that time is not the gateway's own."""
+        since = self.clock()
+        try:
+            return await coming
+        finally:
+            exchange.waited += self.clock() - since
 
     def render_passed(self, request: Request, route: Route, body: Body, dialect: Dialect,
                       hides_usage: bool) -> List[bytes]:
@@ -5535,120 +5456,86 @@ class Gateway:
         values: Dict[str, object] = {}
         if body.get("model") != route.model:
             values["model"] = route.model
-        if hides_usage and route.provider.row.takes_usage_option:
+        if hides_usage:
             values.update(dialect.values_for_usage(body))
         content = body.with_values(values)
         own_lines, dropped = self._lines[route.provider.name, dialect.name]
-        head = (f"{own_lines}{passing_fields(request.head, dropped)}"
-                f"content-length: {len(content)}\r\n\r\n").encode("latin-1")
-        return [head + content] if len(content) < MAX_READ_BYTES else [head, content]
-
-    def render_translated(self, request: Request, route: Route, wire: Dialect,
-                          tree: JSON) -> List[bytes]:
-        body = dump_json(tree)
-        passed = "".join(f"{name}: {request.headers[name]}\r\n" for name in TRANSLATED_FIELDS
-                         if name in request.headers)
-        own_lines, _ = self._lines[route.provider.name, wire.name]
-        head = f"{own_lines}{passed}content-length: {len(body)}\r\n\r\n".encode("latin-1")
-        return [head, body]
+        return with_head(own_lines + passing_fields(request.head, dropped), content)
 
     async def send(self, exchange: Exchange, route: Route, payload: Sequence[bytes]) -> Answer:
-        """Sends to the route's provider. One attempt today; others will follow here."""
-        waiting_since = self.clock()
-        try:
-            answer = await self.pool.send(route.provider, route.deadlines, payload,
-                                          exchange.is_stream, self.config.limits.answer)
-        finally:
-            exchange.waited += self.clock() - waiting_since
-        exchange.upstream_id = upstream_id(answer.headers)
+        """One attempt today; others will follow here."""
+        answer = await self.wait(exchange, self.pool.send(
+            route.provider, route.deadlines, payload, exchange.is_stream,
+            self.config.limits.answer))
+        headers = answer.headers
+        exchange.upstream_id = clipped(headers.get("x-request-id") or headers.get("request-id", ""))
         exchange.answered = answer.status == 200
         return answer
 
     # ---- answers ----
 
-    async def pass_answer(self, exchange: Exchange, answer: Answer, dialect: Dialect) -> Response:
+    async def pass_answer(self, exchange: Exchange, answer: Answer) -> Response:
         """A plain answer, as it came."""
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
-        exchange.usage = dialect.parse_usage(reply.get("usage"))
+        exchange.usage = exchange.dialect.parse_usage(reply.get("usage"))
         exchange.usage_from = "reported"
         if exchange.usage is None:
-            self.estimate(exchange, dialect.count_content(reply))
+            self.estimate(exchange, exchange.dialect.count_content(reply))
         return Response(200, answer_fields(answer), raw)
 
-    async def read_reply(self, exchange: Exchange, answer: Answer) -> JSON:
-        return parse_answer(await self.read_answer(exchange, answer))
-
     async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
-        waiting_since = self.clock()
         try:
-            body = await answer.read_all()
+            body = await self.wait(exchange, answer.read_all())
         except BaseException:
             self.pool.drop(answer.connection)
             raise
-        finally:
-            exchange.waited += self.clock() - waiting_since
         self.pool.release(answer)
         return body
 
-    async def open_stream(self, exchange: Exchange, stream: ProviderStream,
+    async def open_stream(self, exchange: Exchange, stream: Union[PassedStream, TranslatedStream],
                           fields: List[Tuple[str, str]]) -> Response:
         """A stream whose first event is awaited while the status can still be told honestly."""
-        waiting_since = self.clock()
         try:
             check_event_stream(stream.answer)
-            await stream.answer.pump(stream.feed_first)
+            await self.wait(exchange, stream.answer.pump(stream.feed_first))
             if not stream.first and not stream.ended:
                 stream.first = stream.end()
-            if stream.failure and exchange.ttft is None:  # else what was said goes out before it
-                raise as_refusal(stream.failure)
-        except GatewayError:
+            failure = stream.failure
+            if failure and exchange.ttft is None:  # else what was said goes out before it
+                raise key_refused(failure.status) if failure.status in (401, 402) else failure
+        except BaseException as error:
             stream.close()
-            exchange.usage, exchange.usage_from = None, "none"  # nothing was generated
+            if isinstance(error, GatewayError):  # nothing was generated
+                exchange.usage, exchange.usage_from = None, "none"
             raise
-        except BaseException:
-            stream.close()
-            raise
-        finally:
-            exchange.waited += self.clock() - waiting_since
         return Response(200, fields, stream=stream)
 
-    async def pass_error(self, exchange: Exchange, route: Route, answer: Answer,
-                         dialect: Dialect) -> Response:
+    async def pass_error(self, exchange: Exchange, route: Route, answer: Answer) -> Response:
         """A provider's error: status, words and retry-after are kept, unless they are about our
         key, which is no fault of the client's."""
-        status = answer.status
-        body = await self.read_error_body(exchange, answer)
+        status, fields = answer.status, answer_fields(answer)
+        body = await self.read_error_body(exchange, route, answer)
         exchange.status, exchange.provider_error = status, error_label(status)
         exchange.error = f"The provider answered {status}."
-        if not is_json_object(body):
-            words = mask(body, route.provider)[:200].decode("utf-8", "replace")
-            error = GatewayError(status, f"The provider answered {status}: {words}")
-            body = dialect.render_error(error, exchange.id)
-            fields = [JSON_TYPE, *((name, value) for name, value in answer_fields(answer)
-                                   if name != "content-type")]
-        else:
-            fields = answer_fields(answer)
-        return Response(status, fields, mask(body, route.provider))
+        if json_object(body) is None:
+            body = exchange.dialect.render_error(plain_error(status, body), exchange.id)
+            fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
+        return Response(status, fields, body)
 
     async def translated_error(self, exchange: Exchange, route: Route, answer: Answer,
                                wire: Dialect) -> GatewayError:
         """A provider's error in the client's dialect: its words are kept, and retry-after."""
-        body = mask(await self.read_error_body(exchange, answer), route.provider)
-        if is_json_object(body):
-            told = json.loads(body)
-            error = wire.parse_error(told.get("error") or told, answer.status)
-        else:
-            error = upstream_error(answer.status, "The provider answered "
-                                   f"{answer.status}: {body[:200].decode('utf-8', 'replace')}",
-                                   error_label(answer.status), is_quoted=True)
+        body = await self.read_error_body(exchange, route, answer)
+        told = json_object(body)
+        error = (plain_error(answer.status, body) if told is None else
+                 wire.parse_error(told.get("error") or told, answer.status))
         error.status = {529: 503, 408: 504}.get(error.status, error.status)
         error.type = TRANSLATED_TYPES.get(error.type, error.type)
-        error.headers = [(name, answer.headers[name]) for name in RETRY_FIELDS
-                         if name in answer.headers]
+        error.headers = retry_fields(answer)
         return error
 
-    async def read_error_body(self, exchange: Exchange, answer: Answer) -> bytes:
+    async def read_error_body(self, exchange: Exchange, route: Route, answer: Answer) -> bytes:
         """Raises GatewayError(502) where the status is no error, or speaks of our key."""
         body = await self.read_answer(exchange, answer)
         if not 400 <= answer.status < 600:
@@ -5656,7 +5543,7 @@ class Gateway:
                                       "answer.", "bad_answer")
         if answer.status in (401, 402) or (answer.status == 403 and BAD_KEY.search(body)):
             raise key_refused(answer.status)
-        return body
+        return mask(body, route.provider)
 
     def estimate(self, exchange: Exchange, content_bytes: int) -> None:
         """Usage that the provider did not tell: the prompt as its bytes / 3, where it told
@@ -5669,29 +5556,24 @@ class Gateway:
 
     # ---- other endpoints ----
 
-    async def list_models(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
-        app = self.keyring.authenticate(request.headers, self.log.wall_clock())
-        exchange.app = app.name
+    async def list_models(self, exchange: Exchange, request: Request) -> Response:
+        app = self.authenticate(exchange, request)
         models = [model_object(name, owner) for name, owner in self.router.aliases(app)]
         return Response(200, [JSON_TYPE], dump_json({"object": "list", "data": models}))
 
-    async def show_model(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
-        app = self.keyring.authenticate(request.headers, self.log.wall_clock())
-        exchange.app = app.name
+    async def show_model(self, exchange: Exchange, request: Request) -> Response:
+        app = self.authenticate(exchange, request)
         asked = request.head.path[len("/v1/models/"):]
-        if not app.may_use(asked):
-            raise GatewayError(403, "This API key may not use the requested model.", "model",
-                               "model_not_allowed")
+        app.check_may_use(asked)
         owner = self.router.resolve(asked).provider.name
         return Response(200, [JSON_TYPE], dump_json(model_object(asked, owner)))
 
-    async def health(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+    async def health(self, exchange: Exchange, request: Request) -> Response:
         if self.is_draining and request.head.path == "/health":
             return Response(503, [JSON_TYPE], b'{"status":"draining"}')
         return Response(200, [JSON_TYPE], b'{"status":"ok"}')
 
-    async def show_metrics(self, exchange: Exchange, request: Request,
-                           dialect: Dialect) -> Response:
+    async def show_metrics(self, exchange: Exchange, request: Request) -> Response:
         openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
         self.metrics.lost_lines.values[()] = self.log.lost
         text = render_metrics([*self.metrics.families(), *process_metrics()], openmetrics)
@@ -5699,7 +5581,7 @@ class Gateway:
                 else "text/plain; version=0.0.4; charset=utf-8")
         return Response(200, [("content-type", kind)], text.encode())
 
-    async def show_page(self, exchange: Exchange, request: Request, dialect: Dialect) -> Response:
+    async def show_page(self, exchange: Exchange, request: Request) -> Response:
         text = f"gateway.py {__version__}\n\n" + "".join(
             f"{' '.join(methods):5} {path}\n" for path, methods in sorted(ROUTES.items()))
         return Response(200, [("content-type", "text/plain; charset=utf-8")], text.encode())
@@ -5707,7 +5589,7 @@ class Gateway:
     # ---- the record ----
 
     def record(self, exchange: Exchange) -> None:
-        """Logs an exchange and counts it; called once, at its end."""
+        """Called once, at an exchange's end."""
         exchange.duration = self.clock() - exchange.started
         meter = self.meter(exchange)
         route = exchange.route
@@ -5729,19 +5611,21 @@ class Gateway:
         return meter
 
 
-class ProviderStream(Stream):
+Tally = TypeVar("Tally", Watch, Parser)
+
+
+class ProviderStream(Stream, Generic[Tally]):
     """A provider's stream on its way to a client."""
 
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
-                 dialect: Dialect, tally: Union[Watch, Parser]) -> None:
+                 tally: Tally) -> None:
         super().__init__(answer)
         self.answer = answer
         self.failure: Optional[GatewayError] = None
         self._gateway = gateway
         self._exchange = exchange
         self._route = route
-        self._dialect = dialect
-        self._tally = tally
+        self._tally: Tally = tally
 
     def feed_first(self, piece: bytes) -> bool:
         self.first += self.feed(piece)
@@ -5754,7 +5638,7 @@ class ProviderStream(Stream):
 
     def fail(self, error: GatewayError) -> bytes:
         self.note_failure(error)
-        return self._dialect.render_stream_error(error, self._exchange.id)
+        return self._exchange.dialect.render_stream_error(error, self._exchange.id)
 
     def note_failure(self, error: GatewayError) -> None:
         error.message = mask_text(error.message, self._route.provider)
@@ -5776,13 +5660,12 @@ class ProviderStream(Stream):
             gateway.estimate(exchange, tally.content_bytes)
 
 
-class PassedStream(ProviderStream):
+class PassedStream(ProviderStream[Watch]):
     """Same dialect on both sides: whole events, as they came."""
 
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
-                 dialect: Dialect, watch: Watch) -> None:
-        super().__init__(gateway, exchange, route, answer, dialect, watch)
-        self._watch = watch
+                 watch: Watch) -> None:
+        super().__init__(gateway, exchange, route, answer, watch)
         self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
 
     def feed(self, piece: bytes) -> bytes:
@@ -5790,7 +5673,7 @@ class PassedStream(ProviderStream):
         return self._watched(block) if block else b""
 
     def _watched(self, block: bytes) -> bytes:
-        watch = self._watch
+        watch = self._tally
         out = watch.feed(block)
         if watch.has_content and self._exchange.ttft is None:
             self.note_first_content()
@@ -5803,11 +5686,12 @@ class PassedStream(ProviderStream):
     def end(self) -> bytes:
         rest = self._cutter.rest()  # an event without its blank line counts where it is whole
         data = parse_event(rest).data.strip()
-        out = self._watched(rest + b"\n\n") if data == b"[DONE]" or is_json_object(data) else b""
+        is_whole = data == b"[DONE]" or json_object(data) is not None
+        out = self._watched(rest + b"\n\n") if is_whole else b""
         if not self.ended:
-            out += self._watch.end()
-            if self._watch.failure:
-                out += self.fail(self._watch.failure)
+            out += self._tally.end()
+            if self._tally.failure:
+                out += self.fail(self._tally.failure)
             self.ended = True
         return out
 
@@ -5816,14 +5700,12 @@ class PassedStream(ProviderStream):
         super().close()
 
 
-class TranslatedStream(ProviderStream):
+class TranslatedStream(ProviderStream[Parser]):
     """Another dialect on each side: events are read, and written anew."""
 
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
-                 dialect: Dialect, parser: Parser,
-                 renderer: Renderer) -> None:
-        super().__init__(gateway, exchange, route, answer, dialect, parser)
-        self._parser = parser
+                 parser: Parser, renderer: Renderer) -> None:
+        super().__init__(gateway, exchange, route, answer, parser)
         self._renderer = renderer
         self._decoder = SSEDecoder(gateway.config.limits.event, gateway.events.take)
         self._has_spoken = False
@@ -5836,7 +5718,7 @@ class TranslatedStream(ProviderStream):
         out: List[bytes] = []
         try:
             for event in events:
-                for said in self._parser.feed(event):
+                for said in self._tally.feed(event):
                     if isinstance(said, CONTENT_EVENTS) and self._exchange.ttft is None:
                         self.note_first_content()
                     out.append(self._renderer.feed(said))
@@ -5845,14 +5727,14 @@ class TranslatedStream(ProviderStream):
                 error.message = mask_text(error.message, self._route.provider)
                 raise
             out.append(self.fail(error))
-        self.ended = self._parser.ended or self.ended
+        self.ended = self._tally.ended or self.ended
         self._has_spoken = self._has_spoken or any(out)
         return b"".join(out)
 
     def end(self) -> bytes:
         out = self._translate(self._decoder.end())
         if not self.ended:
-            self._parser.end()  # raises
+            self._tally.end()  # raises
         return out
 
     def close(self) -> None:
@@ -5861,7 +5743,7 @@ class TranslatedStream(ProviderStream):
 
 
 CONTENT_EVENTS = (TextDelta, ThinkingDelta, ArgumentsDelta)
-Handler = Callable[[Gateway, Exchange, Request, Dialect], Awaitable[Response]]
+Handler = Callable[[Gateway, Exchange, Request], Awaitable[Response]]
 
 # Every endpoint: its path, and a handler for each method. A path that ends in "/" stands for all
 # below it.
@@ -5879,9 +5761,8 @@ PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
     """Raises GatewayError 404, 405 and 426."""
-    methods = ROUTES.get(head.path)
-    if methods is None and head.path.startswith("/v1/models/"):
-        methods = ROUTES["/v1/models/"]
+    is_model = head.path.startswith("/v1/models/")
+    methods = ROUTES.get("/v1/models/" if is_model else head.path)
     if methods is None:
         raise GatewayError(404, "There is no such endpoint.", code="not_found")
     if head.headers.get("upgrade", "").lower() == "websocket":
@@ -5920,16 +5801,15 @@ def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
     return f"POST {url.path} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
 
 
-def upstream_id(headers: Mapping[str, str]) -> str:
-    return clipped(headers.get("x-request-id") or headers.get("request-id") or "")
+def with_head(lines: str, body: bytes) -> List[bytes]:
+    """A request's bytes; a large body is not copied for it."""
+    head = f"{lines}content-length: {len(body)}\r\n\r\n".encode("latin-1")
+    return [head + body] if len(body) < MAX_READ_BYTES else [head, body]
 
 
 def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
     """What of the provider's head goes back to the client."""
-    dropped = ANSWER_ONLY_HERE
-    named = answer.headers.get("connection", "").lower()
-    if named not in ("", "keep-alive", "close"):
-        dropped = dropped | frozenset(name.strip() for name in named.split(","))
+    dropped = with_named(ANSWER_ONLY_HERE, answer.headers)
     return [field for field in answer.headers.items() if field[0] not in dropped]
 
 
@@ -5940,21 +5820,31 @@ TRANSLATED_TYPES = {"api_error": "server_error", "not_found_error": "invalid_req
 MAX_LOST_BYTES = 400
 
 
+def retry_fields(answer: Answer) -> List[Tuple[str, str]]:
+    return [(name, answer.headers[name]) for name in RETRY_FIELDS if name in answer.headers]
+
+
 def translated_fields(answer: Answer, losses: Losses) -> List[Tuple[str, str]]:
-    """What of the provider's head a client of another dialect is told, and what was lost."""
-    fields = [(name, answer.headers[name]) for name in RETRY_FIELDS if name in answer.headers]
+    """What a client of another dialect is told of the provider's head, and what was lost."""
+    fields = retry_fields(answer)
     if losses.names:
         fields.append(("x-gateway-lost", clipped(", ".join(losses.names), MAX_LOST_BYTES)))
     return fields
 
 
+def json_object(body: bytes) -> Optional[JSON]:
+    """None for a body that is no JSON object."""
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
 def parse_answer(raw: bytes) -> JSON:
     """A plain answer; one that is no JSON object is none. Raises GatewayError(502)."""
-    try:
-        reply = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise upstream_error(502, "The provider's answer is not JSON.", "bad_answer") from error
-    if not isinstance(reply, dict):
+    reply = json_object(raw)
+    if reply is None:
         raise upstream_error(502, "The provider's answer is not a JSON object.", "bad_answer")
     return reply
 
@@ -5965,11 +5855,6 @@ def check_event_stream(answer: Answer) -> None:
     if not kind.lower().startswith("text/") or kind.lower() == "text/html":
         raise upstream_error(502, "The provider did not answer with a stream "
                                   f"but with {clipped(kind, 60)!r}.", "bad_answer")
-
-
-def as_refusal(error: GatewayError) -> GatewayError:
-    """An error that was a stream's first event, as the answer that it should have been."""
-    return key_refused(error.status) if error.status in (401, 402) else error
 
 
 def key_refused(status: int) -> GatewayError:
@@ -5991,11 +5876,11 @@ def mask_text(text: str, provider: Provider) -> str:
     return text.replace(provider.api_key, "***") if provider.api_key else text
 
 
-def is_json_object(body: bytes) -> bool:
-    try:
-        return isinstance(json.loads(body), dict)
-    except (ValueError, RecursionError):
-        return False
+def plain_error(status: int, body: bytes) -> GatewayError:
+    """A provider's error that is no JSON object."""
+    words = body[:200].decode("utf-8", "replace")
+    return upstream_error(status, f"The provider answered {status}: {words}", error_label(status),
+                          is_quoted=True)
 
 
 def model_object(name: str, owner: str) -> JSON:
@@ -6015,9 +5900,10 @@ def access_fields(exchange: Exchange) -> List[Tuple[str, object]]:
     usage = exchange.usage
     if usage is not None:
         fields += [("prompt_tokens", usage.input), ("completion_tokens", usage.output)]
-        fields += [(name, value) for name, value in (
-            ("cache_read_tokens", usage.cache_read), ("cache_write_tokens", usage.cache_write),
-            ("reasoning_tokens", usage.reasoning)) if value]
+        if usage.cache_read or usage.cache_write or usage.reasoning:
+            fields += [(name, value) for name, value in (
+                ("cache_read_tokens", usage.cache_read), ("cache_write_tokens", usage.cache_write),
+                ("reasoning_tokens", usage.reasoning)) if value]
     if exchange.cost is not None:
         fields.append(("cost", Dollars(exchange.cost / 10**9)))
     fields += [("usage", exchange.usage_from), ("bytes_in", exchange.bytes_in),
@@ -6028,8 +5914,7 @@ def access_fields(exchange: Exchange) -> List[Tuple[str, object]]:
         fields.append(("upstream_request_id", exchange.upstream_id))
     if exchange.error:
         fields.append(("error", exchange.error))
-    fields += exchange.logged_headers
-    return fields
+    return [*fields, *exchange.logged_headers]
 
 
 def process_metrics() -> List[Family]:
@@ -6065,7 +5950,7 @@ def process_readings() -> Iterator[Tuple[str, str, int]]:
            booted + int(fields[19]) // os.sysconf("SC_CLK_TCK"))
 
 
-# ==================================================================================================
+# ======================================
 # 13. Server
 #
 # Connections from clients. A connection cannot hang: whenever its task waits, it is for one of
@@ -6075,7 +5960,7 @@ def process_readings() -> Iterator[Tuple[str, str, int]]:
 #              noticed by the sweeper, and its exchange is cancelled (499)
 #   a write    deadline `write`, renewed by progress
 # and `sweep` looks at every connection several times a second.
-# ==================================================================================================
+# ======================================
 
 SWEEP_SECONDS = 0.25
 HIGH_WATER_BYTES = 64 << 10
@@ -6532,13 +6417,13 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-# ==================================================================================================
+# ======================================
 # 14. Demo
 #
 # The upstream behind -demo: a real HTTP server on loopback that speaks OpenAI's and Anthropic's
 # wires. It is deterministic: it says back what it heard, calls the first tool that it is offered,
 # and counts a token for four characters.
-# ==================================================================================================
+# ======================================
 
 DEMO_DELAY_SECONDS = 0.03  # between the words of a stream
 DEMO_KEY = "demo-key-0123456789"
@@ -6655,19 +6540,19 @@ Try it from another terminal:
 """
 
 
-# ==================================================================================================
+# ======================================
 # 15. Page
 #
 # What a person sees who opens the gateway in a browser: the version and the endpoints, in plain
 # text, by `Gateway.show_page`. Nothing of it depends on a key, so it tells nothing of the config.
-# ==================================================================================================
+# ======================================
 
 
-# ==================================================================================================
+# ======================================
 # 16. Workers
 #
 # Sockets, signals, the life of the process. One process serves today.
-# ==================================================================================================
+# ======================================
 
 
 def open_socket(address: Address) -> socket.socket:
@@ -6819,9 +6704,9 @@ async def serve_demo(listen: str, log: Log) -> None:
                 lambda: print(DEMO_HINT.format(port=port, key=DEMO_KEY), flush=True))
 
 
-# ==================================================================================================
+# ======================================
 # 17. Command line
-# ==================================================================================================
+# ======================================
 
 USAGE_TEXT = """\
 usage: gateway.py [-config FILE] [-check | -health | -demo | -version | -help]
