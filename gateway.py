@@ -96,7 +96,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import (
     Any, Awaitable, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
-    NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union,
+    NamedTuple, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union,
 )
 
 __version__ = "1.0.0"
@@ -129,9 +129,9 @@ class GatewayError(Exception):
     provider's own: they may quote the prompt, so the log leaves them out.
     """
 
-    def __init__(self, status: int, message: str, param: Optional[str] = None,
-                 code: Optional[str] = None, headers: Sequence[Tuple[str, str]] = (), *,
-                 type: Optional[str] = None, provider_error: str = "",
+    def __init__(self, status: int, message: str, param: str | None = None,
+                 code: str | None = None, headers: Sequence[Tuple[str, str]] = (), *,
+                 type: str | None = None, provider_error: str = "",
                  is_quoted: bool = False) -> None:
         super().__init__(message)
         self.status = status
@@ -152,7 +152,6 @@ PROVIDER_ERRORS = ("request_error", "stream_error", "timeout", "auth", "rate_lim
 
 
 def upstream_error(status: int, message: str, label: str, **more: Any) -> GatewayError:
-    """A GatewayError that a provider is to blame for."""
     return GatewayError(status, message, provider_error=label, **more)
 
 
@@ -189,7 +188,6 @@ class Usage:
 
 
 def count(value: object) -> int:
-    """A token count from the wire; anything else than a count is 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
@@ -240,7 +238,6 @@ def dump_json(value: object) -> bytes:
 
 
 def utf8(text: str) -> bytes:
-    """JSON text as bytes; a lone surrogate as its escape."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -342,7 +339,7 @@ def in_bytes(text: str, spans: Spans) -> Spans:
 class Block:
     """`cache` is a cache mark as it came, `signature` a proof that only its `issuer` can check."""
 
-    cache: Optional[JSON] = None
+    cache: JSON | None = None
     signature: str = ""
     issuer: str = ""
 
@@ -427,11 +424,11 @@ class Tool:
 
     name: str
     description: str = ""
-    schema: Optional[JSON] = None
-    strict: Optional[bool] = None
+    schema: JSON | None = None
+    strict: bool | None = None
     is_custom: bool = False
-    grammar: Optional[JSON] = None
-    cache: Optional[JSON] = None
+    grammar: JSON | None = None
+    cache: JSON | None = None
 
 
 @dataclass
@@ -440,17 +437,17 @@ class ToolChoice:
 
     mode: str
     name: str = ""
-    allowed: Optional[List[str]] = None
+    allowed: List[str] | None = None
 
 
 @dataclass
 class Format:
     """Any JSON object, or one by a schema."""
 
-    schema: Optional[JSON] = None
+    schema: JSON | None = None
     name: str = ""
     description: str = ""
-    strict: Optional[bool] = None
+    strict: bool | None = None
 
 
 @dataclass
@@ -461,19 +458,19 @@ class Chat:
     model: str
     turns: List[Turn]
     tools: List[Tool] = field(default_factory=list)
-    choice: Optional[ToolChoice] = None
-    parallel: Optional[bool] = None
-    max_tokens: Optional[int] = None
-    temperature: Optional[float] = None
-    top_p: Optional[float] = None
-    top_k: Optional[int] = None
+    choice: ToolChoice | None = None
+    parallel: bool | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     stop: List[str] = field(default_factory=list)
-    effort: Optional[str] = None
-    thinking: Optional[JSON] = None  # Anthropic's own form, which goes before effort
-    format: Optional[Format] = None
-    user: Optional[str] = None
-    logprobs: Optional[int] = None  # how many alternatives
-    web_search: Optional[JSON] = None
+    effort: str | None = None
+    thinking: JSON | None = None  # Anthropic's own form, which goes before effort
+    format: Format | None = None
+    user: str | None = None
+    logprobs: int | None = None  # how many alternatives
+    web_search: JSON | None = None
     stream: bool = False
     include_usage: bool = False
     legacy_functions: bool = False  # asked for by `functions`, to be answered alike
@@ -514,7 +511,7 @@ class Target(NamedTuple):
     model: str
     caps: Caps
     default_max_tokens: int = 8192
-    max_output_tokens: Optional[int] = None  # a ceiling of the config's
+    max_output_tokens: int | None = None  # a ceiling of the config's
 
 
 class Rewrites:
@@ -539,7 +536,6 @@ class Losses:
         self.names.setdefault(name, True)
 
     def refuse(self) -> None:
-        """Raises GatewayError(400) that names all but the hints, under strict."""
         names = [name for name, is_hint in self.names.items() if not is_hint]
         if names:
             told = ", ".join(names)
@@ -547,7 +543,6 @@ class Losses:
 
 
 def unsupported(param: str, what: str = "") -> GatewayError:
-    """What would make the answer wrong is refused."""
     what = what or f"'{param}' is not supported by the model's provider."
     return GatewayError(400, what, param, "unsupported_parameter")
 
@@ -588,7 +583,6 @@ def call_ids(turn: Turn) -> List[str]:
 
 
 def merged(turns: Iterable[Turn]) -> List[Turn]:
-    """Neighbours of one role as one turn; no empty text, no empty turn."""
     result: List[Turn] = []
     for turn in turns:
         blocks = [block for block in turn.blocks if not isinstance(block, Text) or block.text]
@@ -608,7 +602,7 @@ def merged(turns: Iterable[Turn]) -> List[Turn]:
 class Start(NamedTuple):
     id: str
     model: str
-    usage: Optional[Usage] = None  # as far as it is known
+    usage: Usage | None = None  # as far as it is known
 
 
 class BlockStart(NamedTuple):
@@ -653,7 +647,6 @@ Events = List[StreamEvent]
 
 
 def collect(events: Iterable[StreamEvent]) -> Reply:
-    """The reply that a stream spells."""
     reply = Reply("", "", [], "stop", Usage())
     said: List[str] = []
     for event in events:
@@ -678,7 +671,6 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
 
 
 def close_block(block: Block, said: str) -> None:
-    """Gives a block what its deltas spelt. Raises GatewayError(502)."""
     if isinstance(block, (Text, Thinking)):
         block.text = said
     elif isinstance(block, ToolCall) and block.is_custom:
@@ -717,14 +709,14 @@ class Fields:
     """An object of a client's, and its place in the request. A value of the wrong type is a 400;
     null counts as absent; what nobody reads is unknown."""
 
-    def __init__(self, wire: JSON, place: str = "", read: Optional[List[Fields]] = None) -> None:
+    def __init__(self, wire: JSON, place: str = "", read: List[Fields] | None = None) -> None:
         self.wire = wire
         self.place = place
         self._unread = set(wire)
         self._all = [] if read is None else read  # of the whole request
         self._all.append(self)
 
-    def wrong(self, key: str, what: str, code: Optional[str] = None) -> GatewayError:
+    def wrong(self, key: str, what: str, code: str | None = None) -> GatewayError:
         param = clipped(f"{self.place}{key}")
         return GatewayError(400, f"'{param}' {what}.", param, code)
 
@@ -752,7 +744,7 @@ class Fields:
             raise self.wrong(key, f"must be one of: {', '.join(choices)}")
         return value
 
-    def child(self, key: str, default: Optional[JSON] = None) -> Fields:
+    def child(self, key: str, default: JSON | None = None) -> Fields:
         value: JSON = self.need(key, dict) if default is None else self.get(key, dict) or default
         return Fields(value, f"{self.place}{key}.", self._all)
 
@@ -770,7 +762,6 @@ class Fields:
         return items
 
     def skip(self, *keys: str) -> bool:
-        """Knows these fields without reading them; whether one says anything."""
         self._unread.difference_update(keys)
         return any(self.wire.get(key) not in (None, "", [], {}) for key in keys)
 
@@ -785,7 +776,7 @@ class Fields:
             losses.drop("unknown")
 
 
-def parse_data_uri(uri: str) -> Optional[Tuple[str, str]]:
+def parse_data_uri(uri: str) -> Tuple[str, str] | None:
     """(media type, base64 data); None of any other URI."""
     head, comma, data = uri.partition(",")
     scheme, _, media = head.partition(":")
@@ -804,7 +795,6 @@ def parse_data_uri(uri: str) -> Optional[Tuple[str, str]]:
 
 
 def sse(data: bytes, event: str = "") -> bytes:
-    """One event, as it is written."""
     name = b"event: %b\n" % event.encode() if event else b""
     return b"%bdata: %b\n\n" % (name, data)
 
@@ -898,11 +888,9 @@ class EventCutter:
         self.held_bytes += len(piece)
         if self.held_bytes > self._limit or not self._reserve(len(piece)):
             self.held_bytes -= len(piece)
-            raise upstream_error(502, "The provider sent an event that is too large.",
-                                 "bad_answer")
+            raise bad_answer("The provider sent an event that is too large.")
 
     def rest(self) -> bytes:
-        """What is left at the end of the stream: an event without its blank line, or nothing."""
         self._reserve(-self.held_bytes)
         rest, self._held, self._seam, self.held_bytes = b"".join(self._held), [], b"", 0
         return rest
@@ -918,7 +906,6 @@ class SSEDecoder:
         return self._parse(self._cutter.feed(chunk))
 
     def end(self) -> List[Event]:
-        """The last event, where the stream ended without the blank line behind it."""
         return self._parse(self._cutter.rest())
 
     @staticmethod
@@ -950,16 +937,15 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.usage: Optional[Usage] = None
+        self.usage: Usage | None = None
         self.has_content = self.ended = False
-        self.failure: Optional[GatewayError] = None
+        self.failure: GatewayError | None = None
         self._bytes = self._events = self._envelope = 0
 
     def feed(self, block: bytes) -> bytes:
         raise NotImplementedError
 
     def end(self) -> bytes:
-        """The provider closed: returns what is still held; a stream that has not ended fails."""
         if not self.ended and not self.failure:
             self.failure = cut_stream()
         return b""
@@ -993,11 +979,11 @@ class Parser:
 
     def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
         self.rewrites = rewrites
-        self.usage: Optional[Usage] = None
+        self.usage: Usage | None = None
         self.content_bytes = 0
         self.ended = False
         self._dialect = dialect
-        self._open: Optional[Block] = None
+        self._open: Block | None = None
         self._block_count = 0
         self._finish = self._service_tier = ""
 
@@ -1005,7 +991,6 @@ class Parser:
         raise NotImplementedError
 
     def end(self) -> Events:
-        """The provider closed."""
         if not self.ended:
             raise cut_stream()
         return []
@@ -1023,7 +1008,6 @@ class Parser:
         return [DELTAS[type(block)](text)] if text else []
 
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
-        """A call under the name that the client gave its tool."""
         return ToolCall(id=id_, name=self.rewrites.names.get(name, name),
                         is_custom=is_custom or name in self.rewrites.custom)
 
@@ -1102,11 +1086,10 @@ class Dialect(Protocol):
             param=text_of(detail, "param") or None,
             code=str(code) if isinstance(code, (str, int)) else None)
 
-    def parse_usage(self, wire: object) -> Optional[Usage]:
+    def parse_usage(self, wire: object) -> Usage | None:
         """None where it is no object."""
 
     def count_content(self, reply: JSON) -> int:
-        """Bytes of content in a plain reply that tells no usage."""
         return 0
 
     def asks_for_usage(self, body: Body) -> bool:
@@ -1151,9 +1134,9 @@ def parse_content(holder: Fields, key: str, parts: Mapping[str, Callable[[Fields
     return blocks
 
 
-def parse_cache(part: Fields) -> Optional[JSON]:
+def parse_cache(part: Fields) -> JSON | None:
     """A cache mark: Anthropic's own form as it stands, or OpenAI's breakpoint."""
-    mark: Optional[JSON] = part.get("cache_control", dict)
+    mark: JSON | None = part.get("cache_control", dict)
     if mark is None and part.get("prompt_cache_breakpoint", dict) is not None:
         point = part.child("prompt_cache_breakpoint")
         point.skip("mode")
@@ -1183,7 +1166,6 @@ def without_none(**members: Any) -> JSON:
 
 # What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
 def error_label(status: int) -> str:
-    """Of what a provider answered, in `llm_provider_errors_total`."""
     if status in (401, 402):
         return "auth"
     if status == 429:
@@ -1300,7 +1282,7 @@ class ChatCompletions(Dialect):
         return dump_json({"error": {"message": error.message, "type": error.type,
                                     "param": error.param, "code": error.code}})
 
-    def parse_usage(self, wire: object) -> Optional[Usage]:
+    def parse_usage(self, wire: object) -> Usage | None:
         """Its counts hold the cached and the reasoning parts already."""
         if not isinstance(wire, dict):
             return None
@@ -1414,7 +1396,6 @@ CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
 
 def parse_chat_assistant(message: Fields, content: List[Block], function_ids: Dict[str, str],
                          losses: Losses) -> List[Block]:
-    """In the order in which a model says them."""
     if message.get("audio", dict) is not None:
         raise message.unsupported("audio", "cannot be sent to this model")
     blocks: List[Block] = [parse_thinking(block) for block in message.children("thinking_blocks")]
@@ -1457,7 +1438,7 @@ def parse_function(function: Fields, id_: str = "") -> ToolCall:
     return ToolCall(id=id_, name=function.need("name"), arguments=arguments)
 
 
-def parse_chat_tool(about: Fields, kind: str, cache: Optional[JSON]) -> Tool:
+def parse_chat_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
     tool = Tool(about.need("name"), about.get("description") or "",
                 is_custom=kind == "custom", cache=cache or parse_cache(about))
     if not tool.is_custom:
@@ -1470,7 +1451,7 @@ def parse_chat_tool(about: Fields, kind: str, cache: Optional[JSON]) -> Tool:
     return tool
 
 
-def parse_chat_choice(root: Fields) -> Optional[ToolChoice]:
+def parse_chat_choice(root: Fields) -> ToolChoice | None:
     key = "function_call" if root.wire.get("tool_choice") is None else "tool_choice"
     root.get("function_call", TEXT_OR_OBJECT)
     choice = root.get(key, TEXT_OR_OBJECT)
@@ -1490,7 +1471,7 @@ def parse_chat_choice(root: Fields) -> Optional[ToolChoice]:
         for item in about.children("tools")])
 
 
-def parse_chat_format(root: Fields) -> Optional[Format]:
+def parse_chat_format(root: Fields) -> Format | None:
     form = root.child("response_format", {"type": "text"})
     kind = form.one_of("type", ("text", "json_object", "json_schema"))
     if kind != "json_schema":
@@ -1526,20 +1507,17 @@ def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
 
 
 def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
-    """A string where one plain text is all, else parts; None for nothing."""
     return plain_content(
         [part for block in blocks for part in render_chat_part(block, losses)]) or None
 
 
 def plain_content(blocks: List[JSON]) -> Any:
-    """One plain text as a string, which is what most clients send."""
     if len(blocks) == 1 and list(blocks[0]) == ["type", "text"]:
         return blocks[0]["text"]
     return blocks
 
 
 def render_chat_part(block: Block, losses: Losses) -> Iterator[JSON]:
-    """None for a block that cannot go there."""
     kind, about = "text", None  # type: str, Any
     if isinstance(block, Text):
         kind, about = "refusal" if block.is_refusal else "text", block.text
@@ -1561,7 +1539,6 @@ def render_chat_part(block: Block, losses: Losses) -> Iterator[JSON]:
 
 
 def render_thinking_blocks(blocks: List[Thinking]) -> List[JSON]:
-    """Thoughts that nobody signed are for reading only."""
     return [{"type": "redacted_thinking", "data": block.signature} if block.is_redacted else
             {"type": "thinking", "thinking": block.text, "signature": block.signature}
             for block in blocks if block.signature]
@@ -1626,7 +1603,7 @@ def chat_head(kind: str, id_: str, model: str, created: int) -> JSON:
             "system_fingerprint": None}
 
 
-def chat_choice(part: str, said: JSON, finish: Optional[str]) -> JSON:
+def chat_choice(part: str, said: JSON, finish: str | None) -> JSON:
     return {"index": 0, part: said, "logprobs": None, "finish_reason": finish}
 
 
@@ -1652,7 +1629,7 @@ class ChatParser(Parser):
 
     def __init__(self, dialect: ChatCompletions, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._id: Optional[str] = None
+        self._id: str | None = None
         self._open_key: object = None
         self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
         self._calls: Dict[object, Tuple[int, ToolCall]] = {}  # by index: a number, the call
@@ -1741,7 +1718,6 @@ class ChatParser(Parser):
         return [BlockStop()]
 
     def finish(self) -> Events:
-        """Says what has waited, and ends."""
         events = self._close()
         for block, pieces in self._waiting.values():
             events += [BlockStart(block), *self.say("".join(pieces), block), BlockStop()]
@@ -1768,7 +1744,7 @@ class ChatRenderer(Renderer):
         self._thinking: List[Thinking] = []
         self._thought: List[str] = []
 
-    def _chunk(self, delta: JSON, finish: Optional[str] = None) -> bytes:
+    def _chunk(self, delta: JSON, finish: str | None = None) -> bytes:
         chunk = {**self._base, "choices": [chat_choice("delta", delta, finish)]}
         if self._chat.include_usage:
             chunk["usage"] = None
@@ -1930,7 +1906,6 @@ class ChatWatch(Watch):
                 return
 
     def _cut_at_error(self, block: bytes) -> bytes:
-        """An event with an error is the last; the word in a text is none."""
         at = 0
         for raw in split_events(block):
             at += len(raw)
@@ -1942,7 +1917,6 @@ class ChatWatch(Watch):
         return block
 
     def _take_usage(self, block: bytes) -> bytes:
-        """Reads the usage, and holds the chunk that has nothing else."""
         at = find_usage(block)
         while at >= 0:
             start, end = last_blank_line(block, at), event_end(block, at)
@@ -1956,7 +1930,6 @@ class ChatWatch(Watch):
         return block
 
     def _settle_held(self, block: bytes) -> bytes:
-        """Drops the held chunk before [DONE], else gives it back."""
         follows = COMMENTS.match(block).end()  # type: ignore[union-attr]  # it matches everywhere
         if follows == len(block):
             return block
@@ -2055,7 +2028,7 @@ class Messages(Dialect):
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
 
-    def parse_usage(self, wire: object) -> Optional[Usage]:
+    def parse_usage(self, wire: object) -> Usage | None:
         """Its input_tokens leave out the cached parts; ours count the whole prompt."""
         if not isinstance(wire, dict):
             return None
@@ -2178,12 +2151,11 @@ class BlockWriter:
     def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
         return [wire for wire in map(self.block, blocks) if wire]
 
-    def block(self, block: Block) -> Optional[JSON]:
-        """None for a block that cannot go there."""
+    def block(self, block: Block) -> JSON | None:
         wire = self.kinds[type(block)](self, block)
         return self.marked(wire, block.cache) if wire else None
 
-    def marked(self, wire: JSON, cache: Optional[JSON]) -> JSON:
+    def marked(self, wire: JSON, cache: JSON | None) -> JSON:
         if not cache or wire.get("type") in ("thinking", "redacted_thinking"):
             return wire
         self._cache_marks += 1
@@ -2228,8 +2200,7 @@ class BlockWriter:
     def _audio(self, block: Audio) -> JSON:
         raise unsupported("input_audio", "This model does not take audio.")
 
-    def _thinking(self, block: Thinking) -> Optional[JSON]:
-        """Only what Anthropic signed; the rest is never shown as text."""
+    def _thinking(self, block: Thinking) -> JSON | None:
         if block.issuer == "anthropic" and block.signature:
             return render_thinking_blocks([block])[0]
         self.losses.hint("thinking_blocks")
@@ -2244,13 +2215,13 @@ class BlockWriter:
                 "content": plain_content(self.blocks(block.content)) or "",
                 **({"is_error": True} if block.is_error else {})}
 
-    def _opaque(self, block: Opaque) -> Optional[JSON]:
+    def _opaque(self, block: Opaque) -> JSON | None:
         if block.dialect == "messages":
             return block.wire
         self.losses.hint("content")
         return None
 
-    kinds: Mapping[type, Callable[[Any, Any], Optional[JSON]]] = {
+    kinds: Mapping[type, Callable[[Any, Any], JSON | None]] = {
         Text: _text, Image: _image, Document: _document, Audio: _audio, Thinking: _thinking,
         ToolCall: _call, ToolResult: _result, Opaque: _opaque}
 
@@ -2425,7 +2396,7 @@ class MessagesRequest(BlockWriter):
         if thinking:
             wire["thinking"] = thinking
 
-    def _thinking_by_effort(self) -> Optional[JSON]:
+    def _thinking_by_effort(self) -> JSON | None:
         caps, effort = self.caps, self.chat.effort
         if effort is None:
             return None
@@ -2447,7 +2418,7 @@ class MessagesRequest(BlockWriter):
             return {"type": "adaptive", "display": "summarized"}
         return None
 
-    def _add_effort(self, effort: Optional[str]) -> None:
+    def _add_effort(self, effort: str | None) -> None:
         """The level, or the nearest that the model has, the higher first."""
         levels = [level for level in EFFORTS if level in self.caps.efforts]
         level = "low" if effort == "minimal" else effort or ""
@@ -2499,7 +2470,6 @@ TURN_BLOCKS: Dict[str, Any] = {"system": Text, "assistant": (Text, Thinking, Too
 
 
 def check_turn(turn: Turn, calls: List[str]) -> None:
-    """A user's turn answers all the calls before it and no other."""
     if not all(isinstance(block, TURN_BLOCKS.get(turn.role, Block)) for block in turn.blocks):
         raise unsupported(
             "messages", f"The {turn.role}'s messages can hold text only for this model.")
@@ -2517,7 +2487,6 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
 
 
 def trim_prefill(content: List[JSON]) -> List[JSON]:
-    """The start of an answer may not end in white space."""
     while content and content[-1]["type"] == "text":
         *content, last = content
         text = last["text"].rstrip()
@@ -2620,7 +2589,6 @@ def render_citation(citation: JSON) -> JSON:
 
 
 def unwrap_custom(arguments: str) -> str:
-    """The input of a custom tool that went out as a function with one string."""
     try:
         value = parse_arguments(arguments).get("input")
     except ValueError:
@@ -2634,7 +2602,7 @@ class MessagesParser(Parser):
     def __init__(self, dialect: Messages, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
         self._usage: JSON = {}
-        self._arguments: Optional[List[str]] = None  # of a call that cannot be told piece by piece
+        self._arguments: List[str] | None = None  # of a call that cannot be told piece by piece
         self._input: JSON = {}  # of a call, where it came at once
         self._refusal = ""
 
@@ -2831,7 +2799,7 @@ DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages(
 class Kind(NamedTuple):
     """One kind of upstream."""
 
-    base_url: Optional[str]  # None: the config must give it
+    base_url: str | None  # None: the config must give it
     version: str  # the path segment that a base_url may leave out
     paths: Mapping[str, str]  # below base_url, for each dialect that it speaks
     auth: Tuple[str, str]  # the header that carries the key, and how
@@ -2885,7 +2853,6 @@ MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
 
 
 def find_caps(kind: Kind, model: str) -> Caps:
-    """By the provider's name for a model."""
     found = FAMILY.search(model)
     if not found:
         return kind.caps
@@ -2936,7 +2903,6 @@ Read = Callable[[Any, str, Problems], Any]
 
 
 def shown(value: object) -> str:
-    """A wrong value in an error: its type, since it may be a secret."""
     return repr(value) if is_number(value) else TYPE_NAMES.get(type(value), "null")
 
 
@@ -3068,7 +3034,6 @@ def join(path: str, key: str) -> str:
 
 def setting(read: Read, default: Any = None, *, required: bool = False,
             secret: bool = False) -> Any:
-    """A field of a config dataclass, and all that is known of it."""
     metadata = {"read": read, "required": required}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata, repr=not secret)
@@ -3119,8 +3084,8 @@ class Tuning:
     """What may be said of a provider and, over it, of an alias."""
 
     timeouts: JSON = setting(some_of(PROVIDER_TIMEOUTS), {})
-    default_max_tokens: Optional[int] = setting(SIZE)
-    max_output_tokens: Optional[int] = setting(SIZE)
+    default_max_tokens: int | None = setting(SIZE)
+    max_output_tokens: int | None = setting(SIZE)
     caps: JSON = setting(some_of(CAPS), {})
     set: JSON = setting(read_json_object, {})
     drop: Tuple[str, ...] = setting(list_of(TEXT), ())
@@ -3168,10 +3133,10 @@ class Alias(Tuning):
 
     provider: str = setting(TEXT, required=True)
     model: str = setting(TEXT)
-    cost_per_million_input: Optional[float] = setting(PRICE)
-    cost_per_million_output: Optional[float] = setting(PRICE)
-    cost_per_million_cache_read: Optional[float] = setting(PRICE)
-    cost_per_million_cache_write: Optional[float] = setting(PRICE)
+    cost_per_million_input: float | None = setting(PRICE)
+    cost_per_million_output: float | None = setting(PRICE)
+    cost_per_million_cache_read: float | None = setting(PRICE)
+    cost_per_million_cache_write: float | None = setting(PRICE)
     strict: bool = setting(FLAG, False)
 
 
@@ -3180,8 +3145,8 @@ class Rule:
     """Where a model goes that is no alias: the first rule that fits decides."""
 
     provider: str = setting(TEXT, required=True)
-    prefix: Optional[str] = setting(TEXT)
-    match: Optional[str] = setting(TEXT)
+    prefix: str | None = setting(TEXT)
+    match: str | None = setting(TEXT)
     default: bool = setting(FLAG, False)
 
     def fits(self, model: str) -> bool:
@@ -3192,8 +3157,7 @@ class Rule:
 def is_date(value: object) -> bool:
     found = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", value) if isinstance(value, str) else None
     year, month, day = map(int, found.groups()) if found else (0, 0, 0)
-    return (year >= 1970 and 1 <= month <= 12
-            and 1 <= day <= calendar.monthrange(year, month)[1])
+    return (year >= 1970 and 1 <= month <= 12 and 1 <= day <= calendar.monthrange(year, month)[1])
 
 
 @dataclass(frozen=True)
@@ -3284,7 +3248,7 @@ def parse_config(text: str, where: str, env: Mapping[str, str],
                  read_file: Callable[[str], str]) -> Config:
     """A config file's text, checked as a whole; raises ConfigError with every problem."""
     problems = Problems(where)
-    config: Optional[Config] = None
+    config: Config | None = None
     try:
         tree = expand(parse_config_json(text, problems), env, read_file, "", problems)
         config = table_of(Config)(tree, "", problems)
@@ -3325,7 +3289,6 @@ def parse_config_json(text: str, problems: Problems) -> Any:
 
 
 def settle(config: Config, problems: Problems) -> Config:
-    """What one field cannot say alone: names that must fit, addresses, keys that must differ."""
     try:
         if not isinstance(config.listen, Broken):
             parse_listen(config.listen)
@@ -3350,9 +3313,8 @@ def settle(config: Config, problems: Problems) -> Config:
     return dataclasses.replace(config, providers=providers, models=models)
 
 
-def check_provider(name: Optional[str], config: Config, path: str,
+def check_provider(name: str | None, config: Config, path: str,
                    tell: Callable[[str, str], None]) -> None:
-    """Tells of a name that no provider has, unless it has an error already."""
     if name is not None and not isinstance(name, Broken) and name not in config.providers:
         tell(path, f"no provider {name!r} is configured" + suggest(name, config.providers))
 
@@ -3362,8 +3324,7 @@ SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x
 
 
 def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
-                    problems: Problems) -> Optional[Provider]:
-    """The provider with its kind, address and deadlines filled in."""
+                    problems: Problems) -> Provider | None:
     path, kind = f"providers.{name}", provider.kind or name
     if isinstance(kind, Broken):
         return None
@@ -3392,7 +3353,6 @@ def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
 
 
 def settle_base_url(url: str, version: str) -> str:
-    """Without a trailing slash, with the version segment of its kind; raises ValueError."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError('must start with "http://" or "https://" and name a host')
@@ -3530,9 +3490,9 @@ class Price:
 
     input: int
     output: int
-    cache_read: Optional[int] = None
-    cache_write: Optional[int] = None
-    cache_write_1h: Optional[int] = None
+    cache_read: int | None = None
+    cache_write: int | None = None
+    cache_write_1h: int | None = None
     tiers: Tuple[Tuple[int, Price], ...] = ()  # (tokens, price), ascending; each price is whole
 
     def at(self, prompt_tokens: int) -> Price:
@@ -3545,7 +3505,6 @@ class Price:
 
 
 def cost(price: Price, usage: Usage) -> int:
-    """In nano-dollars."""
     price = price.at(usage.input)
     written = price.input if price.cache_write is None else price.cache_write
     written_1h = written if price.cache_write_1h is None else price.cache_write_1h
@@ -3561,7 +3520,6 @@ NANO_DOLLARS = 10**9
 
 
 def nano_dollars(dollars: Union[int, float, Decimal]) -> int:
-    """Dollars per million tokens, as they stand in a config, exactly."""
     return int(Decimal(str(dollars)) * NANO_DOLLARS)
 
 
@@ -3572,8 +3530,8 @@ class Route:
 
     provider: Provider
     model: str
-    alias: Optional[str]
-    price: Optional[Price]
+    alias: str | None
+    price: Price | None
     deadlines: Timeouts
     target: Target
     edits: Edits
@@ -3600,7 +3558,6 @@ class Edits(NamedTuple):
 
 
 def take_path(body: JSON, path: str) -> Any:
-    """Takes the value at a dotted path out; None where there is none."""
     *outer, last = path.split(".")
     for key in outer:
         body = part_of(body, key)
@@ -3616,16 +3573,14 @@ def put_path(body: JSON, path: str, value: Any) -> None:
     body[last] = value
 
 
-def make_edits(provider: Provider, alias: Optional[Alias]) -> Edits:
-    """The provider's edits, and over them the alias's."""
+def make_edits(provider: Provider, alias: Alias | None) -> Edits:
     given = list(filter(None, (provider, alias)))
     return Edits({key: value for entry in given for key, value in entry.set.items()},
                  tuple(name for entry in given for name in entry.drop),
                  {old: new for entry in given for old, new in entry.rename.items()})
 
 
-def make_target(provider: Provider, model: str, alias: Optional[Alias]) -> Target:
-    """What a model takes: the table's word, then the provider's entry, then the alias's."""
+def make_target(provider: Provider, model: str, alias: Alias | None) -> Target:
     caps = find_caps(provider.row, model)
     default, ceiling = 8192, None
     for entry in filter(None, (provider, alias)):
@@ -3638,8 +3593,7 @@ def make_target(provider: Provider, model: str, alias: Optional[Alias]) -> Targe
 class Router:
     """From a model's name to a route: an exact alias, else PROVIDER/model, else the first rule."""
 
-    def __init__(self, config: Config,
-                 find_price: Callable[[Provider, str], Optional[Price]]) -> None:
+    def __init__(self, config: Config, find_price: Callable[[Provider, str], Price | None]) -> None:
         self._find_price = find_price
         self._providers = {name: p for name, p in config.providers.items() if p.is_on}
         self._aliases = {name: self._route(alias.provider, alias.model or name, name, alias)
@@ -3648,8 +3602,8 @@ class Router:
         self._off = set(config.models).difference(self._aliases)
         self._rules = [rule for rule in config.routing if rule.provider in self._providers]
 
-    def _route(self, name: str, model: str, alias_name: Optional[str] = None,
-               alias: Optional[Alias] = None) -> Route:
+    def _route(self, name: str, model: str, alias_name: str | None = None,
+               alias: Alias | None = None) -> Route:
         provider = self._providers[name]
         price, deadlines = self._find_price(provider, model), provider.deadlines
         if alias is not None:
@@ -3660,7 +3614,6 @@ class Router:
                      alias is not None and alias.strict)
 
     def resolve(self, model: str) -> Route:
-        """Raises GatewayError(404)."""
         if model in self._aliases:
             return self._aliases[model]
         name, slash, rest = ("", "", "") if model in self._off else model.partition("/")
@@ -3673,13 +3626,11 @@ class Router:
                            "model_not_found")
 
     def aliases(self, app: App) -> List[Tuple[str, str]]:
-        """Those that an app may use, with their providers, in the config's order."""
         return [(name, route.provider.name) for name, route in self._aliases.items()
                 if app.may_use(name)]
 
 
-def override_price(price: Optional[Price], alias: Alias) -> Optional[Price]:
-    """The price with what the config says in its place; a price of one's own has no tiers."""
+def override_price(price: Price | None, alias: Alias) -> Price | None:
     said = {name: getattr(alias, f"cost_per_million_{name}")
             for name in ("input", "output", "cache_read", "cache_write")}
     own = {name: nano_dollars(value) for name, value in said.items() if value is not None}
@@ -3754,7 +3705,6 @@ class Counter:
         self.values[labels] = self.values.get(labels, 0) + amount
 
     def samples(self) -> Iterator[Tuple[str, Labels, Labels, str]]:
-        """(suffix, extra label names, values, number) for each series."""
         for values, number in self.values.items():
             yield "", (), values, show_scaled(number, self.scale)
 
@@ -3797,7 +3747,6 @@ Family = Union[Counter, Gauge, Histogram]
 
 
 def show_scaled(number: int, scale: int) -> str:
-    """Divided by a power of ten, exactly."""
     if scale == 1:
         return str(number)
     digits = len(str(scale)) - 1
@@ -3858,10 +3807,10 @@ class Record:
     is_stream = False
     duration = 0.0  # seconds
     overhead = 0.0  # seconds of it that were the gateway's own, up to the answer's head
-    ttft: Optional[float] = None  # seconds to a stream's first content
-    usage: Optional[Usage] = None
+    ttft: float | None = None  # seconds to a stream's first content
+    usage: Usage | None = None
     usage_from = "none"  # or "reported", or "estimated"
-    cost: Optional[int] = None  # nano-dollars
+    cost: int | None = None  # nano-dollars
     provider_error = ""  # one of PROVIDER_ERRORS
 
 
@@ -3907,7 +3856,6 @@ def escape_label(value: str) -> str:
 
 
 def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
-    """The text exposition format 0.0.4 of Prometheus, or OpenMetrics 1.0."""
     lines = []
     for family in families:
         name = family.name
@@ -3934,14 +3882,12 @@ MAX_LOG_VALUE = 256
 
 
 def quote_log(value: str) -> str:
-    """A value of a key=value line; quotes, control characters and all beyond ASCII escaped."""
     if PLAIN_LOG_VALUE.fullmatch(value):
         return value
     return json.dumps(clipped(value, MAX_LOG_VALUE)).replace("\x7f", "\\u007f")
 
 
 def render_log(fields: Iterable[Tuple[str, object]]) -> str:
-    """The part of a key=value line that these fields make, a space before each."""
     return "".join([f" {key}={SHOW[value.__class__](value) if value.__class__ in SHOW else value}"
                     for key, value in fields])
 
@@ -3992,7 +3938,7 @@ class RequestHead(NamedTuple):
     query: str
     is_http10: bool
     headers: Headers
-    length: Optional[int]
+    length: int | None
 
     @property
     def keeps_alive(self) -> bool:
@@ -4001,7 +3947,6 @@ class RequestHead(NamedTuple):
 
 
 def parse_fields(lines: List[str]) -> Headers:
-    """The fields by name, in order; repeated ones are one list (RFC 9110, section 5.3)."""
     headers = {name.lower(): value.strip(" \t") for name, _, value in
                [line.partition(":") for line in lines]}
     if len(headers) == len(lines):
@@ -4034,12 +3979,11 @@ def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
 
 
 def origin_form(target: str) -> str:
-    """The target without the scheme and host that a client of a proxy puts before it."""
     found = ABSOLUTE_FORM.fullmatch(target)
     return "/" + found[1].lstrip("/") if found else target
 
 
-def request_length(headers: Headers, is_http10: bool) -> Optional[int]:
+def request_length(headers: Headers, is_http10: bool) -> int | None:
     """The body's length, None for chunked; whatever two servers might read differently is 400."""
     length = headers.get("content-length")
     if "transfer-encoding" in headers:
@@ -4062,7 +4006,7 @@ class AnswerHead(NamedTuple):
 def parse_answer_head(head: bytes) -> AnswerHead:
     """Raises GatewayError(502)."""
     if not ANSWER_HEAD.fullmatch(head):
-        raise upstream_error(502, "The provider's answer is not HTTP.", "bad_answer")
+        raise bad_answer("The provider's answer is not HTTP.")
     lines = head[:-4].decode("latin-1").split("\r\n")
     status = lines.pop(0)
     return AnswerHead(int(status[9:12]), status[7] == "0", parse_fields(lines))
@@ -4131,7 +4075,6 @@ class ChunkedFraming(Framing):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _take(self, piece: bytes) -> bytes:
-        """Of a piece of the open chunk, the data without the CRLF behind it."""
         before = self._left
         self._left -= len(piece)
         data = piece[:max(before - 2, 0)]
@@ -4140,7 +4083,6 @@ class ChunkedFraming(Framing):
         return data
 
     def _open_chunk(self, data: bytes, at: int) -> int:
-        """Returns where the chunk starts."""
         end = data.find(b"\r\n", at)
         if end < 0 or end - at > MAX_CHUNK_LINE_BYTES:
             return self._keep(data, at, MAX_CHUNK_LINE_BYTES)
@@ -4156,7 +4098,6 @@ class ChunkedFraming(Framing):
         return end + 2
 
     def _end_trailers(self, data: bytes, at: int) -> int:
-        """Returns where the body ends."""
         end = at if data.startswith(b"\r\n", at) else data.find(b"\r\n\r\n", at) + 2
         if end == 1 or end - at > MAX_CHUNK_WASTE_BYTES:  # 1 is not found: -1 + 2
             return self._keep(data, at, MAX_CHUNK_WASTE_BYTES)
@@ -4241,7 +4182,6 @@ class Inflater:
 
 
 def open_deflate(start: bytes) -> Any:
-    """Many senders of "deflate" leave the zlib header (RFC 1950) out."""
     has_header = start[0] & 15 == zlib.DEFLATED and int.from_bytes(start[:2], "big") % 31 == 0
     return zlib.decompressobj(15 if has_header else -15)
 
@@ -4264,7 +4204,6 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 def render_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """An answer's head. Whatever becomes a field was checked for control characters before."""
     return "\r\n".join([f"HTTP/1.1 {status} {REASONS.get(status, '')}", *map(": ".join, fields),
                         "\r\n"]).encode("latin-1")
 
@@ -4296,7 +4235,6 @@ def with_named(dropped: FrozenSet[str], headers: Headers) -> FrozenSet[str]:
 
 
 def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
-    """The lines of a request's fields that go on to the provider."""
     dropped = with_named(dropped, head.headers)
     return "".join([f"{name}: {value}\r\n" for name, value in head.headers.items()
                     if name not in dropped and not name.startswith(PREFIXES_ONLY_HERE)])
@@ -4322,7 +4260,7 @@ LITELLM_FIELDS = {
 LITELLM_KEY = re.compile(f"({'|'.join(LITELLM_FIELDS)})(?:_above_([0-9]+)k_tokens)?")
 
 
-def find_price(prices: Mapping[str, Price], model: str) -> Optional[Price]:
+def find_price(prices: Mapping[str, Price], model: str) -> Price | None:
     """The price of `model`, which may have vendors before it (`a/b/model`) and a date behind it.
 
     The exact name wins, so that a dated row or another vendor's row may differ.
@@ -4335,7 +4273,6 @@ def find_price(prices: Mapping[str, Price], model: str) -> Optional[Price]:
 
 
 def parse_prices(table: str) -> Dict[str, Price]:
-    """Read a table like `PRICES`."""
     prices = {}
     for line in table.splitlines():
         if line and not line.startswith("#"):
@@ -4355,7 +4292,6 @@ def _parse_cells(cells: List[str]) -> Dict[str, int]:
 
 
 def _build_price(steps: Dict[int, Dict[str, int]]) -> Price:
-    """Steps are the fields by threshold, 0 the base; what a tier leaves out stays as below it."""
     prices = []
     fields: Dict[str, int] = {}
     for above in sorted(steps):
@@ -4394,7 +4330,6 @@ def parse_litellm_prices(text: str) -> Dict[str, Price]:
 
 
 def _parse_token_cost(dollars: object, where: str) -> int:
-    """Dollars per token to nano-dollars per million tokens, to the nearest one."""
     if not (isinstance(dollars, (int, Decimal)) and 0 <= dollars < MAX_DOLLARS_PER_TOKEN):
         raise ValueError(f"{where}: {dollars!s:.40} is not a price in dollars per token")
     return round(dollars * 10**6 * NANO_DOLLARS)
@@ -4408,7 +4343,7 @@ def _parse_token_cost(dollars: object, where: str) -> int:
 PRICES = """\
 # anthropic input output read write write_1h
 claude-3-7-sonnet-20250219 3 15 0.3 3.75 6
-claude-3-haiku-20240307 0.25 1.25 0.03 0.3 -
+claude-3-haiku-20240307 0.25 1.25 0.03 0.3
 claude-3-opus-20240229 15 75 1.5 18.75 30
 claude-4-opus-20250514 15 75 1.5 18.75 30
 claude-4-sonnet-20250514 3 15 0.3 3.75 6
@@ -4434,21 +4369,21 @@ claude-sonnet-5 2 10 0.2 2.5 4
 claude-sonnet-5-5 2 10 0.1 2.5 4
 
 # deepseek input output read write
-deepseek-chat 0.28 0.42 0.028 -
-deepseek-coder 0.14 0.28 0.014 -
+deepseek-chat 0.28 0.42 0.028
+deepseek-coder 0.14 0.28 0.014
 deepseek-flash 0.3 1.2 0.006 0
-deepseek-r1 0.55 2.19 0.14 -
-deepseek-reasoner 0.28 0.42 0.028 -
+deepseek-r1 0.55 2.19 0.14
+deepseek-reasoner 0.28 0.42 0.028
 deepseek-v3 0.27 1.1 0.07 0
-deepseek-v3.2 0.28 0.4 0.028 -
+deepseek-v3.2 0.28 0.4 0.028
 deepseek-v4-flash 0.3 1.2 0.006 0
 deepseek-v4-flash-vision-exp 0.3 1.2 0.006 0
 deepseek-v4-pro 1.32 3.96 0.044 0
 
 # gemini input output read above input output read
-deep-research-max-preview-04-2026 2 12 -
-deep-research-preview-04-2026 2 12 -
-deep-research-pro-preview-12-2025 2 12 -
+deep-research-max-preview-04-2026 2 12
+deep-research-preview-04-2026 2 12
+deep-research-pro-preview-12-2025 2 12
 gemini-2.5-computer-use-preview-10-2025 1.25 10 - >200k 2.5 15
 gemini-2.5-flash 0.3 2.5 0.03
 gemini-2.5-flash-lite 0.1 0.4 0.01
@@ -4465,39 +4400,39 @@ gemini-3.6-flash 0.75 3.75 0.075
 gemini-3.7-flash 0.75 3.75 0.075
 gemini-3.8-flash 0.75 3.75 0.075
 gemini-4-argon 2 10 0.1
-gemini-embedding-001 0.15 0 -
-gemini-embedding-2 0.2 0 -
-gemini-embedding-2-preview 0.2 0 -
+gemini-embedding-001 0.15 0
+gemini-embedding-2 0.2 0
+gemini-embedding-2-preview 0.2 0
 gemini-exp-1114 0 0 - >128k 0 0
 gemini-exp-1206 0 0 - >128k 0 0
 gemini-flash-latest 0.75 3.75 0.075
 gemini-flash-lite-latest 0.3 2.5 0.03
-gemini-gemma-2-27b-it 0.35 1.05 -
-gemini-gemma-2-9b-it 0.35 1.05 -
-gemini-omni-1.1-flash 1.5 9 -
-gemini-omni-flash-preview 1.5 9 -
+gemini-gemma-2-27b-it 0.35 1.05
+gemini-gemma-2-9b-it 0.35 1.05
+gemini-omni-1.1-flash 1.5 9
+gemini-omni-flash-preview 1.5 9
 gemini-pro-latest 2 12 0.2 >200k 4 18 0.4
 gemini-robotics-er-2-preview 1 5 0.1
-gemini-robotics-er-2-streaming-preview 1 5 -
+gemini-robotics-er-2-streaming-preview 1 5
 gemma-3-27b-it 0 0 - >128k 0 0
-gemma-4-26b-a4b-it 0 0 -
-gemma-4-31b-it 0 0 -
+gemma-4-26b-a4b-it 0 0
+gemma-4-31b-it 0 0
 learnlm-1.5-pro-experimental 0 0 - >128k 0 0
-lyria-3-clip-preview 0 0 -
-lyria-3-pro-preview 0 0 -
-lyria-3.5 0 0 -
-lyria-3.5-clip-preview 0 0 -
-lyria-3.5-pro-preview 0 0 -
-lyria-realtime-exp 0 0 -
+lyria-3-clip-preview 0 0
+lyria-3-pro-preview 0 0
+lyria-3.5 0 0
+lyria-3.5-clip-preview 0 0
+lyria-3.5-pro-preview 0 0
+lyria-realtime-exp 0 0
 
 # groq input output read
-llama-guard-3-8b 0.2 0.2 -
-meta-llama/llama-prompt-guard-2-22m 0.03 0.03 -
-meta-llama/llama-prompt-guard-2-86m 0.04 0.04 -
+llama-guard-3-8b 0.2 0.2
+meta-llama/llama-prompt-guard-2-22m 0.03 0.03
+meta-llama/llama-prompt-guard-2-86m 0.04 0.04
 openai/gpt-oss-120b 0.15 0.6 0.075
 openai/gpt-oss-20b 0.075 0.3 0.0375
 openai/gpt-oss-safeguard-20b 0.075 0.3 0.037
-qwen/qwen3.8-27b 0.8 4 -
+qwen/qwen3.8-27b 0.8 4
 
 # mistral input output read
 codestral-2508 0.3 0.9 0.03
@@ -4508,8 +4443,8 @@ devstral-latest 0.4 2 0.04
 devstral-medium-latest 0.4 2 0.04
 devstral-small-latest 0.1 0.3 0.01
 glm-5-2 1.4 4.4 0.14
-labs-leanstral-1-5 0 0 -
-labs-leanstral-1-5-1 0 0 -
+labs-leanstral-1-5 0 0
+labs-leanstral-1-5-1 0 0
 magistral-medium-latest 1.5 7.5 0.15
 magistral-small-latest 0.15 0.6 0.015
 ministral-14b-2512 0.2 0.2 0.02
@@ -4524,7 +4459,7 @@ ministral-8b-latest 0.15 0.15 0.015
 mistral-code-agent-latest 0.4 2 0.04
 mistral-code-fim-latest 0.3 0.9 0.03
 mistral-code-latest 0.3 0.9 0.03
-mistral-embed 0.1 0 -
+mistral-embed 0.1 0
 mistral-large-2512 0.5 1.5 0.05
 mistral-large-3 0.5 1.5 0.05
 mistral-large-4 0.68 2.09 0.068
@@ -4552,57 +4487,57 @@ zai-glm-5-3 1.4 4.4 0.14
 zai-glm-latest 1.4 4.4 0.14
 
 # openai input output read write above input output read
-chat-latest 5 30 0.5 -
-chatgpt-4o-latest 5 15 - -
-computer-use-preview 3 12 - -
+chat-latest 5 30 0.5
+chatgpt-4o-latest 5 15
+computer-use-preview 3 12
 daybreak-blue-latest 4 20 0.4 5 >272k 8 30 0.8
 daybreak-red-latest 12.5 75 1.25 15.625 >272k 25 112.5 2.5
-gpt-3.5-turbo 0.5 1.5 - -
-gpt-3.5-turbo-1106 1 2 - -
-gpt-3.5-turbo-16k 3 4 - -
-gpt-4 30 60 - -
-gpt-4-0125-preview 10 30 - -
-gpt-4-1106-preview 10 30 - -
-gpt-4-turbo 10 30 - -
-gpt-4-turbo-preview 10 30 - -
-gpt-4.1 2 8 0.5 -
-gpt-4.1-mini 0.4 1.6 0.1 -
-gpt-4.1-nano 0.1 0.4 0.025 -
-gpt-4o 2.5 10 1.25 -
-gpt-4o-2024-05-13 5 15 - -
-gpt-4o-audio-preview 2.5 10 - -
-gpt-4o-mini 0.15 0.6 0.075 -
-gpt-4o-mini-audio-preview 0.15 0.6 - -
-gpt-4o-mini-realtime-preview 0.6 2.4 - -
-gpt-4o-mini-search-preview 0.15 0.6 0.075 -
-gpt-4o-realtime-preview 5 20 - -
-gpt-4o-search-preview 2.5 10 1.25 -
-gpt-5 1.25 10 0.125 -
-gpt-5-chat 1.25 10 0.125 -
-gpt-5-chat-latest 1.25 10 0.125 -
-gpt-5-codex 1.25 10 0.125 -
-gpt-5-mini 0.25 2 0.025 -
-gpt-5-nano 0.05 0.4 0.005 -
-gpt-5-pro 15 120 - -
-gpt-5-search-api 1.25 10 0.125 -
-gpt-5.1 1.25 10 0.125 -
-gpt-5.1-chat-latest 1.25 10 0.125 -
-gpt-5.1-codex 1.25 10 0.125 -
-gpt-5.1-codex-max 1.25 10 0.125 -
-gpt-5.1-codex-mini 0.25 2 0.025 -
-gpt-5.2 1.75 14 0.175 -
-gpt-5.2-chat-latest 1.75 14 0.175 -
-gpt-5.2-codex 1.75 14 0.175 -
-gpt-5.2-pro 21 168 - -
-gpt-5.3-chat-latest 1.75 14 0.175 -
-gpt-5.3-codex 1.75 14 0.175 -
+gpt-3.5-turbo 0.5 1.5
+gpt-3.5-turbo-1106 1 2
+gpt-3.5-turbo-16k 3 4
+gpt-4 30 60
+gpt-4-0125-preview 10 30
+gpt-4-1106-preview 10 30
+gpt-4-turbo 10 30
+gpt-4-turbo-preview 10 30
+gpt-4.1 2 8 0.5
+gpt-4.1-mini 0.4 1.6 0.1
+gpt-4.1-nano 0.1 0.4 0.025
+gpt-4o 2.5 10 1.25
+gpt-4o-2024-05-13 5 15
+gpt-4o-audio-preview 2.5 10
+gpt-4o-mini 0.15 0.6 0.075
+gpt-4o-mini-audio-preview 0.15 0.6
+gpt-4o-mini-realtime-preview 0.6 2.4
+gpt-4o-mini-search-preview 0.15 0.6 0.075
+gpt-4o-realtime-preview 5 20
+gpt-4o-search-preview 2.5 10 1.25
+gpt-5 1.25 10 0.125
+gpt-5-chat 1.25 10 0.125
+gpt-5-chat-latest 1.25 10 0.125
+gpt-5-codex 1.25 10 0.125
+gpt-5-mini 0.25 2 0.025
+gpt-5-nano 0.05 0.4 0.005
+gpt-5-pro 15 120
+gpt-5-search-api 1.25 10 0.125
+gpt-5.1 1.25 10 0.125
+gpt-5.1-chat-latest 1.25 10 0.125
+gpt-5.1-codex 1.25 10 0.125
+gpt-5.1-codex-max 1.25 10 0.125
+gpt-5.1-codex-mini 0.25 2 0.025
+gpt-5.2 1.75 14 0.175
+gpt-5.2-chat-latest 1.75 14 0.175
+gpt-5.2-codex 1.75 14 0.175
+gpt-5.2-pro 21 168
+gpt-5.3-chat-latest 1.75 14 0.175
+gpt-5.3-codex 1.75 14 0.175
 gpt-5.4 2.5 15 0.25 - >272k 5 22.5 0.5
-gpt-5.4-mini 0.75 4.5 0.075 -
-gpt-5.4-nano 0.2 1.25 0.02 -
+gpt-5.4-mini 0.75 4.5 0.075
+gpt-5.4-nano 0.2 1.25 0.02
 gpt-5.4-pro 30 180 - - >272k 60 270
 gpt-5.5 5 30 0.5 - >272k 10 45 1
-gpt-5.5-cyber 12.5 75 1.25 -
-gpt-5.5-cyber-preview 12.5 75 1.25 -
+gpt-5.5-cyber 12.5 75 1.25
+gpt-5.5-cyber-preview 12.5 75 1.25
 gpt-5.5-pro 30 180 - - >272k 60 270
 gpt-5.6 4 20 0.4 5 >272k 8 30 0.8
 gpt-5.6-cyber 12.5 75 1.25 15.625 >272k 25 112.5 2.5
@@ -4613,28 +4548,28 @@ gpt-6-astra 10 50 1 12.5 >272k 20 75 2
 gpt-6-luna 0.1 0.5 0.01 0.125 >272k 0.2 0.75 0.02
 gpt-6-sol 2 10 0.2 2.5 >272k 4 15 0.4
 gpt-6.1-sol 2 10 0.1 2.5 >272k 4 15 0.2
-gpt-audio 2.5 10 - -
-gpt-audio-1.5 2.5 10 - -
-gpt-audio-mini 0.6 2.4 - -
+gpt-audio 2.5 10
+gpt-audio-1.5 2.5 10
+gpt-audio-mini 0.6 2.4
 gpt-daybreak-blue-latest 4 20 0.4 5 >272k 8 30 0.8
 gpt-daybreak-red-latest 12.5 75 1.25 15.625 >272k 25 112.5 2.5
-gpt-realtime 4 16 - -
-gpt-realtime-1.5 4 16 - -
-gpt-realtime-mini 0.6 2.4 - -
-gpt-rosalind-discovery 5 25 0.5 -
-gpt-rosalind-research 5 25 0.5 -
-o1 15 60 7.5 -
-o1-pro 150 600 - -
-o3 2 8 0.5 -
-o3-deep-research 10 40 2.5 -
-o3-mini 1.1 4.4 0.55 -
-o3-pro 20 80 - -
-o4-mini 1.1 4.4 0.275 -
-o4-mini-deep-research 2 8 0.5 -
-text-embedding-3-large 0.13 0 - -
-text-embedding-3-small 0.02 0 - -
-text-embedding-ada-002 0.1 0 - -
-text-embedding-ada-002-v2 0.1 0 - -
+gpt-realtime 4 16
+gpt-realtime-1.5 4 16
+gpt-realtime-mini 0.6 2.4
+gpt-rosalind-discovery 5 25 0.5
+gpt-rosalind-research 5 25 0.5
+o1 15 60 7.5
+o1-pro 150 600
+o3 2 8 0.5
+o3-deep-research 10 40 2.5
+o3-mini 1.1 4.4 0.55
+o3-pro 20 80
+o4-mini 1.1 4.4 0.275
+o4-mini-deep-research 2 8 0.5
+text-embedding-3-large 0.13 0
+text-embedding-3-small 0.02 0
+text-embedding-ada-002 0.1 0
+text-embedding-ada-002-v2 0.1 0
 
 # xai input output read above input output read
 grok-4.20 1.25 2.5 0.2 >200k 2.5 5 0.4
@@ -4709,8 +4644,8 @@ class Reader(asyncio.StreamReader):
     def __init__(self, limit: int) -> None:
         super().__init__(limit=limit, loop=asyncio.get_running_loop())
         self.fed = 0
-        self.sink: Optional[Callable[[bytes], None]] = None
-        self._sleeper: Optional[asyncio.Future[None]] = None
+        self.sink: Callable[[bytes], None] | None = None
+        self._sleeper: asyncio.Future[None] | None = None
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override,unused-ignore]
         self.fed += len(data)
@@ -4737,7 +4672,6 @@ class Reader(asyncio.StreamReader):
         return b"\n\n" in waiting or b"\n\r\n" in waiting.replace(b"\r\n\r\n", b"")
 
     async def until_woken(self) -> None:
-        """Waits for `wake`, which the end of the stream or an error call too."""
         self._sleeper = asyncio.get_running_loop().create_future()
         await self._sleeper
 
@@ -4763,7 +4697,6 @@ class Connection:
         self._seen = 0
 
     def expect(self, phase: str, now: float, seconds: float, renews: bool = False) -> None:
-        """Sets the deadline for what comes next."""
         self.phase = phase
         self.deadline = now + seconds
         self.renewal = seconds if renews else 0.0
@@ -4803,10 +4736,10 @@ class Answer:
         self.status = head.status
         self.headers = head.headers
         self._max_bytes = max_bytes
-        self._inflater: Optional[Inflater] = None
+        self._inflater: Inflater | None = None
         self._late: List[bytes] = []  # came while nobody wanted more
         self._wants_more = False
-        self._error: Optional[BaseException] = None
+        self._error: BaseException | None = None
         try:
             self.framing = answer_framing(head)
             coding = head.headers.get("content-encoding", "identity").lower()
@@ -4818,7 +4751,6 @@ class Answer:
                                   or "close" in head.headers.get("connection", "").lower())
 
     async def read_all(self) -> bytes:
-        """The whole body, decoded. Raises GatewayError 502 and 504."""
         if isinstance(self.framing, LengthFraming) and not self._inflater:
             return await self._read_plain(self.framing)
         pieces: List[bytes] = []
@@ -4836,13 +4768,12 @@ class Answer:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _read_plain(self, framing: LengthFraming) -> bytes:
-        """The common case, without a pump."""
         if framing.left > self._max_bytes:
             raise unusable(ValueError(f"it is larger than {self._max_bytes} bytes"))
         try:
             body = await self.connection.reader.readexactly(framing.left)
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise upstream_error(502, "The provider cut its answer.", "bad_answer") from error
+            raise bad_answer("The provider cut its answer.") from error
         framing.feed(body)
         return body
 
@@ -4866,7 +4797,6 @@ class Answer:
         self._finish()
 
     async def _read_buffered(self) -> bytes:
-        """All that came with the head, or else the first piece; b"" at the end."""
         try:
             return await self.connection.reader.read(1 << 20)
         except OSError as error:
@@ -4888,7 +4818,6 @@ class Answer:
             self.connection.reader.wake()
 
     def _finish(self) -> None:
-        """Raises what went wrong, if anything did; at EOF asks whether the body is whole."""
         try:
             if self._wants_more and not self._error:
                 self.framing.end()
@@ -4916,7 +4845,6 @@ class Answer:
             self.connection.writer.transport.resume_reading()  # type: ignore[attr-defined]
 
     def settle(self, data: bytes) -> bool:
-        """Takes what comes after the content has ended; False where that is more content."""
         try:
             return not self.framing.feed(data)
         except ValueError:
@@ -4935,7 +4863,7 @@ class Answer:
 
 
 def unusable(error: ValueError) -> GatewayError:
-    return upstream_error(502, f"The provider's answer is unusable: {error}.", "bad_answer")
+    return bad_answer(f"The provider's answer is unusable: {error}.")
 
 
 class Unanswered(Exception):
@@ -4950,7 +4878,7 @@ class Pool:
         self._clock = clock
         self._idle: Dict[Origin, List[Connection]] = {}
         self._open: Set[Connection] = set()
-        self._tls: Optional[ssl.SSLContext] = None
+        self._tls: ssl.SSLContext | None = None
 
     async def send(self, provider: Provider, deadlines: Timeouts, payload: Sequence[bytes],
                    is_stream: bool, max_bytes: int) -> Answer:
@@ -4974,7 +4902,7 @@ class Pool:
         except Unanswered as error:
             raise unreachable(provider) from error.__cause__
 
-    def _take_idle(self, origin: Origin) -> Optional[Connection]:
+    def _take_idle(self, origin: Origin) -> Connection | None:
         kept = self._idle.get(origin, [])
         while kept:
             connection = kept.pop()  # the youngest: the others may grow old and go
@@ -5001,7 +4929,6 @@ class Pool:
                 attempt.cancel()
 
     def _discard(self, attempt: asyncio.Future[Connection]) -> None:
-        """Closes what a connection attempt brings that nobody waits for any more."""
         if not attempt.cancelled() and not attempt.exception():
             self.drop(attempt.result())
 
@@ -5085,7 +5012,6 @@ class Pool:
         connection.close()
 
     def sweep(self, now: float) -> None:
-        """Ends what is past its deadline."""
         for connection in list(self._open):
             if connection.is_late(now):
                 if connection.phase in ("kept", "settle"):
@@ -5130,15 +5056,14 @@ async def read_answer_head(reader: Reader) -> AnswerHead:
         while head.status < 200 and head.status != 101:
             head = parse_answer_head(await reader.readuntil(b"\r\n\r\n"))
     except asyncio.LimitOverrunError as error:
-        raise upstream_error(502, "The head of the provider's answer is too large.",
-                             "bad_answer") from error
+        raise bad_answer("The head of the provider's answer is too large.") from error
     except (asyncio.IncompleteReadError, OSError) as error:
         if reader.fed == before:
             raise Unanswered from error
         raise upstream_error(502, "The provider closed in the head of its answer.",
                              "request_error") from error
     if head.status == 101:
-        raise upstream_error(502, "The provider switched protocols.", "bad_answer")
+        raise bad_answer("The provider switched protocols.")
     return head
 
 
@@ -5178,7 +5103,6 @@ class Log:
                     render_log([*head, *fields])[1:])
 
     def access(self, exchange: Exchange, meter: Meter) -> None:
-        """The line of one exchange. Its head is rendered in one go, since it is in every one."""
         fields = access_fields(exchange)
         if self._as_json:
             return self.line("INFO", "access", [
@@ -5192,7 +5116,6 @@ class Log:
             f"{meter.log_text}{render_log(fields)}")
 
     def _now(self) -> str:
-        """The time as RFC 3339 writes it, in milliseconds; the second is rendered once."""
         now = self.wall_clock()
         if int(now) != self._second[0]:
             self._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
@@ -5206,7 +5129,6 @@ class Log:
         self.line("ERROR", "crash", [("error", type(error).__name__), ("at", places)])
 
     def _write(self, line: str) -> None:
-        """Never waits: a pipe that polls as writable takes 4 KiB, and no line is longer."""
         data = line.encode() + b"\n"
         try:
             is_ready = not self._may_block or any(
@@ -5249,12 +5171,10 @@ class Stream:
         return piece
 
     def end(self) -> bytes:
-        """The source is at its end; returns what is left to write. May raise GatewayError."""
         self.ended = True
         return b""
 
     def fail(self, error: GatewayError) -> bytes:
-        """The source failed after the head went out; returns the client's word of it."""
         self.ended = True
         return b""
 
@@ -5266,7 +5186,7 @@ class Response:
     """What a handler returns: a whole body, or a stream."""
 
     def __init__(self, status: int, fields: Sequence[Tuple[str, str]], body: bytes = b"",
-                 stream: Optional[Stream] = None) -> None:
+                 stream: Stream | None = None) -> None:
         self.status = status
         self.fields = list(fields)
         self.body = body
@@ -5281,7 +5201,7 @@ class Exchange(Record):
     path = ""
     app = ""
     dialect = DIALECTS["chat"]  # the client's
-    route: Optional[Route] = None
+    route: Route | None = None
     is_generation = False
     error = ""
     upstream_id = ""
@@ -5298,7 +5218,6 @@ class Exchange(Record):
         self.started = started  # the clock's seconds
 
     def fail(self, error: GatewayError) -> None:
-        """Notes an error: its words, unless they are the provider's, and what caused it."""
         self.status = error.status
         self.provider_error = error.provider_error
         self.error = error.message
@@ -5361,7 +5280,6 @@ class Gateway:
         return self.signed(exchange, Response(error.status, [JSON_TYPE, *error.headers], body))
 
     def signed(self, exchange: Exchange, response: Response) -> Response:
-        """The response with the ids that a client may name when it asks what went wrong."""
         if exchange.is_stream and response.stream is None:
             response.event = exchange.dialect.error_event(response.body)
         exchange.overhead = self.clock() - exchange.started - exchange.waited
@@ -5387,7 +5305,6 @@ class Gateway:
 
     async def pass_through(self, exchange: Exchange, request: Request, route: Route,
                            body: Body) -> Response:
-        """The provider speaks the client's dialect: the bytes are passed."""
         dialect = exchange.dialect
         hides_usage = exchange.is_stream and not dialect.asks_for_usage(body)
         payload = self.render_passed(request, route, body, dialect, hides_usage)
@@ -5475,7 +5392,6 @@ class Gateway:
     # ---- answers ----
 
     async def pass_answer(self, exchange: Exchange, answer: Answer) -> Response:
-        """A plain answer, as it came."""
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
         exchange.usage = exchange.dialect.parse_usage(reply.get("usage"))
@@ -5589,7 +5505,6 @@ class Gateway:
     # ---- the record ----
 
     def record(self, exchange: Exchange) -> None:
-        """Called once, at an exchange's end."""
         exchange.duration = self.clock() - exchange.started
         meter = self.meter(exchange)
         route = exchange.route
@@ -5621,7 +5536,7 @@ class ProviderStream(Stream, Generic[Tally]):
                  tally: Tally) -> None:
         super().__init__(answer)
         self.answer = answer
-        self.failure: Optional[GatewayError] = None
+        self.failure: GatewayError | None = None
         self._gateway = gateway
         self._exchange = exchange
         self._route = route
@@ -5648,7 +5563,6 @@ class ProviderStream(Stream, Generic[Tally]):
         self._exchange.provider_error = "timeout" if error.status == 504 else "stream_error"
 
     def close(self) -> None:
-        """Keeps or drops the connection, and settles the usage."""
         tally, gateway, exchange = self._tally, self._gateway, self._exchange
         is_whole = tally.ended and not self.failure
         if is_whole:
@@ -5714,7 +5628,6 @@ class TranslatedStream(ProviderStream[Parser]):
         return self._translate(self._decoder.feed(piece))
 
     def _translate(self, events: List[Event]) -> bytes:
-        """What events come to; an error is one of them once something went out."""
         out: List[bytes] = []
         try:
             for event in events:
@@ -5760,7 +5673,6 @@ PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
 def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
-    """Raises GatewayError 404, 405 and 426."""
     is_model = head.path.startswith("/v1/models/")
     methods = ROUTES.get("/v1/models/" if is_model else head.path)
     if methods is None:
@@ -5778,7 +5690,6 @@ def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
 
 
 def read_call(body: Body) -> Tuple[str, bool]:
-    """The model that a request names, and whether it wants a stream. Raises GatewayError(400)."""
     model, stream = body.get("model"), body.get("stream")
     if not isinstance(model, str) or not model:
         raise GatewayError(400, "'model' must be a non-empty string.", "model")
@@ -5802,13 +5713,11 @@ def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
 
 
 def with_head(lines: str, body: bytes) -> List[bytes]:
-    """A request's bytes; a large body is not copied for it."""
     head = f"{lines}content-length: {len(body)}\r\n\r\n".encode("latin-1")
     return [head + body] if len(body) < MAX_READ_BYTES else [head, body]
 
 
 def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
-    """What of the provider's head goes back to the client."""
     dropped = with_named(ANSWER_ONLY_HERE, answer.headers)
     return [field for field in answer.headers.items() if field[0] not in dropped]
 
@@ -5825,15 +5734,13 @@ def retry_fields(answer: Answer) -> List[Tuple[str, str]]:
 
 
 def translated_fields(answer: Answer, losses: Losses) -> List[Tuple[str, str]]:
-    """What a client of another dialect is told of the provider's head, and what was lost."""
     fields = retry_fields(answer)
     if losses.names:
         fields.append(("x-gateway-lost", clipped(", ".join(losses.names), MAX_LOST_BYTES)))
     return fields
 
 
-def json_object(body: bytes) -> Optional[JSON]:
-    """None for a body that is no JSON object."""
+def json_object(body: bytes) -> JSON | None:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -5845,7 +5752,7 @@ def parse_answer(raw: bytes) -> JSON:
     """A plain answer; one that is no JSON object is none. Raises GatewayError(502)."""
     reply = json_object(raw)
     if reply is None:
-        raise upstream_error(502, "The provider's answer is not a JSON object.", "bad_answer")
+        raise bad_answer("The provider's answer is not a JSON object.")
     return reply
 
 
@@ -5867,7 +5774,6 @@ def key_refused(status: int) -> GatewayError:
 
 
 def mask(body: bytes, provider: Provider) -> bytes:
-    """The provider's words with our key masked, should it stand in them."""
     key = provider.api_key.encode()
     return body.replace(key, b"***") if key else body
 
@@ -5877,7 +5783,6 @@ def mask_text(text: str, provider: Provider) -> str:
 
 
 def plain_error(status: int, body: bytes) -> GatewayError:
-    """A provider's error that is no JSON object."""
     words = body[:200].decode("utf-8", "replace")
     return upstream_error(status, f"The provider answered {status}: {words}", error_label(status),
                           is_quoted=True)
@@ -5895,7 +5800,6 @@ class Dollars(float):
 
 
 def access_fields(exchange: Exchange) -> List[Tuple[str, object]]:
-    """What follows the route in an access line."""
     fields: List[Tuple[str, object]] = [("stream", exchange.is_stream)]
     usage = exchange.usage
     if usage is not None:
@@ -5918,7 +5822,6 @@ def access_fields(exchange: Exchange) -> List[Tuple[str, object]]:
 
 
 def process_metrics() -> List[Family]:
-    """What Prometheus' own clients tell of a process, where the system tells it."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cpu = Counter("process_cpu_seconds_total", "CPU time of the process.", scale=10**6)
     cpu.add((), int((usage.ru_utime + usage.ru_stime) * 10**6))
@@ -5977,13 +5880,13 @@ class Client:
         self.writer = writer
         self.transport: asyncio.WriteTransport = writer.transport
         self.task = asyncio.current_task()
-        self.exchange: Optional[Exchange] = None  # while one is open
+        self.exchange: Exchange | None = None  # while one is open
         self.has_left = False
         self.lingers = False  # the client may still be sending
         self.deadline = FOREVER
         self.phase = ""
         self.renewal = 0.0
-        self.head: Optional[RequestHead] = None
+        self.head: RequestHead | None = None
         self.is_committed = False  # a stream's head went out before its handler was done
         self.consumed = 0  # bytes taken from the reader
         self.written = 0
@@ -6001,7 +5904,6 @@ class Client:
         self.transport.write(data)
 
     def is_quiet(self, now: float) -> bool:
-        """Whether a stream needs a sign of life."""
         exchange = self.exchange
         if exchange is None or not exchange.keepalive or not exchange.keepalive_seconds:
             return False
@@ -6010,7 +5912,6 @@ class Client:
         return now - self._quiet_since[1] >= exchange.keepalive_seconds
 
     def sweep(self, now: float, timeouts: Timeouts) -> None:
-        """Ends what waits too long."""
         reader = self.reader
         if self.phase == "keep_alive" and reader.fed > self.consumed:
             self.expect("head", now, timeouts.head)
@@ -6044,7 +5945,6 @@ class Client:
             self.leave()
 
     def leave(self) -> None:
-        """Cancels the open exchange: nobody will read its answer."""
         if not self.has_left and self.task is not None and self.exchange is not None:
             self.has_left = True
             self.task.cancel()
@@ -6156,7 +6056,6 @@ class BodyReader:
 
     @property
     def can_be_skipped(self) -> bool:
-        """Whether another request may follow: what was not read is little, and surely comes."""
         return self._is_read or (self._head.length is not None and not self._is_begun
                                  and self._head.length <= SMALL_REST_BYTES
                                  and "expect" not in self._head.headers)
@@ -6185,7 +6084,7 @@ class Server:
         self._clients: Set[Client] = set()
         self._listeners: List[asyncio.base_events.Server] = []
         self._date = (0, "")
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def listen(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -6252,7 +6151,7 @@ class Server:
             await body.skip()
         return stays and not self.is_draining and not client.transport.is_closing()
 
-    async def read_head(self, client: Client) -> Optional[bytes]:
+    async def read_head(self, client: Client) -> bytes | None:
         """A request's head, or None where the client is done. Raises GatewayError 400, 408, 431."""
         client.expect("keep_alive", self.clock(), self.timeouts.keep_alive)
         raw = b"\r\n"
@@ -6269,7 +6168,6 @@ class Server:
         return raw
 
     async def refuse(self, client: Client, error: GatewayError) -> None:
-        """Answers what is no request, or one too many; the connection closes after it."""
         client.lingers = True
         exchange = Exchange(self._new_id(), self.clock())
         head = RequestHead("", "", "", False, {}, 0)
@@ -6318,7 +6216,6 @@ class Server:
                 client.exchange.bytes_out = client.written - before
 
     def write_keepalive(self, client: Client) -> None:
-        """A sign of life in a stream that is silent, which commits its 200 if it has to."""
         exchange, head = client.exchange, client.head
         if exchange is None or head is None:
             return
@@ -6373,7 +6270,6 @@ class Server:
             stream.close()
 
     def date(self) -> str:
-        """The time as HTTP writes it (RFC 9110, section 5.6.7), made once a second."""
         now = int(self._wall_clock())
         if now != self._date[0]:
             day = time.gmtime(now)
@@ -6384,7 +6280,6 @@ class Server:
     # ---- all connections ----
 
     def sweep(self, others: Callable[[float], None]) -> None:
-        """Looks at every deadline, now and from now on; `others` are the pool's."""
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(SWEEP_SECONDS, self.sweep, others)
         now = self.clock()
@@ -6477,7 +6372,6 @@ DEMO_PATHS = {"/v1/chat/completions": DIALECTS["chat"], "/v1/messages": DIALECTS
 
 
 def demo_reply(chat: Chat) -> Reply:
-    """Calls the first tool on offer, unless the last turn is its result; else says it back."""
     results = [block for block in chat.turns[-1].blocks if isinstance(block, ToolResult)]
     heard = demo_text(results[0].content if results else chat.turns[-1].blocks)
     asked = len(demo_text([block for turn in chat.turns for block in turn.blocks])) // 4 + 1
@@ -6494,7 +6388,6 @@ def demo_text(blocks: Iterable[Block]) -> str:
 
 
 def demo_arguments(schema: JSON) -> JSON:
-    """Arguments that fit a simple schema."""
     samples = {"number": 1.5, "integer": 1, "boolean": True, "array": [], "object": {},
                "null": None}
     return {name: (about.get("enum") or [samples.get(str(about.get("type")), "demo")])[0]
@@ -6502,7 +6395,6 @@ def demo_arguments(schema: JSON) -> JSON:
 
 
 def demo_events(reply: Reply) -> Iterator[StreamEvent]:
-    """The reply as a stream, word by word."""
     yield Start(reply.id, reply.model)
     for block in reply.blocks:
         if isinstance(block, Text):
@@ -6516,7 +6408,6 @@ def demo_events(reply: Reply) -> Iterator[StreamEvent]:
 
 
 def demo_config(upstream_port: int, listen: str) -> str:
-    """The config that -demo serves."""
     return dump_json({
         "listen": listen,
         "providers": {name: {"api_key": DEMO_UPSTREAM_KEY,
@@ -6556,7 +6447,6 @@ Try it from another terminal:
 
 
 def open_socket(address: Address) -> socket.socket:
-    """A bound socket; raises OSError."""
     if address.path:
         return open_unix_socket(address.path)
     if not address.host and socket.has_dualstack_ipv6():
@@ -6589,7 +6479,6 @@ def open_unix_socket(path: str) -> socket.socket:
 
 
 def bound_address(sock: socket.socket, address: Address) -> Address:
-    """The address with the port that the system chose, where it was 0."""
     return address if address.path else address._replace(port=sock.getsockname()[1])
 
 
@@ -6631,7 +6520,7 @@ class PriceLists(NamedTuple):
     built_in: Mapping[str, Price]
     own: Mapping[str, Price]
 
-    def find(self, provider: Provider, model: str) -> Optional[Price]:
+    def find(self, provider: Provider, model: str) -> Price | None:
         name = f"{provider.kind}/{model}"
         price = find_price(self.own, name)
         if price is None and provider.row.has_list_prices:
@@ -6645,12 +6534,10 @@ def make_gateway(config: Config, prices: PriceLists, metrics: Metrics, log: Log)
 
 
 def day_start(day: str) -> float:
-    """Unix seconds at which a day begins, UTC."""
     return float(calendar.timegm(time.strptime(day, "%Y-%m-%d")))
 
 
 def id_maker() -> Callable[[], str]:
-    """Ids that are unique among all processes: a random part, and a count."""
     start = os.urandom(6).hex()
     number = itertools.count(1)
     return lambda: f"gw-{start}-{next(number):06x}"
@@ -6689,7 +6576,6 @@ async def serve(config: Config, prices: PriceLists, sock: socket.socket,
 
 
 async def serve_demo(listen: str, log: Log) -> None:
-    """Starts the demo's upstream, and the gateway in front of it."""
     upstream_socket = socket.create_server(("127.0.0.1", 0))
     upstream = Server(DemoUpstream(), Limits(), Timeouts(), id_maker(), log.clock, log.wall_clock)
     await upstream.listen(upstream_socket)
@@ -6873,7 +6759,6 @@ def command_health(named: str) -> int:
 
 
 def ask_health(address: Address) -> int:
-    """The status of GET /health; a wildcard is asked on loopback."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     if address.path:
         connection = socket.socket(socket.AF_UNIX)
@@ -6917,7 +6802,6 @@ def hold_standard_descriptors() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command; returns the exit status."""
     hold_standard_descriptors()
     try:
         command, config = parse_command_line(arguments)
