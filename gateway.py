@@ -745,7 +745,8 @@ class Fields:
         return value
 
     def child(self, key: str, default: JSON | None = None) -> Fields:
-        value: JSON = self.need(key, dict) if default is None else self.get(key, dict) or default
+        value: Any = self.need(key, dict) if default is None else self.get(key, dict)
+        value = default if value is None else value
         return Fields(value, f"{self.place}{key}.", self._all)
 
     def children(self, key: str) -> Iterator[Fields]:
@@ -1073,7 +1074,8 @@ class Dialect(Protocol):
         detail = wire if isinstance(wire, dict) else {"message": wire}
         code, type_ = detail.get("code"), text_of(detail, "type")
         message = text_of(detail, "message") or "The provider reported an error."
-        if status in (200, 502):
+        if status == 200:
+            status = 502
             for told in (code, type_):
                 status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
             status = code if isinstance(code, int) and 400 <= code < 600 else status
@@ -1127,7 +1129,6 @@ def parse_content(holder: Fields, key: str, parts: Mapping[str, Callable[[Fields
     blocks: List[Block] = []
     for part in holder.children(key):
         block = parts.get(part.need("type"), parts[""])(part)
-        part.skip("citations")  # of an answer that comes back
         block.cache = parse_cache(part)
         if not isinstance(block, Text) or block.text:
             blocks.append(block)
@@ -1501,9 +1502,11 @@ def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
         else:
             rest.append(block)
     content = render_chat_content(rest, losses)
-    if content or turn.role == "assistant":
-        yield {"role": turn.role, "content": content, **without_none(
+    if turn.role == "assistant":
+        yield {"role": "assistant", "content": content, **without_none(
             thinking_blocks=render_thinking_blocks(thinking), tool_calls=calls)}
+    elif content:
+        yield {"role": turn.role, "content": content}
 
 
 def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
@@ -1648,7 +1651,7 @@ class ChatParser(Parser):
     def read(self, wire: JSON, part: str) -> Events:
         """A chunk, or with `part` "message" a whole answer."""
         if wire.get("error"):
-            raise self._dialect.parse_error(wire["error"], 502)
+            raise self._dialect.parse_error(wire["error"], 200)
         events: Events = []
         self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
@@ -1911,7 +1914,7 @@ class ChatWatch(Watch):
             at += len(raw)
             chunk = parse_chunk(raw) if b'"error"' in raw else {}
             if chunk.get("error"):
-                self.failure = self._dialect.parse_error(chunk["error"], 502)
+                self.failure = self._dialect.parse_error(chunk["error"], 200)
                 self.ended = False
                 return block[:at]
         return block
@@ -2055,10 +2058,10 @@ MESSAGES_ERRORS = {
 
 # What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
 ERROR_STATUSES = {
-    **{type_: status for status, type_ in MESSAGES_ERRORS.items()}, "overloaded_error": 503,
-    "context_length_exceeded": 400, "invalid_api_key": 401, "model_not_found": 404,
-    "rate_limit_exceeded": 429, "insufficient_quota": 429, "server_error": 500, "api_error": 500,
-    "server_is_overloaded": 503}
+    **{type_: status for status, type_ in MESSAGES_ERRORS.items() if status != 409},
+    "overloaded_error": 503, "context_length_exceeded": 400, "invalid_api_key": 401,
+    "model_not_found": 404, "rate_limit_exceeded": 429, "insufficient_quota": 429,
+    "server_error": 500, "api_error": 500, "server_is_overloaded": 503}
 
 
 # ---- from the wire ----
@@ -2068,6 +2071,11 @@ def parse_opaque(block: Fields) -> Block:
     block.skip(*block.wire)
     return Opaque(dialect="messages", wire={
         key: value for key, value in block.wire.items() if key != "cache_control"})
+
+
+def parse_text_block(block: Fields) -> Block:
+    block.skip("citations")  # of an answer that comes back
+    return Text(text=block.need("text"))
 
 
 def parse_image_block(block: Fields) -> Block:
@@ -2089,8 +2097,7 @@ def parse_document_block(block: Fields) -> Block:
 
 
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
-    "text": lambda block: Text(text=block.need("text")),
-    "image": parse_image_block, "document": parse_document_block,
+    "text": parse_text_block, "image": parse_image_block, "document": parse_document_block,
     "thinking": parse_thinking, "redacted_thinking": parse_thinking,
     "tool_use": lambda block: ToolCall(id=block.need("id"), name=block.need("name"),
                                        arguments=block.get("input", dict) or {}),
@@ -2703,7 +2710,7 @@ class MessagesParser(Parser):
         return [Finish(finish, self.usage or Usage(), self._refusal, tier)]
 
     def fail(self, wire: JSON) -> Events:
-        raise self._dialect.parse_error(wire.get("error"), 502)
+        raise self._dialect.parse_error(wire.get("error"), 200)
 
     events: Mapping[str, Callable[[Any, JSON], Events]] = {
         "message_start": message_start, "content_block_start": block_start,
@@ -5096,6 +5103,7 @@ class Log:
         self.wall_clock = wall_clock  # unix seconds
         self.lost = 0
         self._second = (0, "")
+        self._troubled = float("-inf")
 
     def line(self, level: str, message: str, fields: Sequence[Tuple[str, object]] = ()) -> None:
         head = [("time", self._now()), ("level", level), ("msg", message)]
@@ -5120,6 +5128,12 @@ class Log:
         if int(now) != self._second[0]:
             self._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         return f"{self._second[1]}.{int(now % 1 * 1000):03}Z"
+
+    def trouble(self, message: str) -> None:
+        """What the event loop complains of, once a second."""
+        if self.clock() - self._troubled >= 1.0:
+            self._troubled = self.clock()
+            self.line("ERROR", "loop", [("error", message)])
 
     def crash(self, error: BaseException) -> None:
         """An error that nobody foresaw: where it happened, but not its words, which may quote what
@@ -5870,6 +5884,7 @@ HIGH_WATER_BYTES = 64 << 10
 SMALL_REST_BYTES = 64 << 10  # of a refused request's body: read and dropped, else we close
 LINGER_SECONDS = 2.0
 BACKLOG = 1024
+ACCEPTS_AT_ONCE = 16  # also how often asyncio tries, in vain, once a second without descriptors
 
 
 class Client:
@@ -6091,7 +6106,8 @@ class Server:
         self._listeners.append(await loop.create_server(
             lambda: asyncio.StreamReaderProtocol(
                 Reader(self.limits.head), self.serve_connection, loop=loop),
-            sock=sock, backlog=BACKLOG))
+            sock=sock, backlog=ACCEPTS_AT_ONCE))
+        sock.listen(BACKLOG)
 
     # ---- one connection ----
 
@@ -6548,8 +6564,7 @@ async def serve(config: Config, prices: PriceLists, sock: socket.socket,
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once."""
     return_large_memory()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: log.line(
-        "ERROR", "loop", [("error", str(context.get("message", "")))]))
+    loop.set_exception_handler(lambda _, context: log.trouble(str(context.get("message", ""))))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())

@@ -251,7 +251,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 7000 and len(SOURCE.encode()) < 280_000
+    assert len(lines) < 7000 and len(SOURCE.encode()) < 280 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -515,10 +515,33 @@ def test_an_error_has_the_dialects_shape() -> None:
 ])
 def test_a_providers_error_keeps_its_words(
         wire: object, status: int, label: str, message: str) -> None:
-    error = CHAT.parse_error(wire, 502)
+    error = CHAT.parse_error(wire, 200)  # as in a stream
     assert (error.status, error.provider_error, error.message) == (status, label, message)
     assert error.is_quoted, "the log must leave these words out"
     json.loads(CHAT.render_error(error, ""))
+
+
+def test_an_http_status_of_its_own_stands() -> None:
+    """Whatever type a provider's error names, its 502 stays a 502 and its 409 is not invented."""
+    assert CHAT.parse_error({"message": "x", "type": "api_error"}, 502).status == 502
+    assert CHAT.parse_error({"message": "x", "type": "conflict_error"}, 200).status == 502
+
+
+@pytest.mark.parametrize("more, param", [
+    ({"response_format": {}}, "response_format.type"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f", "format": {}}}]},
+     "tools[0].custom.format.type"),
+])
+def test_an_empty_object_is_not_an_absent_one(more: dict[str, Any], param: str) -> None:
+    wire = {"model": "m", "messages": [{"role": "user", "content": "a"}], **more}
+    assert refusal(CHAT.parse_request, wire, gateway.Losses()).param == param
+
+
+def test_citations_on_a_chat_part_are_unknown() -> None:
+    losses = gateway.Losses()
+    CHAT.parse_request({"model": "m", "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "a", "citations": [1]}]}]}, losses)
+    assert "unknown" in losses.names
 
 
 def test_labels_are_of_the_closed_list() -> None:

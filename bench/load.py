@@ -127,8 +127,10 @@ def connections(server: Process, count: int) -> list[socket.socket]:
 
 def idle_connections(server: Process, count: int) -> list[socket.socket]:
     """Kept-alive connections, each of which has asked once and now says nothing."""
-    idle = connections(server, count)
-    for connection in idle:
+    idle = []
+    for _ in range(count):
+        idle += connections(server, 1)
+        connection = idle[-1]
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         if not connection.recv(65536).startswith(b"HTTP/1.1 200 "):
             raise WrongAnswer("an idle connection's first request was not answered")

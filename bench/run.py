@@ -52,7 +52,7 @@ class Row:
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "**over**"
-        measured, bar = f"{self.value:.3g} {self.unit}", f"{self.bar:.3g}"
+        measured, bar = f"{self.value:.3g} {self.unit}".strip(), f"{self.bar:.3g}"
         return f"| {self.what} | {measured} | {bar} | {verdict} | {self.detail} |"
 
 
@@ -276,9 +276,9 @@ def missing(python: str) -> str | None:
     needs = {"nginx-light": servers.NGINX, "wrk": load.WRK, "openssl": servers.OPENSSL}
     absent = [package for package, found in needs.items() if not found]
     if absent:
-        return f"bench/run.py needs more than there is: apt-get install {' '.join(absent)}"
+        return f"the bench needs more than there is: apt-get install {' '.join(absent)}"
     if not Path(python).exists():
-        return f"bench/run.py measures on Debian's {python}, which is not here; see --python"
+        return f"the bench measures on Debian's {python}, which is not here; see --python"
     return None
 
 
