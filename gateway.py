@@ -5884,7 +5884,7 @@ HIGH_WATER_BYTES = 64 << 10
 SMALL_REST_BYTES = 64 << 10  # of a refused request's body: read and dropped, else we close
 LINGER_SECONDS = 2.0
 BACKLOG = 1024
-ACCEPTS_AT_ONCE = 16  # also how often asyncio tries, in vain, once a second without descriptors
+ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second without descriptors
 
 
 class Client:
