@@ -70,6 +70,7 @@ import asyncio.sslproto
 import base64
 import bisect
 import calendar
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -95,8 +96,8 @@ import zlib
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import (
-    Any, Awaitable, Callable, Dict, FrozenSet, Generic, Iterable, Iterator, List, Mapping,
-    NamedTuple, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union,
+    Any, Awaitable, Callable, Container, Dict, FrozenSet, Generic, Iterable, Iterator, List,
+    Mapping, NamedTuple, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union,
 )
 
 __version__ = "1.0.0"
@@ -105,12 +106,12 @@ JSON = Dict[str, Any]
 Headers = Dict[str, str]  # names in lower case; repeated fields are joined with commas
 
 
-# ======================================
+# ==============================
 # 1. Errors
 #
 # An error is raised anywhere and rendered once, in the client's dialect. Its message is what the
 # client may read; what only the log may see is its __cause__.
-# ======================================
+# ==============================
 
 # The error types of OpenAI's API by status; other dialects have tables of their own in section 4.
 ERROR_TYPES = {
@@ -167,11 +168,11 @@ def clipped(text: str, limit: int = 128) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-# ======================================
+# ==============================
 # 2. Model
 #
 # The small model that every dialect is translated through.
-# ======================================
+# ==============================
 
 
 @dataclass
@@ -191,10 +192,10 @@ def count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-# --------------------------------------
+# ------------------------------
 # JSON as it is on the wire: strict where a route is read from it, and cut into members so that a
 # value can be replaced with every other byte left as it came.
-# --------------------------------------
+# ------------------------------
 
 MAX_INT_DIGITS = 4300  # where int() has no bound of its own, 10 MB of digits take it minutes
 
@@ -270,21 +271,29 @@ class Body:
     def tree(self) -> JSON:
         return self._tree
 
-    def with_values(self, values: Mapping[str, object]) -> bytes:
-        """The body with these top-level values put in place, or at the end where they are new."""
-        if not values:
+    def with_values(self, values: Mapping[str, object], dropped: Container[str] = ()) -> bytes:
+        """The body with these top-level values put in place, or at the end where they are new, and
+        the `dropped` keys left out."""
+        if not values and not dropped:
             return self.body
         body = memoryview(self.body)  # slices of it are no copies
-        pieces: List[Union[bytes, memoryview]] = []
-        at = 0
+        pieces: List[bytes | memoryview] = []
+        at, last, is_first = 0, self.body.index(b"{") + 1, True
         for key, (start, end) in self._spans.items():
-            if key in values:
-                pieces += [body[at:start], dump_json(values[key])]
-                at = end
+            if key in dropped:  # with the comma before it, or behind it where nothing is before
+                pieces.append(body[at:last])
+                comma = self.body.find(b",", end) if is_first else -1
+                at = max(end, comma + 1)
+            else:
+                is_first = False
+                if key in values:
+                    pieces += [body[at:start], dump_json(values[key])]
+                    at = end
+            last = end
         new = {key: value for key, value in values.items() if key not in self._spans}
         if new:
             brace = self.body.rindex(b"}")
-            pieces += [body[at:brace], b"," if self._spans else b"", dump_json(new)[1:-1]]
+            pieces += [body[at:brace], b"" if is_first else b",", dump_json(new)[1:-1]]
             at = brace
         return b"".join([*pieces, body[at:]])
 
@@ -330,9 +339,9 @@ def in_bytes(text: str, spans: Spans) -> Spans:
     return counted
 
 
-# --------------------------------------
+# ------------------------------
 # A conversation. Turns hold ordered blocks; system turns stand in the list, where they were said.
-# --------------------------------------
+# ------------------------------
 
 
 @dataclass
@@ -593,10 +602,10 @@ def merged(turns: Iterable[Turn]) -> List[Turn]:
     return result
 
 
-# --------------------------------------
+# ------------------------------
 # A stream is a reply in pieces: Start (BlockStart delta* BlockStop)* Finish. Each kind of block has
 # its own delta, so nobody need remember which block is open to read one.
-# --------------------------------------
+# ------------------------------
 
 
 class Start(NamedTuple):
@@ -693,9 +702,9 @@ def parse_arguments(text: str) -> JSON:
     return arguments
 
 
-# --------------------------------------
+# ------------------------------
 # Reading what a client sent.
-# --------------------------------------
+# ------------------------------
 
 NUMBER = (int, float)
 TEXT_OR_LIST = (str, list)
@@ -787,12 +796,12 @@ def parse_data_uri(uri: str) -> Tuple[str, str] | None:
     return parts[0] or "text/plain", data
 
 
-# ======================================
+# ==============================
 # 3. SSE
 #
 # Server-sent events (HTML Living Standard, section 9.2). Lines end in LF, CRLF or CR, and are cut
 # as bytes: str.splitlines would also cut at U+2028, which is legal inside JSON strings.
-# ======================================
+# ==============================
 
 
 def sse(data: bytes, event: str = "") -> bytes:
@@ -921,12 +930,12 @@ class SSEDecoder:
         return [event for event in events if event.data]
 
 
-# ======================================
+# ==============================
 # 4. Dialects
 #
 # A dialect is one wire format, read from both ends. Nothing here looks a model or a provider up:
 # what a target takes is handed down.
-# ======================================
+# ==============================
 
 
 class Watch:
@@ -2795,12 +2804,12 @@ class MessagesRenderer(Renderer):
 DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages()}
 
 
-# ======================================
+# ==============================
 # 5. Providers
 #
 # What is known of each kind of upstream. A new provider that speaks a known dialect is a config
 # entry, or a row here.
-# ======================================
+# ==============================
 
 
 class Kind(NamedTuple):
@@ -2872,13 +2881,13 @@ def find_caps(kind: Kind, model: str) -> Caps:
     return caps
 
 
-# ======================================
+# ==============================
 # 6. Config
 #
 # The file is JSON with comment lines. It is read into frozen dataclasses whose fields say how to
 # read them and what they default to, so that parsing, errors and defaults are one table; what each
 # is for stands in config.example.yaml.json. Every problem is collected and all are told at once.
-# ======================================
+# ==============================
 
 MIN_KEY_CHARACTERS = 16
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -3414,11 +3423,11 @@ def parse_listen(listen: str) -> Address:
     return Address("", found[1] or found[2] or "", int(found[3]))
 
 
-# ======================================
+# ==============================
 # 7. Policy
 #
 # Who may call, where a model's name leads, what a reply costs. Time comes in as an argument.
-# ======================================
+# ==============================
 
 
 @dataclass(frozen=True)
@@ -3526,7 +3535,7 @@ def cost(price: Price, usage: Usage) -> int:
 NANO_DOLLARS = 10**9
 
 
-def nano_dollars(dollars: Union[int, float, Decimal]) -> int:
+def nano_dollars(dollars: float | Decimal) -> int:
     return int(Decimal(str(dollars)) * NANO_DOLLARS)
 
 
@@ -3561,7 +3570,17 @@ class Edits(NamedTuple):
             if value is not None:
                 put_path(body, name, value)
         for path, value in self.set.items():
-            put_path(body, path, value)
+            put_path(body, path, copy.deepcopy(value))
+
+    def of_passed(self, body: Body, losses: Losses) -> Tuple[JSON, Set[str]]:
+        """The same for a passed body: top-level values to put in place, and keys to leave out."""
+        paths = [*self.drop, *self.rename, *self.rename.values(), *self.set]
+        before = {key: value for key, value in body.tree().items()
+                  if any(path.split(".")[0] == key for path in paths)}
+        after = copy.deepcopy(before)
+        self.apply(after, losses)
+        changed = {key: value for key, value in after.items() if value != before.get(key)}
+        return changed, before.keys() - after.keys()
 
 
 def take_path(body: JSON, path: str) -> Any:
@@ -3685,13 +3704,13 @@ class Budget:
         self.held -= size
 
 
-# ======================================
+# ==============================
 # 8. Metrics
 #
 # Counters are integers and exact; money is nano-dollars until it is rendered. One Metrics object is
 # made in main and handed on; a Meter per app and route binds label values once, so that recording
 # a request is a few additions.
-# ======================================
+# ==============================
 
 Labels = Tuple[str, ...]
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0,
@@ -3879,10 +3898,10 @@ def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --------------------------------------
+# ------------------------------
 # Log lines. A value can hold anything a client sends, so it is quoted unless it is plain, and
 # nothing in it can end the line or forge another.
-# --------------------------------------
+# ------------------------------
 
 PLAIN_LOG_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,\-]{1,256}")
 MAX_LOG_VALUE = 256
@@ -3909,12 +3928,12 @@ SHOW: Dict[type, Callable[[Any], str]] = {
 }
 
 
-# ======================================
+# ==============================
 # 9. HTTP
 #
 # HTTP/1.1 (RFC 9112) as bytes in and bytes out. Strict where smuggling lives: one regex judges a
 # head as a whole, so that the loop which reads it need not.
-# ======================================
+# ==============================
 
 MAX_CHUNK_LINE_BYTES = 4096
 MAX_CHUNK_WASTE_BYTES = 16 << 10  # extensions and trailers of one body
@@ -4247,11 +4266,11 @@ def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
                     if name not in dropped and not name.startswith(PREFIXES_ONLY_HERE)])
 
 
-# ======================================
+# ==============================
 # 10. Prices
 #
 # What models cost: data, a row a model, and how lists of it are read.
-# ======================================
+# ==============================
 
 MAX_DOLLARS_PER_TOKEN = Decimal("0.1")  # a dearer one was given for more than a token
 PRICE_FIELDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
@@ -4621,18 +4640,18 @@ grok-code-fast-1 1 2 0.2 >200k 2 4 0.4
 """
 
 
-# ======================================
+# ==============================
 # I/O starts here
-# ======================================
+# ==============================
 
 
-# ======================================
+# ==============================
 # 11. Upstream
 #
 # Connections to providers: made, kept alive, and dropped at the first doubt. Deadlines cost no
 # timers: each connection carries one, and the sweeper of section 13 looks at all of them several
 # times a second.
-# ======================================
+# ==============================
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_READ_BYTES = 64 << 10  # at once from a provider, so that a slow client makes us hold little
@@ -5074,13 +5093,13 @@ async def read_answer_head(reader: Reader) -> AnswerHead:
     return head
 
 
-# ======================================
+# ==============================
 # 12. Gateway
 #
 # One exchange, from request to record. Handlers return a Response and write nothing; errors are
 # raised anywhere and rendered once; `record` runs once for each exchange and is the only place that
 # logs it and touches its metrics.
-# ======================================
+# ==============================
 
 BAD_KEY = re.compile(rb"invalid_api_key|API_KEY_INVALID|authentication_error|unregistered caller"
                      rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key not valid", re.IGNORECASE)
@@ -5321,16 +5340,18 @@ class Gateway:
                            body: Body) -> Response:
         dialect = exchange.dialect
         hides_usage = exchange.is_stream and not dialect.asks_for_usage(body)
-        payload = self.render_passed(request, route, body, dialect, hides_usage)
+        losses = Losses()
+        payload = self.render_passed(request, route, body, dialect, hides_usage, losses)
+        self.count_losses(losses, route)
         del body  # it may be large, and the answer may take minutes
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
             return await self.pass_error(exchange, route, answer)
         if not exchange.is_stream:
-            return await self.pass_answer(exchange, answer)
+            return await self.pass_answer(exchange, answer, losses)
         watch = dialect.watch(hides_usage, route.provider.done)
         stream = PassedStream(self, exchange, route, answer, watch)
-        return await self.open_stream(exchange, stream, answer_fields(answer))
+        return await self.open_stream(exchange, stream, answer_fields(answer) + lost_fields(losses))
 
     async def translate(self, exchange: Exchange, request: Request, route: Route, body: Body,
                         is_strict: bool) -> Response:
@@ -5343,8 +5364,7 @@ class Gateway:
         route.edits.apply(tree, losses)
         if is_strict or request.headers.get("x-gateway-strict") == "1":
             losses.refuse()  # 400
-        for name in losses.names:
-            self.metrics.dropped.add((name, route.provider.name))
+        self.count_losses(losses, route)
         own_lines, _ = self._lines[route.provider.name, wire.name]
         passed = "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()
                           if name in TRANSLATED_FIELDS])
@@ -5352,7 +5372,7 @@ class Gateway:
         del tree
         chat.turns.clear()
         answer = await self.send(exchange, route, payload)  # 502, 504
-        fields = translated_fields(answer, losses)
+        fields = retry_fields(answer) + lost_fields(losses)
         if answer.status != 200:
             raise await self.translated_error(exchange, route, answer, wire)
         created = int(self.log.wall_clock())
@@ -5381,15 +5401,20 @@ class Gateway:
         finally:
             exchange.waited += self.clock() - since
 
+    def count_losses(self, losses: Losses, route: Route) -> None:
+        for name in losses.names:
+            self.metrics.dropped.add((name, route.provider.name))
+
     def render_passed(self, request: Request, route: Route, body: Body, dialect: Dialect,
-                      hides_usage: bool) -> List[bytes]:
+                      hides_usage: bool, losses: Losses) -> List[bytes]:
         """The request to the provider: the client's own bytes, but for what must differ."""
         values: Dict[str, object] = {}
         if body.get("model") != route.model:
             values["model"] = route.model
         if hides_usage:
             values.update(dialect.values_for_usage(body))
-        content = body.with_values(values)
+        changed, gone = route.edits.of_passed(body, losses) if any(route.edits) else ({}, set())
+        content = body.with_values({**values, **changed}, gone)
         own_lines, dropped = self._lines[route.provider.name, dialect.name]
         return with_head(own_lines + passing_fields(request.head, dropped), content)
 
@@ -5405,14 +5430,14 @@ class Gateway:
 
     # ---- answers ----
 
-    async def pass_answer(self, exchange: Exchange, answer: Answer) -> Response:
+    async def pass_answer(self, exchange: Exchange, answer: Answer, losses: Losses) -> Response:
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
         exchange.usage = exchange.dialect.parse_usage(reply.get("usage"))
         exchange.usage_from = "reported"
         if exchange.usage is None:
             self.estimate(exchange, exchange.dialect.count_content(reply))
-        return Response(200, answer_fields(answer), raw)
+        return Response(200, answer_fields(answer) + lost_fields(losses), raw)
 
     async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
         try:
@@ -5423,7 +5448,7 @@ class Gateway:
         self.pool.release(answer)
         return body
 
-    async def open_stream(self, exchange: Exchange, stream: Union[PassedStream, TranslatedStream],
+    async def open_stream(self, exchange: Exchange, stream: PassedStream | TranslatedStream,
                           fields: List[Tuple[str, str]]) -> Response:
         """A stream whose first event is awaited while the status can still be told honestly."""
         try:
@@ -5747,11 +5772,9 @@ def retry_fields(answer: Answer) -> List[Tuple[str, str]]:
     return [(name, answer.headers[name]) for name in RETRY_FIELDS if name in answer.headers]
 
 
-def translated_fields(answer: Answer, losses: Losses) -> List[Tuple[str, str]]:
-    fields = retry_fields(answer)
-    if losses.names:
-        fields.append(("x-gateway-lost", clipped(", ".join(losses.names), MAX_LOST_BYTES)))
-    return fields
+def lost_fields(losses: Losses) -> List[Tuple[str, str]]:
+    lost = clipped(", ".join(losses.names), MAX_LOST_BYTES)
+    return [("x-gateway-lost", lost)] if lost else []
 
 
 def json_object(body: bytes) -> JSON | None:
@@ -5867,7 +5890,7 @@ def process_readings() -> Iterator[Tuple[str, str, int]]:
            booted + int(fields[19]) // os.sysconf("SC_CLK_TCK"))
 
 
-# ======================================
+# ==============================
 # 13. Server
 #
 # Connections from clients. A connection cannot hang: whenever its task waits, it is for one of
@@ -5877,7 +5900,7 @@ def process_readings() -> Iterator[Tuple[str, str, int]]:
 #              noticed by the sweeper, and its exchange is cancelled (499)
 #   a write    deadline `write`, renewed by progress
 # and `sweep` looks at every connection several times a second.
-# ======================================
+# ==============================
 
 SWEEP_SECONDS = 0.25
 HIGH_WATER_BYTES = 64 << 10
@@ -6328,13 +6351,13 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-# ======================================
+# ==============================
 # 14. Demo
 #
 # The upstream behind -demo: a real HTTP server on loopback that speaks OpenAI's and Anthropic's
 # wires. It is deterministic: it says back what it heard, calls the first tool that it is offered,
 # and counts a token for four characters.
-# ======================================
+# ==============================
 
 DEMO_DELAY_SECONDS = 0.03  # between the words of a stream
 DEMO_KEY = "demo-key-0123456789"
@@ -6447,19 +6470,19 @@ Try it from another terminal:
 """
 
 
-# ======================================
+# ==============================
 # 15. Page
 #
 # What a person sees who opens the gateway in a browser: the version and the endpoints, in plain
 # text, by `Gateway.show_page`. Nothing of it depends on a key, so it tells nothing of the config.
-# ======================================
+# ==============================
 
 
-# ======================================
+# ==============================
 # 16. Workers
 #
 # Sockets, signals, the life of the process. One process serves today.
-# ======================================
+# ==============================
 
 
 def open_socket(address: Address) -> socket.socket:
@@ -6605,9 +6628,9 @@ async def serve_demo(listen: str, log: Log) -> None:
                 lambda: print(DEMO_HINT.format(port=port, key=DEMO_KEY), flush=True))
 
 
-# ======================================
+# ==============================
 # 17. Command line
-# ======================================
+# ==============================
 
 USAGE_TEXT = """\
 usage: gateway.py [-config FILE] [-check | -health | -demo | -version | -help]

@@ -544,6 +544,30 @@ def test_citations_on_a_chat_part_are_unknown() -> None:
     assert "unknown" in losses.names
 
 
+@pytest.mark.parametrize("before, after", [
+    ('{"a":1,"b":2,"c":3}', '{"b":2,"c":3}'),
+    ('{ "b" : 2 , "a" : 1, "c":3 }', '{ "b" : 2, "c":3 }'),
+    ('{"b":2,"a":1}', '{"b":2}'), ('{"a":1,"x":0,"b":2}', '{"b":2}'), ('{"a":1,"x":0}', "{}"),
+    ('{"b":2,"a":1,"x":0}', '{"b":2}'), ('{"a":1,"b":0.30,"x":1e2}', '{"b":0.30}'), ("{}", "{}"),
+])
+def test_keys_are_left_out_and_all_other_bytes_stay(before: str, after: str) -> None:
+    body = gateway.Body(before.encode())
+    assert body.with_values({}, {"a", "x"}).decode() == after
+    tree = json.loads(body.with_values({"new": [1]}, {"a", "x"}))
+    assert tree == {**json.loads(after), "new": [1]}
+
+
+def test_edits_reach_into_a_passed_body() -> None:
+    edits = gateway.Edits({"set.deep": {"x": 1}}, ("gone", "kept.inner"), {"old": "new"})
+    body = gateway.Body(b'{"gone":1,"kept":{"inner":1,"o":2},"old":"v","same":1e400}')
+    losses = gateway.Losses()
+    values, dropped = edits.of_passed(body, losses)
+    assert json.loads(body.with_values(values, dropped)) == {
+        "kept": {"o": 2}, "same": float("inf"), "new": "v", "set": {"deep": {"x": 1}}}
+    assert b'"same":1e400' in body.with_values(values, dropped)
+    assert list(losses.names) == ["gone", "kept.inner"]
+
+
 def test_labels_are_of_the_closed_list() -> None:
     assert {gateway.error_label(status) for status in range(400, 600)} == {
         "auth", "rate_limit", "client_error", "server_error"} < set(gateway.PROVIDER_ERRORS)
