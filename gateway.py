@@ -2660,6 +2660,7 @@ class MessagesParser(Parser):
         some servers' streams. A server tool's traces are no block: no call of the client's."""
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
+        closed = self.block_stop({})
         self._open = self._arguments = None
         if kind == "text" or kind == "tool_use" and name == self.rewrites.json_tool != "":
             self._open = Text()
@@ -2670,14 +2671,14 @@ class MessagesParser(Parser):
             self._open = call = self.make_call(text_of(block, "id"), name)
             self._arguments = [] if call.is_custom else None
         else:
-            return []
+            return closed
         self._block_count += 1
         self._input = part_of(block, "input")
         deltas = [{"type": f"{key}_delta", key: block.get(key)}
                   for key in ("thinking", "signature", "text")]
         deltas += [{"citation": citation} for citation in list_of_objects(block, "citations")]
-        return [BlockStart(self._open), *(event for delta in deltas
-                                          for event in self.block_delta({"delta": delta}))]
+        return [*closed, BlockStart(self._open), *(
+            event for delta in deltas for event in self.block_delta({"delta": delta}))]
 
     def block_delta(self, wire: JSON) -> Events:
         delta, block = part_of(wire, "delta"), self._open
@@ -2685,11 +2686,12 @@ class MessagesParser(Parser):
             return []
         about = part_of(delta, "citation")
         if about.get("type") == CITATION:
-            return [CitationDelta(self._block_count - 1, parse_citation(about))]
+            is_text = isinstance(block, Text)
+            return [CitationDelta(self._block_count - 1, parse_citation(about))] if is_text else []
         kind = text_of(delta, "type")
         text = text_of(delta, MESSAGES_DELTAS.get(kind, ""))
         if kind == "signature_delta":
-            return [SignatureDelta(text)] if text else []
+            return [SignatureDelta(text)] if text and isinstance(block, Thinking) else []
         self.content_bytes += len(text)
         if kind == "input_json_delta" and text:
             self._input = {}
@@ -2716,7 +2718,7 @@ class MessagesParser(Parser):
         if self.rewrites.json_tool and finish == "tool_calls":
             finish = "stop"
         tier = {"standard": "default", "batch": ""}.get(self._service_tier, self._service_tier)
-        return [Finish(finish, self.usage or Usage(), self._refusal, tier)]
+        return [*self.block_stop({}), Finish(finish, self.usage or Usage(), self._refusal, tier)]
 
     def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error"), 200)
