@@ -960,7 +960,7 @@ def test_every_refused_thing_is_told_at_once() -> None:
     ('"x"', "must be an object"), ('{"a":1,}', "line 1, column "), ("{} x", "line 1, column 4: "),
     ("{}", "providers: is missing"), ('{"limits":{"body":NaN}}', "NaN is not JSON"),
     ('{"limits":{"body":-Infinity}}', "-Infinity is not JSON"), ("[" * 100_000, "nested too deep"),
-    ('{"listen":' + "[" * 700 + "]" * 700 + "}", "nested too deep"),
+    ('{"listen":' + "[" * 990 + "]" * 990 + "}", "nested too deep"),
     ("\ufeff{}", "line 1, column 1"),
     ('{"limits":{"body":1' + "0" * 5000 + "}}", ""),
     ("{\n  # a comment,\n  // and another\n  \"listen\": :8080\n}", "line 4, column 13: "),
