@@ -96,8 +96,8 @@ import zlib
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import (
-    Any, Awaitable, Callable, Container, Dict, FrozenSet, Generic, Iterable, Iterator, List,
-    Mapping, NamedTuple, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union,
+    AbstractSet, Any, Awaitable, Callable, Container, Dict, FrozenSet, Generic, Iterable, Iterator,
+    List, Mapping, NamedTuple, NoReturn, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
 )
 
 __version__ = "1.0.0"
@@ -124,10 +124,9 @@ ERROR_TYPES = {
 class GatewayError(Exception):
     """An answer that is an error.
 
-    `status` is the HTTP status, `type` the dialect's word for it (by default from the status),
-    `headers` go out with it. `provider_error` is its label in `llm_provider_errors_total` where a
-    provider is to blame, one of PROVIDER_ERRORS, else "". `is_quoted` says that the words are the
-    provider's own: they may quote the prompt, so the log leaves them out.
+    `type` is the dialect's word for it (by default from the status), `headers` go out with it.
+    `provider_error` is one of PROVIDER_ERRORS where a provider is to blame, else "". `is_quoted`:
+    the words are the provider's own, so that they may quote the prompt; the log leaves them out.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None,
@@ -177,8 +176,8 @@ def clipped(text: str, limit: int = 128) -> str:
 
 @dataclass
 class Usage:
-    """Tokens of one reply. `input` counts the whole prompt (uncached + cache_read + cache_write),
-    `output` all that was generated, `reasoning` inside."""
+    """`input` counts the whole prompt (uncached + cache_read + cache_write), `output` holds
+    `reasoning`."""
 
     input: int = 0
     output: int = 0
@@ -213,6 +212,10 @@ def refuse_constant(name: str) -> None:
 DECODER = json.JSONDecoder(
     parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int,
     parse_constant=refuse_constant)
+MEMBERS_DECODER = json.JSONDecoder(  # an object in a body is a tuple of pairs, so that a key which
+    object_pairs_hook=tuple, parse_int=DECODER.parse_int,  # stands twice is seen
+    parse_constant=refuse_constant)
+LENIENT_DECODER = json.JSONDecoder(parse_int=DECODER.parse_int)  # some providers send NaN
 ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 encode_string = json.encoder.encode_basestring
 
@@ -241,9 +244,8 @@ def dump_json(value: object) -> bytes:
 def utf8(text: str) -> bytes:
     try:
         return text.encode()
-    except UnicodeEncodeError:
-        return "".join(
-            c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" for c in text).encode()
+    except UnicodeEncodeError:  # of a lone surrogate
+        return text.encode(errors="backslashreplace")
 
 
 class Body:
@@ -254,9 +256,12 @@ class Body:
     def __init__(self, body: bytes) -> None:
         self.body = body
         try:
-            text = body.decode()
-            self._tree, spans = scan_members(text)
-            self._spans = in_bytes(text, spans)
+            members = MEMBERS_DECODER.decode(body.decode())
+            if not isinstance(members, tuple):
+                raise ValueError("it is another value")
+            self._members = dict(members)
+            if len(self._members) < len(members):
+                raise ValueError("a top-level key stands twice")
         except UnicodeDecodeError as error:
             raise GatewayError(400, "The body is not valid UTF-8.") from error
         except RecursionError as error:
@@ -266,12 +271,19 @@ class Body:
             raise GatewayError(400, f"The body is not a JSON object: {reason}.") from error
 
     def get(self, key: str) -> Any:
-        return self._tree.get(key)
+        value = self._members.get(key)
+        return self.tree()[key] if isinstance(value, (tuple, list)) else value
 
     def tree(self) -> JSON:
-        return self._tree
+        tree: JSON = DECODER.decode(self.body.decode())
+        return tree
 
-    def with_values(self, values: Mapping[str, object], dropped: Container[str] = ()) -> bytes:
+    def forget(self) -> None:
+        """It may be large, and the answer may take minutes."""
+        self.body, self._members = b"", {}
+
+    def with_values(
+            self, values: Mapping[str, object], dropped: AbstractSet[str] = frozenset()) -> bytes:
         """The body with these top-level values put in place, or at the end where they are new, and
         the `dropped` keys left out."""
         if not values and not dropped:
@@ -279,7 +291,11 @@ class Body:
         body = memoryview(self.body)  # slices of it are no copies
         pieces: List[bytes | memoryview] = []
         at, last, is_first = 0, self.body.index(b"{") + 1, True
-        for key, (start, end) in self._spans.items():
+        spans: Spans = {}
+        if dropped or not self._members.keys().isdisjoint(values):
+            text = self.body.decode()
+            spans = in_bytes(text, scan_members(text))
+        for key, (start, end) in spans.items():
             if key in dropped:  # with the comma before it, or behind it where nothing is before
                 pieces.append(body[at:last])
                 comma = self.body.find(b",", end) if is_first else -1
@@ -290,10 +306,11 @@ class Body:
                     pieces += [body[at:start], dump_json(values[key])]
                     at = end
             last = end
-        new = {key: value for key, value in values.items() if key not in self._spans}
+        new = {key: value for key, value in values.items() if key not in self._members}
         if new:
             brace = self.body.rindex(b"}")
-            pieces += [body[at:brace], b"" if is_first else b",", dump_json(new)[1:-1]]
+            is_bare = not self._members.keys() - dropped
+            pieces += [body[at:brace], b"" if is_bare else b",", dump_json(new)[1:-1]]
             at = brace
         return b"".join([*pieces, body[at:]])
 
@@ -305,26 +322,17 @@ FIRST_KEY = re.compile(rf"{SPACE}\{{{SPACE}(?:{KEY}|\}}){SPACE}")
 NEXT_KEY = re.compile(rf"{SPACE}(?:,{SPACE}{KEY}|\}}){SPACE}")
 
 
-def scan_members(text: str) -> Tuple[JSON, Spans]:
-    """The JSON object in `text` and its members' spans; raises ValueError or RecursionError."""
-    tree: JSON = {}
+def scan_members(text: str) -> Spans:
+    """The spans of the members of the JSON object that `text` is."""
     spans: Spans = {}
-    end = 0
     found = FIRST_KEY.match(text)
     while found and (name := found[1]) is not None:
         if "\\" in name:
             name = DECODER.decode(f'"{name}"')
-        if name in tree:
-            raise ValueError("a top-level key stands twice")
-        start = found.end()
-        tree[name], end = DECODER.raw_decode(text, start)
-        spans[name] = start, end
+        _, end = DECODER.raw_decode(text, found.end())
+        spans[name] = found.end(), end
         found = NEXT_KEY.match(text, end)
-    if not found:
-        raise ValueError(f"a key and ':', a ',' or a brace is missing at character {end}")
-    if found.end() != len(text):
-        raise ValueError("more text follows it")
-    return tree, spans
+    return spans
 
 
 def in_bytes(text: str, spans: Spans) -> Spans:
@@ -362,7 +370,7 @@ class Text(Block):
 
 @dataclass
 class Image(Block):
-    """By `url`, or as base64 `data` of `media_type`."""
+    """By `url` or as base64 `data`."""
 
     url: str = ""
     media_type: str = ""
@@ -372,7 +380,7 @@ class Image(Block):
 
 @dataclass
 class Document(Block):
-    """By `url`, as base64 `data`, or as plain `text`."""
+    """By `url`, as base64 `data` or as `text`."""
 
     url: str = ""
     media_type: str = ""
@@ -397,7 +405,7 @@ class Thinking(Block):
 
 @dataclass
 class ToolCall(Block):
-    """A call with JSON `arguments`, or with freeform `input` where the tool is custom."""
+    """With freeform `input` instead of `arguments` where the tool is custom."""
 
     id: str = ""
     name: str = ""
@@ -415,7 +423,7 @@ class ToolResult(Block):
 
 @dataclass
 class Opaque(Block):
-    """A block that only its own dialect understands."""
+    """What only its own dialect understands."""
 
     dialect: str = ""
     wire: JSON = field(default_factory=dict)
@@ -461,8 +469,7 @@ class Format:
 
 @dataclass
 class Chat:
-    """One request. `options` ask for no more than a word in the target: its renderer takes those
-    that it knows and names the others as losses."""
+    """One request. Of `options` a renderer takes those that it knows and names the others."""
 
     model: str
     turns: List[Turn]
@@ -502,7 +509,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Caps:
-    """What a model takes. Merged from the kind's row, the model's rows and the config."""
+    """What a model takes."""
 
     sampling: str = "both"  # temperature and top_p: "both" together, "one" of them, "none"
     thinking: str = "none"  # "budget", "both", "adaptive" or "none"
@@ -515,8 +522,6 @@ class Caps:
 
 
 class Target(NamedTuple):
-    """Where a request is rendered for."""
-
     model: str
     caps: Caps
     default_max_tokens: int = 8192
@@ -580,15 +585,22 @@ def canonical(turns: Iterable[Turn]) -> List[Turn]:
     for turn in turns:
         if turn.role == "assistant":
             ids = call_ids(turn)
-        elif any(isinstance(block, ToolResult) for block in turn.blocks):
+        elif blocks_of(turn.blocks, ToolResult):
             order = {id_: i for i, id_ in enumerate(ids)}
             turn.blocks.sort(key=lambda block: order.get(block.id, len(order))
                              if isinstance(block, ToolResult) else len(order) + 1)
     return turns
 
 
+SomeBlock = TypeVar("SomeBlock", bound=Block)
+
+
+def blocks_of(blocks: Iterable[Block], kind: Type[SomeBlock]) -> List[SomeBlock]:
+    return [block for block in blocks if isinstance(block, kind)]
+
+
 def call_ids(turn: Turn) -> List[str]:
-    return [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+    return [call.id for call in blocks_of(turn.blocks, ToolCall)]
 
 
 def merged(turns: Iterable[Turn]) -> List[Turn]:
@@ -639,8 +651,7 @@ class CitationDelta(NamedTuple):
     citation: JSON
 
 
-class BlockStop(NamedTuple):
-    pass
+class BlockStop(NamedTuple): ...
 
 
 class Finish(NamedTuple):
@@ -702,10 +713,6 @@ def parse_arguments(text: str) -> JSON:
     return arguments
 
 
-# ------------------------------
-# Reading what a client sent.
-# ------------------------------
-
 NUMBER = (int, float)
 TEXT_OR_LIST = (str, list)
 TEXT_OR_OBJECT = (str, dict)
@@ -733,7 +740,6 @@ class Fields:
         return self.wrong(key, what, "unsupported_parameter")
 
     def get(self, key: str, kind: Any = str) -> Any:
-        """A value, a string unless told otherwise; None where it is absent or null."""
         self._unread.discard(key)
         value = self.wire.get(key)
         is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -754,29 +760,29 @@ class Fields:
         return value
 
     def child(self, key: str, default: JSON | None = None) -> Fields:
-        value: Any = self.need(key, dict) if default is None else self.get(key, dict)
-        value = default if value is None else value
+        value = self.get(key, dict)
+        if value is None:
+            value = self.need(key, dict) if default is None else default
         return Fields(value, f"{self.place}{key}.", self._all)
 
-    def children(self, key: str) -> Iterator[Fields]:
+    def items(self, key: str, kind: type) -> Iterator[Tuple[str, Any]]:
         for i, item in enumerate(self.get(key, list) or ()):
-            if not isinstance(item, dict):
-                raise self.wrong(f"{key}[{i}]", "must be an object")
-            yield Fields(item, f"{self.place}{key}[{i}].", self._all)
+            if not isinstance(item, kind):
+                raise self.wrong(f"{key}[{i}]", f"must be {TYPE_NAMES[kind]}")
+            yield f"{self.place}{key}[{i}].", item
+
+    def children(self, key: str) -> Iterator[Fields]:
+        return (Fields(item, place, self._all) for place, item in self.items(key, dict))
 
     def strings(self, key: str) -> List[str]:
-        items: List[str] = self.get(key, list) or []
-        for i, item in enumerate(items):
-            if not isinstance(item, str):
-                raise self.wrong(f"{key}[{i}]", "must be a string")
-        return items
+        return [item for _, item in self.items(key, str)]
 
     def skip(self, *keys: str) -> bool:
         self._unread.difference_update(keys)
         return any(self.wire.get(key) not in (None, "", [], {}) for key in keys)
 
     def hint(self, losses: Losses, keys: Iterable[str]) -> None:
-        """Tells which of these fields say something that no other dialect can."""
+        """What says something here that no other dialect can."""
         for key in keys:
             if self.skip(key):
                 losses.hint(key)
@@ -818,7 +824,7 @@ PLAIN_EVENT = re.compile(rb"(?:event: ([^\r\n]*)\n)?data: ([^\r\n]*)\n\n")
 
 
 def parse_event(raw: bytes) -> Event:
-    """One whole event; comments and fields other than `event` and `data` are left out."""
+    """One whole event; fields other than `event` and `data` are left out."""
     plain = PLAIN_EVENT.fullmatch(raw)
     if plain:
         return Event((plain[1] or b"").decode("utf-8", "replace"), plain[2])
@@ -837,7 +843,6 @@ BLANK_LINE = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r\n?")
 
 
 def split_events(block: bytes) -> Iterator[bytes]:
-    """A block of whole events, cut after each blank line."""
     at = 0
     while at < len(block):
         end = event_end(block, at)
@@ -846,7 +851,7 @@ def split_events(block: bytes) -> Iterator[bytes]:
 
 
 def last_blank_line(block: bytes, before: int) -> int:
-    """Where the last blank line before `before` ends; 0 where there is none."""
+    """Where it ends; 0 where there is none."""
     end = 0
     for blank in (b"\n\n", b"\n\r\n", b"\r\r"):
         at = block.rfind(blank, max(end - len(blank) + 1, 0), before)  # only one that ends later
@@ -855,7 +860,7 @@ def last_blank_line(block: bytes, before: int) -> int:
 
 
 def event_end(block: bytes, at: int) -> int:
-    """Where the event in which `at` lies ends, its blank line included."""
+    """Where the event at `at` ends, its blank line included."""
     end = block.find(b"\n\n", at, at + 4096) + 2
     if end > 1 and block.find(b"\r", at, end) < 0:  # as nearly always; the regex crawls
         return end
@@ -864,9 +869,9 @@ def event_end(block: bytes, at: int) -> int:
 
 
 class EventCutter:
-    """Cuts a stream of bytes after its last whole event: `feed` returns whole events, byte for
-    byte as they came, and keeps the one that is still arriving. Raises GatewayError(502) where
-    that one outgrows `limit` bytes, or all that are kept together what `reserve` grants."""
+    """`feed` returns whole events, byte for byte as they came, and keeps the one that is still
+    arriving. Raises GatewayError(502) where that one outgrows `limit` bytes, or all that are kept
+    together what `reserve` grants."""
 
     def __init__(self, limit: int, reserve: Callable[[int], bool] = lambda size: True) -> None:
         self._limit = limit
@@ -939,18 +944,16 @@ class SSEDecoder:
 
 
 class Watch:
-    """Watches a passed stream: whole events in, what the client may see out.
-
-    `usage` is as it is known so far, `has_content` true once the first token is there, `ended` at
-    the terminal event; `failure` is the one that the stream tells. Only blocks that hold a telling
-    word are looked into: to parse every event costs ten times as much as to pass it.
-    """
+    """Watches a passed stream: whole events in, what the client may see out. `has_content` is true
+    once the first token is there. Only blocks that hold a telling word are looked into: to parse
+    every event costs ten times as much as to pass it."""
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
         self.has_content = self.ended = False
         self.failure: GatewayError | None = None
-        self._bytes = self._events = self._envelope = 0
+        self._bytes = self._events = 0
+        self._first = b""  # the first event with content
 
     def feed(self, block: bytes) -> bytes:
         raise NotImplementedError
@@ -962,9 +965,13 @@ class Watch:
 
     @property
     def content_bytes(self) -> int:
-        """About how many bytes of content went by: all, less for each event what the
-        first one with content held around it. To count exactly is to parse every event."""
-        return max(self._bytes - self._events * self._envelope, self._events)
+        """An estimate: all bytes, less for each event what the first with content held around it.
+        To count exactly is to parse every event."""
+        return max(self._bytes - self._events * self.envelope(self._first), self._events)
+
+    def envelope(self, event: bytes) -> int:
+        """Its bytes around the content."""
+        return 0
 
 
 def cut_stream() -> GatewayError:
@@ -984,8 +991,8 @@ class DeltaTemplate:
 
 
 class Parser:
-    """Reads an upstream's stream: an SSE event in, model events out. `usage` and `content_bytes`
-    (what has been said) are readable at any time, so that an aborted stream is counted."""
+    """Reads an upstream's stream. `usage` and `content_bytes` are readable at any time, so that an
+    aborted stream is counted."""
 
     def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
         self.rewrites = rewrites
@@ -1023,8 +1030,6 @@ class Parser:
 
 
 class Renderer:
-    """Writes a client's stream."""
-
     events: Mapping[type, Callable[[Any, Any], bytes]] = {}  # all but the deltas of the open block
 
     def __init__(self) -> None:
@@ -1040,10 +1045,9 @@ class Renderer:
 
 
 class Dialect(Protocol):
-    """One wire format, read from both ends: `parse_` from the wire, `render_` to it."""
-
     name: str = ""
     keepalive: bytes = b""  # what says no more than that a stream is alive
+    id_fields: Tuple[str, ...] = ("x-request-id",)  # of an answer, where its SDKs look for the id
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
@@ -1059,17 +1063,15 @@ class Dialect(Protocol):
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         """`created` in unix seconds."""
 
-    def parser(self, rewrites: Rewrites) -> Parser:
-        """Of a provider's stream."""
+    def parser(self, rewrites: Rewrites) -> Parser: ...
 
-    def renderer(self, chat: Chat, created: int) -> Renderer:
-        """Of a client's stream."""
+    def renderer(self, chat: Chat, created: int) -> Renderer: ...
 
     def watch(self, hide_usage: bool, needs_done: bool) -> Watch:
         return Watch()
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        """A whole body."""
+        """As a body."""
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body)
@@ -1077,16 +1079,24 @@ class Dialect(Protocol):
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
         return self.error_event(self.render_error(error, request_id))
 
+    def is_spoken_in(self, headers: Headers) -> bool:
+        """Whether a request for what all dialects ask for alike is in this one."""
+        return False
+
+    def render_model(self, name: str, owner: str) -> JSON:
+        """In a list."""
+
+    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+        """Names and owners."""
+
     def parse_error(self, wire: object, status: int) -> GatewayError:
-        """A provider's error object (or what stands in its place) as ours, its words
-        kept, with the status that it gives itself: in a stream the HTTP status is 200."""
+        """A provider's error object, or what stands in its place, with the status that it gives
+        itself: in a stream the HTTP status is 200."""
         detail = wire if isinstance(wire, dict) else {"message": wire}
         code, type_ = detail.get("code"), text_of(detail, "type")
         message = text_of(detail, "message") or "The provider reported an error."
         if status == 200:
-            status = 502
-            for told in (code, type_):
-                status = ERROR_STATUSES.get(told, status) if isinstance(told, str) else status
+            status = ERROR_STATUSES.get(type_) or ERROR_STATUSES.get(text_of(detail, "code"), 502)
             status = code if isinstance(code, int) and 400 <= code < 600 else status
         if "prompt is too long" in message:
             code = "context_length_exceeded"  # agents key on it
@@ -1104,11 +1114,11 @@ class Dialect(Protocol):
         return 0
 
     def asks_for_usage(self, body: Body) -> bool:
-        """Whether a streamed request's answer will tell its usage by itself."""
+        """Whether a streamed answer will tell its usage by itself."""
         return True
 
     def values_for_usage(self, body: Body) -> JSON:
-        """What makes a streamed request's answer end in its usage."""
+        """What makes a streamed answer end in its usage."""
         return {}
 
     def parse_plain_fields(self, root: Fields, chat: Chat) -> None:
@@ -1121,16 +1131,15 @@ class Dialect(Protocol):
             setattr(chat, name, value)
 
     def render_plain_fields(self, chat: Chat, wire: JSON) -> None:
-        said: Set[str] = set()  # where two fields mean the same, the first is written
+        first = {name: key for key, name, _ in reversed(self.plain_fields)}
         for key, name, _ in self.plain_fields:
             value = getattr(chat, name)
-            if value is not None and name not in said:
-                said.add(name)
+            if value is not None and first[name] == key:  # where two mean the same
                 wire[key] = value
 
 
-def parse_content(holder: Fields, key: str, parts: Mapping[str, Callable[[Fields], Block]]
-                  ) -> List[Block]:
+def parse_content(
+        holder: Fields, key: str, parts: Mapping[str, Callable[[Fields], Block]]) -> List[Block]:
     """A string, or a list of parts read by their type ("" for any other); empty text is none."""
     content = holder.get(key, TEXT_OR_LIST)
     if isinstance(content, str):
@@ -1155,8 +1164,8 @@ def parse_cache(part: Fields) -> JSON | None:
     return mark
 
 
-def part_of(wire: JSON, key: str) -> JSON:
-    value = wire.get(key)
+def part_of(wire: object, key: str) -> JSON:
+    value = wire.get(key) if isinstance(wire, dict) else None
     return value if isinstance(value, dict) else {}
 
 
@@ -1174,7 +1183,6 @@ def without_none(**members: Any) -> JSON:
     return {key: value for key, value in members.items() if value not in (None, "", [])}
 
 
-# What a provider's error says of itself, where its HTTP status cannot (in a stream it is 200).
 def error_label(status: int) -> str:
     if status in (401, 402):
         return "auth"
@@ -1212,7 +1220,7 @@ class ChatCompletions(Dialect):
         self.parse_plain_fields(root, chat)
         chat.tools = [parse_chat_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
-                      for kind in [item.one_of("type", ("function", "custom"))]]
+                      for kind in [item.one_of("type", TOOL_KINDS)]]
         functions = [parse_chat_tool(item, "function", None) for item in root.children("functions")]
         chat.legacy_functions = bool(functions) and not chat.tools
         chat.tools += functions
@@ -1225,10 +1233,8 @@ class ChatCompletions(Dialect):
         chat.include_usage = bool(options.get("include_usage", bool))
         if options.get("include_obfuscation", bool) is not None:
             losses.hint("include_obfuscation")
-        for key in filter(OPTIONS.__contains__, wire):
-            value = root.get(key, OPTIONS[key].kind)
-            if value is not None:
-                chat.options[key] = value
+        told = {key: root.get(key, OPTIONS[key].kind) for key in wire if key in OPTIONS}
+        chat.options = {key: value for key, value in told.items() if value is not None}
         root.name_unknown(losses)
         return chat
 
@@ -1256,17 +1262,16 @@ class ChatCompletions(Dialect):
         return collect([*parser.read(wire, "message"), *parser.finish()])
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
-        texts = [block for block in reply.blocks if isinstance(block, Text)]
-        calls = [block for block in reply.blocks if isinstance(block, ToolCall)]
-        thinking = [block for block in reply.blocks if isinstance(block, Thinking)]
+        texts, calls = blocks_of(reply.blocks, Text), blocks_of(reply.blocks, ToolCall)
+        thinking = blocks_of(reply.blocks, Thinking)
         ends = [0, *itertools.accumulate(len(text.text) for text in texts)]
         content = "".join(text.text for text in texts if not text.is_refusal)
         refusal = "".join(text.text for text in texts if text.is_refusal) or reply.refusal
         message: JSON = {
             "role": "assistant", "content": content or None, "refusal": refusal or None,
             **without_none(
-                annotations=[annotation(citation, start, end) for text, start, end in zip(
-                    texts, ends, ends[1:]) for citation in text.citations],
+                annotations=[annotation(citation, *ends[i:i + 2]) for i, text in enumerate(texts)
+                             for citation in text.citations],
                 reasoning_content="".join(block.text for block in thinking),
                 thinking_blocks=render_thinking_blocks(thinking))}
         if calls and chat.legacy_functions:
@@ -1292,13 +1297,19 @@ class ChatCompletions(Dialect):
         return dump_json({"error": {"message": error.message, "type": error.type,
                                     "param": error.param, "code": error.code}})
 
+    def render_model(self, name: str, owner: str) -> JSON:
+        return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+
+    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+        return {"object": "list", "data": [self.render_model(*model) for model in models]}
+
     def parse_usage(self, wire: object) -> Usage | None:
-        """Its counts hold the cached and the reasoning parts already."""
         if not isinstance(wire, dict):
             return None
         read = part_of(wire, "prompt_tokens_details")
         written = part_of(wire, "completion_tokens_details")
-        return Usage(count(wire.get("prompt_tokens")), count(wire.get("completion_tokens")),
+        return Usage(count(wire.get("prompt_tokens", wire.get("input_tokens"))),
+                     count(wire.get("completion_tokens", wire.get("output_tokens"))),
                      count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
                      0, count(written.get("reasoning_tokens")))
 
@@ -1364,9 +1375,8 @@ CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assist
 def parse_image_part(part: Fields) -> Block:
     image = part.child("image_url")
     url, detail = image.need("url"), image.get("detail") or ""
-    data = parse_data_uri(url)
-    return (Image(media_type=data[0], data=data[1], detail=detail) if data
-            else Image(url=url, detail=detail))
+    media_type, data = parse_data_uri(url) or ("", "")
+    return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
 
 
 def parse_file_part(part: Fields) -> Block:
@@ -1461,24 +1471,27 @@ def parse_chat_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
     return tool
 
 
+TOOL_KINDS = ("function", "custom")  # by is_custom
+
+
 def parse_chat_choice(root: Fields) -> ToolChoice | None:
     key = "function_call" if root.wire.get("tool_choice") is None else "tool_choice"
     root.get("function_call", TEXT_OR_OBJECT)
     choice = root.get(key, TEXT_OR_OBJECT)
-    if choice is None or isinstance(choice, str):
-        modes = ("auto", "required", "none")
-        return None if choice is None else ToolChoice(root.one_of(key, modes))
-    place = root.child(key)
-    if key == "function_call":
-        return ToolChoice("tool", place.need("name"))
-    kind = place.one_of("type", ("function", "custom", "allowed_tools"))
-    about = place.child(kind)
-    if kind != "allowed_tools":
-        return ToolChoice("tool", about.need("name"))
-    about.need("tools", list)
-    return ToolChoice(about.one_of("mode", ("auto", "required")), allowed=[
-        item.child(item.one_of("type", ("function", "custom"))).need("name")
-        for item in about.children("tools")])
+    if choice is None:
+        return None
+    if isinstance(choice, str):
+        return ToolChoice(root.one_of(key, ("auto", "required", "none")))
+    about = root.child(key)
+    if key == "tool_choice":
+        kind = about.one_of("type", (*TOOL_KINDS, "allowed_tools"))
+        about = about.child(kind)
+        if kind == "allowed_tools":
+            about.need("tools", list)
+            return ToolChoice(about.one_of("mode", ("auto", "required")), allowed=[
+                item.child(item.one_of("type", TOOL_KINDS)).need("name")
+                for item in about.children("tools")])
+    return ToolChoice("tool", about.need("name"))
 
 
 def parse_chat_format(root: Fields) -> Format | None:
@@ -1495,25 +1508,19 @@ def parse_chat_format(root: Fields) -> Format | None:
 
 
 def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
-    rest, thinking, calls = [], [], []
-    for block in turn.blocks:
-        if isinstance(block, ToolResult):
-            content = render_chat_content(block.content, losses) or ""
-            if block.is_error:  # for which this wire has no flag
-                content = f"Error: {content}" if isinstance(content, str) else [
-                    {"type": "text", "text": "Error:"}, *content]
-            yield {"role": "tool", "tool_call_id": block.id, "content": content,
-                   **without_none(cache_control=block.cache)}
-        elif isinstance(block, ToolCall):
-            calls.append(render_chat_call(block))
-        elif isinstance(block, Thinking):
-            thinking.append(block)
-        else:
-            rest.append(block)
-    content = render_chat_content(rest, losses)
+    for block in blocks_of(turn.blocks, ToolResult):
+        content = render_chat_content(block.content, losses) or ""
+        if block.is_error:  # for which this wire has no flag
+            content = f"Error: {content}" if isinstance(content, str) else [
+                {"type": "text", "text": "Error:"}, *content]
+        yield {"role": "tool", "tool_call_id": block.id, "content": content,
+               **without_none(cache_control=block.cache)}
+    content = render_chat_content([block for block in turn.blocks if not isinstance(
+        block, (ToolResult, ToolCall, Thinking))], losses)
     if turn.role == "assistant":
         yield {"role": "assistant", "content": content, **without_none(
-            thinking_blocks=render_thinking_blocks(thinking), tool_calls=calls)}
+            thinking_blocks=render_thinking_blocks(blocks_of(turn.blocks, Thinking)),
+            tool_calls=list(map(render_chat_call, blocks_of(turn.blocks, ToolCall))))}
     elif content:
         yield {"role": turn.role, "content": content}
 
@@ -1567,7 +1574,7 @@ def render_chat_call(call: ToolCall) -> JSON:
 
 
 def render_chat_tool(tool: Tool) -> JSON:
-    kind = "custom" if tool.is_custom else "function"
+    kind = TOOL_KINDS[tool.is_custom]
     about = {"name": tool.name, **without_none(
         description=tool.description, parameters=tool.schema, strict=tool.strict,
         format=tool.grammar and {"type": "grammar", "grammar": tool.grammar})}
@@ -1576,8 +1583,7 @@ def render_chat_tool(tool: Tool) -> JSON:
 
 def render_chat_choice(choice: ToolChoice, tools: List[Tool]) -> Any:
     def named(name: str) -> JSON:
-        is_custom = any(tool.is_custom for tool in tools if tool.name == name)
-        kind = "custom" if is_custom else "function"
+        kind = TOOL_KINDS[any(tool.is_custom for tool in tools if tool.name == name)]
         return {"type": kind, kind: {"name": name}}
 
     if choice.allowed is not None:
@@ -1681,8 +1687,7 @@ class ChatParser(Parser):
         for key, block, text in (("reasoning", Thinking(), thought),
                                  ("content", Text(), text_of(delta, "content")),
                                  ("refusal", Text(is_refusal=True), text_of(delta, "refusal"))):
-            if text:
-                events += self._say(key, block, text)
+            events += self._say(key, block, text) if text else []
         for item in list_of_objects(delta, "annotations"):
             about = part_of(item, "url_citation")
             if about and self._text_block >= 0:
@@ -1836,23 +1841,23 @@ class ChatRenderer(Renderer):
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
+TEXT_DELTA = re.compile(
+    rb'"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?"(?!")')
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 DONE = re.compile(rb"data:[ \t]*\[DONE\]")
 COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)*")
 
 
-def find_usage(block: bytes, start: int = 0) -> int:
-    """Where a usage object starts, or -1. Through the "usage":null of real chunks a regex
-    would crawl; it is the last resort, for unusual white space."""
-    for mark in (b'"usage":{', b'"usage": {'):
-        at = block.find(mark, start)
-        if at >= 0:
-            return at
-    nulls = block.count(b'"usage":null', start) + block.count(b'"usage": null', start)
-    if block.count(b'"usage"', start) == nulls:
-        return -1
-    found = USAGE.search(block, start)
-    return found.start() if found else -1
+def find_usage(block: bytes, before: int) -> int:
+    """Where the last "usage" that holds an object starts, or -1. The regex crawls: it is only for
+    unusual white space."""
+    at = max(block.rfind(b'"usage":{', 0, before), block.rfind(b'"usage": {', 0, before))
+    if at < 0:
+        nulls = (block.count(b'"usage":null', 0, before)
+                 + block.count(b'"usage": null', 0, before))
+        if block.count(b'"usage"', 0, before) > nulls:
+            at = max([found.start() for found in USAGE.finditer(block, 0, before)], default=-1)
+    return at
 
 
 def find_done(block: bytes) -> int:
@@ -1880,42 +1885,51 @@ class ChatWatch(Watch):
         self._open_choices: Dict[object, bool] = {}
 
     def feed(self, block: bytes) -> bytes:
+        if not self.has_content:
+            self._find_text(block)
         if not self.has_content or not self._needs_done:
             self._look_at_each(block)
-        if self.has_content:
-            self._bytes += len(block)
-            self._events += block.count(b"\ndata:") + 1
         done = find_done(block)
         if done >= 0:
             self.ended = True
             block = block[:event_end(block, done)]
         if b'"error"' in block:
             block = self._cut_at_error(block)
-        if self._held:
-            return self._settle_held(block)
-        return self._take_usage(block) if b'"usage"' in block else block
+        passed = self._settle_held(block) if self._held else (
+            self._take_usage(block) if b'"usage"' in block else block)
+        if self.has_content and not (self.ended and self.usage):
+            self._bytes += len(block)
+            self._events += block.count(b"\ndata:") + 1
+        return passed
 
     def end(self) -> bytes:
         if not self._needs_done and self._open_choices and not any(self._open_choices.values()):
             self.ended = True
-        held, self._held = self._held, b""
-        if self.ended and self._hide_usage:
-            held = b""
-        return held + super().end()
+        self._held = b""  # however it ended, that chunk was ours
+        return super().end()
+
+    def _find_text(self, block: bytes) -> None:
+        """The first content is nearly always text."""
+        found = TEXT_DELTA.search(block)
+        if found:
+            self.has_content = True
+            self._first = block[last_blank_line(block, found.start()):event_end(block, found.end())]
 
     def _look_at_each(self, block: bytes) -> None:
-        """Finds the first content and what such an event weighs without it; where
-        no [DONE] is to come, goes on to watch which choices are open."""
+        """Finds the first content; where no [DONE] is to come, also which choices are open."""
         for raw in split_events(block):
             for choice in list_of_objects(parse_chunk(raw), "choices"):
                 self._open_choices[str(choice.get("index"))] = not choice.get("finish_reason")
-                said = [value for key, value in part_of(choice, "delta").items()
-                        if key != "role" and value]
+                said = said_in(choice)
                 if not self.has_content and (said or choice.get("finish_reason")):
-                    self.has_content = True
-                    self._envelope = len(raw) - sum(len(dump_json(value)) - 2 for value in said)
+                    self.has_content, self._first = True, raw
             if self.has_content and self._needs_done:
                 return
+
+    def envelope(self, event: bytes) -> int:
+        return len(event) - sum(
+            len(dump_json(value)) - 2 for choice in list_of_objects(parse_chunk(event), "choices")
+            for value in said_in(choice))
 
     def _cut_at_error(self, block: bytes) -> bytes:
         at = 0
@@ -1929,17 +1943,20 @@ class ChatWatch(Watch):
         return block
 
     def _take_usage(self, block: bytes) -> bytes:
-        at = find_usage(block)
+        at, end = find_usage(block, len(block)), len(block)
         while at >= 0:
             start, end = last_blank_line(block, at), event_end(block, at)
             chunk = parse_chunk(block[start:end])
-            self.usage = self._dialect.parse_usage(chunk.get("usage")) or self.usage
-            if self._hide_usage and chunk.get("choices") == [] and part_of(chunk, "usage") \
-                    and not chunk.get("moderation"):
-                self._held = block[start:end]
-                return b"".join([memoryview(block)[:start], self._settle_held(block[end:])])
-            at = find_usage(block, end)
-        return block
+            usage = self._dialect.parse_usage(chunk.get("usage"))
+            if usage is not None:
+                self.usage = usage
+                break
+            at = find_usage(block, start)
+        if at < 0 or not (self._hide_usage and chunk.get("choices") == []
+                          and part_of(chunk, "usage") and not chunk.get("moderation")):
+            return block
+        self._held = block[start:end]
+        return b"".join([memoryview(block)[:start], self._settle_held(block[end:])])
 
     def _settle_held(self, block: bytes) -> bytes:
         follows = COMMENTS.match(block).end()  # type: ignore[union-attr]  # it matches everywhere
@@ -1951,8 +1968,14 @@ class ChatWatch(Watch):
         return held + self._take_usage(block)
 
 
+def said_in(choice: JSON) -> List[Any]:
+    """What a chunk brings; `text` is the Completions API's."""
+    said = {**part_of(choice, "delta"), "text": choice.get("text")}
+    return [value for key, value in said.items() if key != "role" and value]
+
+
 def parse_chunk(raw: bytes) -> JSON:
-    """The JSON object in an event; {} for anything else, which passes too."""
+    """{} for anything but an object, which passes too."""
     try:
         chunk = DECODER.decode(parse_event(raw).data.decode())
     except (ValueError, RecursionError):
@@ -1965,6 +1988,7 @@ class Messages(Dialect):
 
     name = "messages"
     keepalive = sse(b'{"type":"ping"}', "ping")
+    id_fields = ("x-request-id", "request-id")
     plain_fields = (
         ("max_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
         ("top_p", "top_p", NUMBER), ("top_k", "top_k", int), ("thinking", "thinking", dict))
@@ -2020,8 +2044,8 @@ class Messages(Dialect):
         return collect([*events, *parser.message_delta({"delta": wire}), *parser.finish({})])
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
-        has_calls = any(isinstance(block, ToolCall) for block in reply.blocks)
-        return {"id": reply.id, "type": "message", "role": "assistant", "model": reply.model,
+        has_calls = bool(blocks_of(reply.blocks, ToolCall))
+        return {**message_head(reply.id, reply.model),
                 "content": BlockWriter(Losses()).blocks(reply.blocks),
                 **messages_end(reply.finish, has_calls, reply.refusal),
                 "usage": render_messages_usage(reply.usage)}
@@ -2034,11 +2058,31 @@ class Messages(Dialect):
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         fallback = "invalid_request_error" if error.status < 500 else "api_error"
+        kind = (error.type if error.is_quoted and error.type in MESSAGES_ERRORS.values() else
+                MESSAGES_ERRORS.get(error.status, fallback))
         return dump_json({"type": "error", "request_id": request_id, "error": {
-            "type": MESSAGES_ERRORS.get(error.status, fallback), "message": error.message}})
+            "type": kind, "message": error.message}})
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
+
+    def watch(self, hide_usage: bool, needs_done: bool) -> MessagesWatch:
+        return MessagesWatch(self)
+
+    def is_spoken_in(self, headers: Headers) -> bool:
+        return "anthropic-version" in headers
+
+    def render_model(self, name: str, owner: str) -> JSON:
+        return {"type": "model", "id": name, "display_name": name, "lifecycle": "active",
+                "created_at": "1970-01-01T00:00:00Z"}
+
+    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+        ids: List[str | None] = [name for name, _ in models] or [None]
+        return {"data": [self.render_model(*model) for model in models], "has_more": False,
+                "first_id": ids[0], "last_id": ids[-1]}
+
+    def count_content(self, reply: JSON) -> int:
+        return len(dump_json(reply.get("content")))
 
     def parse_usage(self, wire: object) -> Usage | None:
         """Its input_tokens leave out the cached parts; ours count the whole prompt."""
@@ -2087,26 +2131,24 @@ def parse_text_block(block: Fields) -> Block:
     return Text(text=block.need("text"))
 
 
-def parse_image_block(block: Fields) -> Block:
+def parse_source(block: Fields, kinds: Iterable[str]) -> JSON:
     source = block.child("source")
-    if source.one_of("type", ("base64", "url")) == "url":
-        return Image(url=source.need("url"))
-    return Image(media_type=source.need("media_type"), data=source.need("data"))
+    kind = source.one_of("type", kinds)
+    if kind == "url":
+        return {"url": source.need("url")}
+    return {"media_type": source.need("media_type"),
+            "text" if kind == "text" else "data": source.need("data")}
 
 
 def parse_document_block(block: Fields) -> Block:
-    source, title = block.child("source"), block.get("title") or ""
     block.skip("citations", "context")
-    kind = source.one_of("type", ("base64", "text", "url"))
-    if kind == "url":
-        return Document(url=source.need("url"), title=title)
-    media_type = source.need("media_type")
-    return Document(media_type=media_type, title=title,
-                    **{"text" if kind == "text" else "data": source.need("data")})
+    return Document(
+        title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
 
 
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
-    "text": parse_text_block, "image": parse_image_block, "document": parse_document_block,
+    "text": parse_text_block, "document": parse_document_block,
+    "image": lambda block: Image(**parse_source(block, ("base64", "url"))),
     "thinking": parse_thinking, "redacted_thinking": parse_thinking,
     "tool_use": lambda block: ToolCall(id=block.need("id"), name=block.need("name"),
                                        arguments=block.get("input", dict) or {}),
@@ -2156,6 +2198,12 @@ def legal_name(name: str) -> str:
     return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:MAX_NAME_CHARACTERS - 9]}_{hashed(name, 8)}"
 
 
+def render_source(block: Image | Document) -> JSON:
+    if block.url:
+        return {"type": "url", "url": block.url}
+    return {"type": "base64", "media_type": block.media_type, "data": block.data}
+
+
 class BlockWriter:
     """Counts and rewrites over the whole of a request."""
 
@@ -2193,23 +2241,16 @@ class BlockWriter:
     def _image(self, block: Image) -> JSON:
         if block.detail not in ("", "auto"):
             self.losses.hint("detail")
-        source = {"type": "url", "url": block.url}
-        if not block.url:
-            if block.media_type not in IMAGE_TYPES:
-                raise unsupported(
-                    "image_url", "An image must be JPEG, PNG, GIF or WebP for this model.")
-            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
-        return {"type": "image", "source": source}
+        if not block.url and block.media_type not in IMAGE_TYPES:
+            raise unsupported(
+                "image_url", "An image must be JPEG, PNG, GIF or WebP for this model.")
+        return {"type": "image", "source": render_source(block)}
 
     def _document(self, block: Document) -> JSON:
-        media_type = block.media_type
-        if block.url:
-            source = {"type": "url", "url": block.url}
-        elif not block.data:
+        source = render_source(block)
+        if not block.url and not block.data:
             source = {"type": "text", "media_type": "text/plain", "data": block.text}
-        elif media_type == "application/pdf":
-            source = {"type": "base64", "media_type": media_type, "data": block.data}
-        else:
+        elif not block.url and block.media_type != "application/pdf":
             raise unsupported("file", "A file must be a PDF or plain text for this model.")
         return {"type": "document", "source": source, **without_none(title=block.title)}
 
@@ -2217,7 +2258,7 @@ class BlockWriter:
         raise unsupported("input_audio", "This model does not take audio.")
 
     def _thinking(self, block: Thinking) -> JSON | None:
-        if block.issuer == "anthropic" and block.signature:
+        if is_signed(block):
             return render_thinking_blocks([block])[0]
         self.losses.hint("thinking_blocks")
         return None
@@ -2248,6 +2289,7 @@ class MessagesRequest(BlockWriter):
         self.chat = chat
         self.target = target
         self.caps = target.caps
+        self.choice = chat.choice or ToolChoice("auto")
         self.wire: JSON = {"model": target.model}
 
     def render(self) -> JSON:
@@ -2273,8 +2315,8 @@ class MessagesRequest(BlockWriter):
         return wire
 
     def _add_turns(self) -> None:
-        """Later system turns stay where the model takes them there, so that what
-        is cached before them holds; else all go first."""
+        """Later system turns stay where the model takes them, so that what is cached before them
+        holds."""
         system: List[JSON] = []
         messages: List[JSON] = []
         calls: List[str] = []
@@ -2307,9 +2349,8 @@ class MessagesRequest(BlockWriter):
             block, Thinking))) if turn.role == "assistant" else turn for turn in turns]
 
     def _add_tools(self) -> None:
-        chat = self.chat
+        chat, choice = self.chat, self.choice
         names = [tool.name for tool in chat.tools]
-        choice = chat.choice or ToolChoice("auto")
         for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
             if name not in names:
                 raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
@@ -2317,8 +2358,8 @@ class MessagesRequest(BlockWriter):
         tools = [self._tool(tool) for tool in chat.tools
                  if choice.allowed is None or tool.name in choice.allowed]
         if chat.web_search is not None:
-            tools.append(
-                render_web_search(Fields(chat.web_search, "web_search_options."), self.losses))
+            options = Fields(chat.web_search, "web_search_options.")
+            tools.append(render_web_search(options, self.losses))
         if tools:
             self.wire["tools"] = tools
 
@@ -2339,26 +2380,24 @@ class MessagesRequest(BlockWriter):
         return self.marked(wire, tool.cache)
 
     def _add_choice(self) -> None:
-        """A history with calls needs their tools, though none is offered: then
-        they are there for show."""
-        chat = self.chat
-        mode = chat.choice.mode if chat.choice else "auto"
+        """A history with calls needs their tools, though none is offered."""
+        chat, mode = self.chat, self.choice.mode
         if "tools" not in self.wire:
             if mode in ("required", "tool"):
                 raise GatewayError(400, "'tool_choice' needs 'tools'.", "tool_choice")
-            names = dict.fromkeys(block.name for turn in chat.turns for block in turn.blocks
-                                  if isinstance(block, ToolCall))
-            if names:
-                self.wire["tools"] = [{"name": self.tool_name(name),
-                                       "input_schema": {"type": "object"}} for name in names]
+            calls = [call for turn in chat.turns for call in blocks_of(turn.blocks, ToolCall)]
+            if calls:
+                names = dict.fromkeys(self.tool_name(call.name) for call in calls)
+                self.wire["tools"] = [
+                    {"name": name, "input_schema": {"type": "object"}} for name in names]
                 self.wire["tool_choice"] = {"type": "none"}
             return
         if mode in ("required", "tool") and self.caps.forced_tools == "auto":
             self.losses.drop("tool_choice")
             mode = "auto"
         wire: JSON = {"type": CHOICES_IN_MESSAGES[mode]}
-        if mode == "tool" and chat.choice:
-            wire["name"] = self.tool_name(chat.choice.name)
+        if mode == "tool":
+            wire["name"] = self.tool_name(self.choice.name)
         if mode != "none" and (chat.parallel is False or chat.legacy_functions and mode != "tool"):
             wire["disable_parallel_tool_use"] = True
         if chat.choice or len(wire) > 1:
@@ -2375,8 +2414,8 @@ class MessagesRequest(BlockWriter):
             wire["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
             return
         if self.chat.tools:
-            raise unsupported("response_format", "This model cannot be given tools and a response "
-                                                 "format at once.")
+            raise unsupported("response_format",
+                              "This model cannot be given tools and a response format at once.")
         self.rewrites.json_tool = JSON_TOOL
         wire.setdefault("tools", []).append({
             "name": JSON_TOOL, "description": form.description or "Gives the answer.",
@@ -2384,7 +2423,7 @@ class MessagesRequest(BlockWriter):
         wire["tool_choice"] = {"type": "tool", "name": JSON_TOOL}
 
     def _add_thinking(self) -> None:
-        """Thinking, effort, and the cap of the whole answer, against which a budget counts."""
+        """Effort too, and the cap of the whole answer, against which a budget counts."""
         chat, wire = self.chat, self.wire
         param = "reasoning_effort" if chat.thinking is None else "thinking"
         thinking = chat.thinking or self._thinking_by_effort()
@@ -2419,20 +2458,20 @@ class MessagesRequest(BlockWriter):
         if effort not in EFFORTS:
             raise GatewayError(400, f"'reasoning_effort' must be one of: {', '.join(EFFORTS)}.",
                                "reasoning_effort")
-        if effort == "none" and caps.can_disable_thinking:
-            return {"type": "disabled"}
         if effort == "none":
+            if caps.can_disable_thinking:
+                return {"type": "disabled"}
             if caps.thinking == "adaptive" and caps.efforts:
                 self._add_effort("low")
                 self.losses.drop("reasoning_effort")
-        elif caps.thinking == "budget":
-            return {"type": "enabled", "budget_tokens": THINKING_BUDGETS[effort]}
-        elif caps.thinking == "none":
+            return None
+        if caps.thinking == "none":
             self.losses.drop("reasoning_effort")
-        else:
-            self._add_effort(effort)
-            return {"type": "adaptive", "display": "summarized"}
-        return None
+            return None
+        if caps.thinking == "budget":
+            return {"type": "enabled", "budget_tokens": THINKING_BUDGETS[effort]}
+        self._add_effort(effort)
+        return {"type": "adaptive", "display": "summarized"}
 
     def _add_effort(self, effort: str | None) -> None:
         """The level, or the nearest that the model has, the higher first."""
@@ -2447,13 +2486,12 @@ class MessagesRequest(BlockWriter):
             self.wire.setdefault("output_config", {})["effort"] = level
 
     def _lacks_thinking(self) -> bool:
-        """Whether the open tool loop lost its thinking on the way: such a
-        turn is refused while thinking is on, and accepted without."""
+        """An open tool loop that lost its thinking on the way is refused while thinking is on, and
+        accepted without."""
         blocks = next(
             (turn.blocks for turn in reversed(self.chat.turns) if turn.role == "assistant"), [])
-        return (any(isinstance(block, ToolCall) for block in blocks)
-                and not any(isinstance(block, Thinking) and block.signature
-                            and block.issuer == "anthropic" for block in blocks))
+        return bool(blocks_of(blocks, ToolCall)) and not any(
+            map(is_signed, blocks_of(blocks, Thinking)))
 
     def _add_sampling(self) -> None:
         """Newer models take none of it, and none of them any while thinking."""
@@ -2467,11 +2505,11 @@ class MessagesRequest(BlockWriter):
             if self.caps.sampling == "none" or thinks or is_second:
                 if name == "top_k" or value != 1:  # the default of the others
                     self.losses.drop(name)
-            elif name == "temperature" and value > 1:
+                continue
+            self.wire[name] = value
+            if name == "temperature" and value > 1:
                 self.losses.drop(name)
                 self.wire[name] = 1
-            else:
-                self.wire[name] = value
 
     def _add_options(self) -> None:
         for name, value in self.chat.options.items():
@@ -2479,6 +2517,10 @@ class MessagesRequest(BlockWriter):
                 self.wire[name] = SERVICE_TIERS[value]
             elif value != OPTIONS[name].default:
                 (self.losses.hint if OPTIONS[name].is_hint else self.losses.drop)(name)
+
+
+def is_signed(block: Thinking) -> bool:
+    return block.issuer == "anthropic" and block.signature != ""
 
 
 # What a turn may hold, where not all.
@@ -2491,15 +2533,14 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
             "messages", f"The {turn.role}'s messages can hold text only for this model.")
     if turn.role == "system":
         return
-    results = [block.id for block in turn.blocks if isinstance(block, ToolResult)]
-    for id_ in results:
-        if id_ not in calls:
-            raise GatewayError(400, f"The tool result {clipped(id_, 64)!r} answers no tool call of "
-                                    "the message before it.", "messages")
-    for id_ in calls:
-        if id_ not in results and turn.role == "user":
-            raise GatewayError(400, f"The tool call {clipped(id_, 64)!r} has no result in the "
-                                    "message after it.", "messages")
+    results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
+    for ids, others, said in (
+            (results, calls, "result {!r} answers no tool call of the message before it."),
+            (calls, results, "call {!r} has no result in the message after it.")):
+        alone = [id_ for id_ in ids if id_ not in others]
+        if alone and (ids is results or turn.role == "user"):
+            raise GatewayError(
+                400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
 
 
 def trim_prefill(content: List[JSON]) -> List[JSON]:
@@ -2517,12 +2558,12 @@ def typed_object(schema: JSON) -> JSON:
 
 def render_web_search(options: Fields, losses: Losses) -> JSON:
     location = options.child("user_location", {}).child("approximate", {})
-    place = {key: location.get(key) for key in ("city", "country", "region", "timezone")}
+    place = without_none(**{
+        key: location.get(key) for key in ("city", "country", "region", "timezone")})
     if options.get("search_context_size") not in (None, "medium"):
         losses.drop("search_context_size")
-    return {"type": "web_search_20250305", "name": "web_search", **without_none(
-        user_location={"type": "approximate", **without_none(**place)} if any(place.values())
-        else None)}
+    return {"type": "web_search_20250305", "name": "web_search",
+            **({"user_location": {"type": "approximate", **place}} if place else {})}
 
 
 def is_closed(schema: object) -> bool:
@@ -2577,6 +2618,10 @@ MESSAGES_STOPS = {"end_turn": "stop", "stop_sequence": "stop_sequence", "tool_us
 STOPS_IN_MESSAGES = {
     **{finish: stop for stop, finish in MESSAGES_STOPS.items()}, "filter": "refusal"}
 CITATION = "web_search_result_location"  # those of documents have no counterpart elsewhere
+
+
+def message_head(id_: str, model: str) -> JSON:
+    return {"id": id_, "type": "message", "role": "assistant", "model": model}
 
 
 def messages_end(finish: str, has_calls: bool, refusal: str) -> JSON:
@@ -2656,8 +2701,8 @@ class MessagesParser(Parser):
         self.usage = self._dialect.parse_usage(self._usage) if self._usage else None
 
     def block_start(self, wire: JSON) -> Events:
-        """Opens a block and says what it brings: all in a plain answer and in
-        some servers' streams. A server tool's traces are no block: no call of the client's."""
+        """Some servers' blocks bring all at once, as in a plain answer. A server tool's traces are
+        no block: no call of the client's."""
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
         closed = self.block_stop({})
@@ -2667,11 +2712,11 @@ class MessagesParser(Parser):
         elif kind in ("thinking", "redacted_thinking"):
             self._open = Thinking(signature=text_of(block, "data"), issuer="anthropic",
                                   is_redacted=kind != "thinking")
-        elif kind == "tool_use":
+        elif kind != "tool_use":
+            return closed
+        else:
             self._open = call = self.make_call(text_of(block, "id"), name)
             self._arguments = [] if call.is_custom else None
-        else:
-            return closed
         self._block_count += 1
         self._input = part_of(block, "input")
         deltas = [{"type": f"{key}_delta", key: block.get(key)}
@@ -2684,29 +2729,26 @@ class MessagesParser(Parser):
         delta, block = part_of(wire, "delta"), self._open
         if block is None:
             return []
-        about = part_of(delta, "citation")
-        if about.get("type") == CITATION:
-            is_text = isinstance(block, Text)
-            return [CitationDelta(self._block_count - 1, parse_citation(about))] if is_text else []
-        kind = text_of(delta, "type")
+        about, kind = part_of(delta, "citation"), text_of(delta, "type")
         text = text_of(delta, MESSAGES_DELTAS.get(kind, ""))
+        if about.get("type") == CITATION:
+            cited = CitationDelta(self._block_count - 1, parse_citation(about))
+            return [cited] if isinstance(block, Text) else []
         if kind == "signature_delta":
             return [SignatureDelta(text)] if text and isinstance(block, Thinking) else []
         self.content_bytes += len(text)
         if kind == "input_json_delta" and text:
             self._input = {}
-        if self._arguments is not None:
-            self._arguments.append(text)
-            return []
-        return self.say(text, block)
+        if self._arguments is None:
+            return self.say(text, block)
+        self._arguments.append(text)
+        return []
 
     def block_stop(self, wire: JSON) -> Events:
         if self._open is None:
             return []
-        events: Events = []
-        if self._input:
-            delta = {"type": "input_json_delta", "partial_json": encode_json(self._input)}
-            events = self.block_delta({"delta": delta})
+        delta = {"type": "input_json_delta", "partial_json": encode_json(self._input)}
+        events = self.block_delta({"delta": delta}) if self._input else []
         if self._arguments is not None:
             events = [ArgumentsDelta(unwrap_custom("".join(self._arguments)))]
         self._open = None
@@ -2738,6 +2780,56 @@ scan_string: Callable[[str, int], Tuple[str, int]] = (
     json.decoder.scanstring)  # type: ignore[attr-defined]  # in C; the stubs leave it out
 
 
+CONTENT_MARK = b'"content_block_delta"'
+
+
+class MessagesWatch(Watch):
+    """Usage is cumulative here too. Only the events that begin and end a message are looked into,
+    and what may be an error."""
+
+    def __init__(self, dialect: Messages) -> None:
+        super().__init__()
+        self._dialect = dialect
+        self._usage: JSON = {}
+
+    def feed(self, block: bytes) -> bytes:
+        self._look_for_content(block)
+        for mark in (b'"message_', b'"error"'):
+            at = block.find(mark)
+            while at >= 0 and not self.ended and not self.failure:
+                end = event_end(block, at)
+                self._look_at(parse_chunk(block[last_blank_line(block, at):end]))
+                if self.ended or self.failure:
+                    block = block[:end]
+                at = block.find(mark, end)
+        return block
+
+    def _look_for_content(self, block: bytes) -> None:
+        at = block.find(CONTENT_MARK)
+        if at >= 0:
+            self.has_content = True
+            start = last_blank_line(block, at)
+            self._first = self._first or block[start:event_end(block, at)]
+            self._bytes += len(block) - start
+            self._events += block.count(CONTENT_MARK, at)
+
+    def _look_at(self, wire: JSON) -> None:
+        kind = wire.get("type")
+        told = part_of(wire.get("message") if kind == "message_start" else wire, "usage")
+        if kind in ("message_start", "message_delta") and told:
+            self._usage.update({key: value for key, value in told.items() if value is not None})
+            self.usage = self._dialect.parse_usage(self._usage)
+        self.has_content = self.has_content or kind == "message_delta"
+        self.ended = kind == "message_stop"
+        if kind == "error":
+            self.failure = self._dialect.parse_error(wire.get("error"), 200)
+
+    def envelope(self, event: bytes) -> int:
+        delta = part_of(parse_chunk(event), "delta")
+        said = text_of(delta, MESSAGES_DELTAS.get(text_of(delta, "type"), ""))
+        return len(event) - len(dump_json(said)) + 2
+
+
 class MessagesRenderer(Renderer):
     def __init__(self) -> None:
         super().__init__()
@@ -2753,9 +2845,8 @@ class MessagesRenderer(Renderer):
 
     def _start(self, event: Start) -> bytes:
         return self._event("message_start", message={
-            "id": event.id, "type": "message", "role": "assistant", "model": event.model,
-            "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": render_messages_usage(event.usage or Usage())})
+            **message_head(event.id, event.model), "content": [], "stop_reason": None,
+            "stop_sequence": None, "usage": render_messages_usage(event.usage or Usage())})
 
     def _block_start(self, event: BlockStart) -> bytes:
         self._index += 1
@@ -2815,14 +2906,12 @@ DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages(
 
 
 class Kind(NamedTuple):
-    """One kind of upstream."""
-
     base_url: str | None  # None: the config must give it
     version: str  # the path segment that a base_url may leave out
-    paths: Mapping[str, str]  # below base_url, for each dialect that it speaks
+    paths: Mapping[str, str]  # below base_url: its dialect's, then those of which only bytes pass
     auth: Tuple[str, str]  # the header that carries the key, and how
     needs_key: bool = True
-    headers: Tuple[Tuple[str, str], ...] = ()
+    headers: Tuple[Tuple[str, str], ...] = ()  # where a client sends none of that name
     has_list_prices: bool = True  # else its models cost what the config says
     caps: Caps = Caps()  # of models of no known family
 
@@ -2830,18 +2919,20 @@ class Kind(NamedTuple):
 BEARER = ("authorization", "Bearer {}")
 # With our key these choose whose account is charged, which is the config's to say.
 WHO_PAYS = frozenset(["openai-organization", "openai-project"])
-CHAT_ONLY = {"chat": "/chat/completions"}
+CHAT = {"chat": "/chat/completions", **{path: path for path in (
+    "/completions", "/embeddings", "/images/generations", "/moderations", "/rerank")}}
+MESSAGES = {"messages": "/messages", "/messages/count_tokens": "/messages/count_tokens"}
 # The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
 
 ALL_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 KINDS: Dict[str, Kind] = {
-    "openai": Kind("https://api.openai.com/v1", "/v1", CHAT_ONLY, BEARER),
-    "openai-compatible": Kind(None, "", CHAT_ONLY, BEARER, needs_key=False,
+    "openai": Kind("https://api.openai.com/v1", "/v1", CHAT, BEARER),
+    "openai-compatible": Kind(None, "", CHAT, BEARER, needs_key=False,
                               has_list_prices=False),
-    "anthropic": Kind("https://api.anthropic.com/v1", "/v1", {"messages": "/messages"},
-                      ("x-api-key", "{}"), headers=(ANTHROPIC_VERSION,),
+    "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
+                      headers=(ANTHROPIC_VERSION,),
                       caps=Caps("none", "adaptive", efforts=ALL_EFFORTS, mid_system=True)),
 }
 
@@ -2907,8 +2998,8 @@ class Problems:
         self.warnings: List[str] = []
 
     def error(self, path: str, message: str) -> None:
-        self.errors.append(f"{self.where}: {path}: {message}" if path
-                           else f"{self.where}: {message}")
+        self.errors.append(
+            f"{self.where}: {path}: {message}" if path else f"{self.where}: {message}")
 
     def has_error(self, path: str) -> bool:
         return any(error.startswith(f"{self.where}: {path}: ") for error in self.errors)
@@ -2952,27 +3043,26 @@ def is_number(value: object) -> bool:
 
 
 def is_clean(value: object) -> bool:
-    return isinstance(value, str) and value != "" and not CONTROL.search(value)
+    return isinstance(value, str) and not CONTROL.search(value)
 
 
-TEXT = scalar("a non-empty string without control characters", is_clean)
-OPTIONAL_TEXT = scalar("a string without control characters",
-                       lambda value: value == "" or is_clean(value))
+TEXT = scalar(
+    "a non-empty string without control characters", lambda value: value != "" and is_clean(value))
+OPTIONAL_TEXT = scalar("a string without control characters", is_clean)
 HEADER_TEXT = scalar("a string of ASCII without control characters",
-                     lambda value: value == "" or is_clean(value) and value.isascii())
+                     lambda value: is_clean(value) and value.isascii())
 FLAG = scalar("true or false", lambda value: isinstance(value, bool))
-SIZE = scalar("a whole number above 0",
-              lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0)
+SIZE = scalar("a whole number above 0", lambda value: count(value) > 0)
 SECONDS = scalar("a number of seconds above 0", lambda value: is_number(value) and value > 0, float)
-OPTIONAL_SECONDS = scalar("a number of seconds, 0 for none",
-                          lambda value: is_number(value) and value >= 0, float)
+OPTIONAL_SECONDS = scalar(
+    "a number of seconds, 0 for none", lambda value: is_number(value) and value >= 0, float)
 PRICE = scalar("a number of dollars per million tokens, 0 or more",
                lambda value: is_number(value) and 0 <= value < 10**6)
 
 
 def one_of(*names: str) -> Read:
-    return scalar("one of " + ", ".join(f'"{name}"' for name in names),
-                  lambda value: isinstance(value, str) and value in names)
+    return scalar(
+        "one of " + ", ".join(f'"{name}"' for name in names), lambda value: value in names)
 
 
 def list_of(read_item: Read) -> Read:
@@ -2989,7 +3079,7 @@ def map_of(read_item: Read) -> Read:
         if not has_type(dict, value, path, problems):
             return {}
         for name in value:
-            if not is_clean(name):
+            if not name or not is_clean(name):
                 problems.error(path, "a name in it is empty or has control characters")
         return {name: read_item(item, f"{path}.{name}", problems) for name, item in value.items()}
     return read
@@ -3031,18 +3121,16 @@ def some_of(readers: Mapping[str, Read]) -> Read:
 
 
 def table_of(shape: Type[Any]) -> Read:
+    fields = {f.name: f.metadata for f in dataclasses.fields(shape) if f.metadata}
+    read_some = some_of({name: about["read"] for name, about in fields.items()})
+
     def read(value: Any, path: str, problems: Problems) -> Any:
-        if not has_type(dict, value, path, problems):
-            return None
-        fields = {f.name: f for f in dataclasses.fields(shape) if f.metadata}
-        check_keys_known(value, fields, path, problems)
-        got = {}
-        for name, known in fields.items():
-            if value.get(name) is not None:
-                got[name] = known.metadata["read"](value[name], join(path, name), problems)
-            elif known.metadata["required"]:
+        got = read_some(value, path, problems)
+        for name, about in fields.items():
+            if about["required"] and isinstance(value, dict) and value.get(name) is None:
                 problems.error(join(path, name), "is missing")
-        return shape(**{name: item for name, item in got.items() if item is not None})
+        known = {name: item for name, item in got.items() if item is not None}
+        return shape(**known) if isinstance(value, dict) else None
     return read
 
 
@@ -3052,10 +3140,8 @@ def join(path: str, key: str) -> str:
 
 def setting(read: Read, default: Any = None, *, required: bool = False,
             secret: bool = False) -> Any:
-    metadata = {"read": read, "required": required}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata, repr=not secret)
-    return field(default=default, metadata=metadata, repr=not secret)
+    return field(default_factory=lambda: default, repr=not secret,
+                 metadata={"read": read, "required": required})
 
 
 @dataclass(frozen=True)
@@ -3088,23 +3174,20 @@ class Timeouts:
     write: float = setting(SECONDS, 60.0)
 
 
-PROVIDER_TIMEOUTS: Dict[str, Read] = {"connect": SECONDS, "first_token": SECONDS, "idle": SECONDS,
-                                      "total": OPTIONAL_SECONDS}
-CAPS: Dict[str, Read] = {
-    "sampling": one_of("both", "one", "none"),
-    "thinking": one_of("budget", "both", "adaptive", "none"), "can_disable_thinking": FLAG,
-    "efforts": list_of(one_of(*ALL_EFFORTS)), "forced_tools": one_of("yes", "refused", "auto"),
-    "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE}
-
-
 @dataclass(frozen=True)
 class Tuning:
     """What may be said of a provider and, over it, of an alias."""
 
-    timeouts: JSON = setting(some_of(PROVIDER_TIMEOUTS), {})
+    timeouts: JSON = setting(some_of({
+        "connect": SECONDS, "first_token": SECONDS, "idle": SECONDS,
+        "total": OPTIONAL_SECONDS}), {})
     default_max_tokens: int | None = setting(SIZE)
     max_output_tokens: int | None = setting(SIZE)
-    caps: JSON = setting(some_of(CAPS), {})
+    caps: JSON = setting(some_of({
+        "sampling": one_of("both", "one", "none"),
+        "thinking": one_of("budget", "both", "adaptive", "none"), "can_disable_thinking": FLAG,
+        "efforts": list_of(one_of(*ALL_EFFORTS)), "forced_tools": one_of("yes", "refused", "auto"),
+        "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE}), {})
     set: JSON = setting(read_json_object, {})
     drop: Tuple[str, ...] = setting(list_of(TEXT), ())
     rename: Dict[str, str] = setting(map_of(TEXT), {})
@@ -3120,8 +3203,6 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider(Tuning):
-    """A configured upstream."""
-
     api_key: str = setting(HEADER_TEXT, "", secret=True)
     base_url: str = setting(HEADER_TEXT, "")
     kind: str = setting(one_of(*KINDS), "")
@@ -3221,23 +3302,21 @@ def expand(tree: Any, env: Mapping[str, str], read_file: Callable[[str], str], p
                 for i, value in enumerate(tree)]
     if not isinstance(tree, str) or "$" not in tree:
         return tree
-    errors: List[str] = []
+    told = len(problems.errors)
 
     def value_of(found: re.Match[str]) -> str:
         try:
             return variable_value(found, env, read_file)
         except ValueError as error:
-            errors.append(str(error))
+            problems.error(path, str(error))
             return ""
 
     text = VARIABLE.sub(value_of, tree)
-    for message in errors:
-        problems.error(path, message)
-    return Broken("?") if errors else text
+    return Broken("?") if len(problems.errors) > told else text
 
 
-def variable_value(found: re.Match[str], env: Mapping[str, str],
-                   read_file: Callable[[str], str]) -> str:
+def variable_value(
+        found: re.Match[str], env: Mapping[str, str], read_file: Callable[[str], str]) -> str:
     """What stands in a variable's place; raises ValueError that says how to mend it."""
     braced, end, bare = found.groups()
     if bare:
@@ -3251,7 +3330,7 @@ def variable_value(found: re.Match[str], env: Mapping[str, str],
         try:
             return read_file(braced[5:]).rstrip("\r\n")
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            reason = getattr(error, "strerror", "it is not UTF-8")
             raise ValueError(f"cannot read {braced[5:]}: {reason}") from error
     name, has_default, default = braced.partition(":-")
     if env.get(name) or (name in env and not has_default):
@@ -3262,8 +3341,8 @@ def variable_value(found: re.Match[str], env: Mapping[str, str],
     return default
 
 
-def parse_config(text: str, where: str, env: Mapping[str, str],
-                 read_file: Callable[[str], str]) -> Config:
+def parse_config(
+        text: str, where: str, env: Mapping[str, str], read_file: Callable[[str], str]) -> Config:
     """A config file's text, checked as a whole; raises ConfigError with every problem."""
     problems = Problems(where)
     config: Config | None = None
@@ -3315,34 +3394,34 @@ def settle(config: Config, problems: Problems) -> Config:
     settled = [settle_provider(name, provider, config.timeouts, problems)
                for name, provider in config.providers.items() if provider is not None]
     providers = {provider.name: provider for provider in settled if provider is not None}
-    for alias, model in config.models.items():
-        if model is not None:
-            check_provider(model.provider, config, f"models.{alias}.provider", problems.error)
+    models = {alias: model for alias, model in config.models.items() if model is not None}
+    for alias, model in models.items():
+        check_provider(model.provider, config, f"models.{alias}.provider", problems.error)
     for i, rule in enumerate(config.routing):
         check_provider(rule.provider, config, f"routing[{i}].provider", problems.warn)
         if [rule.prefix is not None, rule.match is not None, rule.default].count(True) != 1:
             problems.error(f"routing[{i}]", 'needs one of "prefix", "match" and "default": true')
     check_keys(config.api_keys, problems)
     for i, name in enumerate(config.log_headers):
-        if not isinstance(name, Broken) and (not TOKEN.fullmatch(name)
-                                             or name.lower() in SECRET_HEADERS):
+        if not isinstance(name, Broken) and (
+                not TOKEN.fullmatch(name) or name.lower() in SECRET_HEADERS):
             problems.error(f"log_headers[{i}]", "is no header name, or one that carries secrets")
-    models = {alias: model for alias, model in config.models.items() if model is not None}
     return dataclasses.replace(config, providers=providers, models=models)
 
 
-def check_provider(name: str | None, config: Config, path: str,
-                   tell: Callable[[str, str], None]) -> None:
+def check_provider(
+        name: str | None, config: Config, path: str, tell: Callable[[str, str], None]) -> None:
     if name is not None and not isinstance(name, Broken) and name not in config.providers:
         tell(path, f"no provider {name!r} is configured" + suggest(name, config.providers))
 
 
-SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-api-key",
-                            "api-key", "x-goog-api-key", "x-gateway-key"])
+KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
+SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-gateway-key",
+                            *KEY_HEADERS])
 
 
-def settle_provider(name: str, provider: Provider, timeouts: Timeouts,
-                    problems: Problems) -> Provider | None:
+def settle_provider(
+        name: str, provider: Provider, timeouts: Timeouts, problems: Problems) -> Provider | None:
     path, kind = f"providers.{name}", provider.kind or name
     if isinstance(kind, Broken):
         return None
@@ -3440,8 +3519,7 @@ class App:
     allowed: FrozenSet[str]
     globs: Tuple[re.Pattern[str], ...]
     is_strict: bool
-    disabled: bool
-    expires: float  # unix seconds; inf for never
+    expires: float  # unix seconds; inf for never, 0 where the key is disabled
 
     def may_use(self, model: str) -> bool:
         return (model in self.allowed or "*" in self.allowed
@@ -3449,8 +3527,8 @@ class App:
 
     def check_may_use(self, model: str) -> None:
         if not self.may_use(model):
-            raise GatewayError(403, "This API key may not use the requested model.", "model",
-                               "model_not_allowed")
+            raise GatewayError(
+                403, "This API key may not use the requested model.", "model", "model_not_allowed")
 
 
 def digest(key: str) -> bytes:
@@ -3469,41 +3547,39 @@ class Keyring:
         presented = presented_keys(headers)
         for key in presented:
             app = self._apps.get(digest(key))
-            if app is not None and not app.disabled and now < app.expires:
+            if app is not None and now < app.expires:
                 return app
         message = ("The API key is not valid." if presented else
                    "An API key is missing: send it as 'Authorization: Bearer KEY'.")
-        raise GatewayError(401, message, code="invalid_api_key",
-                           headers=[("www-authenticate", "Bearer")])
+        raise GatewayError(
+            401, message, code="invalid_api_key", headers=[("www-authenticate", "Bearer")])
 
 
 def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
     globs = [name for name in entry.allowed_models if re.search(r"[*?[]", name)]
+    expires = parse_day(entry.expires) + 86400 if entry.expires else float("inf")
     return App(entry.app, frozenset(entry.allowed_models),
                tuple(re.compile(fnmatch.translate(glob)) for glob in globs), entry.strict,
-               entry.disabled, parse_day(entry.expires) + 86400 if entry.expires else float("inf"))
+               0 if entry.disabled else expires)
 
 
 def presented_keys(headers: Mapping[str, str]) -> List[str]:
     """Every key that a request carries; x-gateway-key, where sent, is the only one judged."""
     if "x-gateway-key" in headers:
         return [headers["x-gateway-key"]]
-    found = []
+    found = [headers[name] for name in KEY_HEADERS if headers.get(name)]
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        found.append(token.strip())
-    return found + [headers[name] for name in KEY_HEADERS if headers.get(name)]
-
-
-KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
+    if token and scheme.lower() == "bearer":
+        found.insert(0, token.strip())
+    return found
 
 
 @dataclass(frozen=True)
 class Price:
     """What a model's tokens cost, in integer nano-dollars per million tokens: $0.15 is 150_000_000.
 
-    None: the model has no such price. Reading or writing the cache then costs what `input` does,
-    and an hour of cache what `cache_write` does; 0 is a price.
+    None: there is no such price. The cache then costs what `input` does, an hour of it what
+    `cache_write` does; 0 is a price.
     """
 
     input: int
@@ -3535,9 +3611,10 @@ def cost(price: Price, usage: Usage) -> int:
 
 
 NANO_DOLLARS = 10**9
+PRICE_FIELDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-def nano_dollars(dollars: float | Decimal) -> int:
+def nano_dollars(dollars: float | Decimal | str) -> int:
     return int(Decimal(str(dollars)) * NANO_DOLLARS)
 
 
@@ -3601,26 +3678,22 @@ def put_path(body: JSON, path: str, value: Any) -> None:
     body[last] = value
 
 
-def make_edits(provider: Provider, alias: Alias | None) -> Edits:
-    given = list(filter(None, (provider, alias)))
-    return Edits({key: value for entry in given for key, value in entry.set.items()},
-                 tuple(name for entry in given for name in entry.drop),
-                 {old: new for entry in given for old, new in entry.rename.items()})
+def make_edits(provider: Provider, alias: Alias) -> Edits:
+    return Edits({**provider.set, **alias.set}, provider.drop + alias.drop,
+                 {**provider.rename, **alias.rename})
 
 
-def make_target(provider: Provider, model: str, alias: Alias | None) -> Target:
-    caps = find_caps(provider.row, model)
-    default, ceiling = 8192, None
-    for entry in filter(None, (provider, alias)):
-        caps = dataclasses.replace(caps, **entry.caps)
-        default = entry.default_max_tokens or default
-        ceiling = entry.max_output_tokens or ceiling
-    return Target(model, caps, default, ceiling)
+def make_target(provider: Provider, model: str, alias: Alias) -> Target:
+    caps = {**provider.caps, **alias.caps}
+    return Target(model, dataclasses.replace(find_caps(provider.row, model), **caps),
+                  alias.default_max_tokens or provider.default_max_tokens or 8192,
+                  alias.max_output_tokens or provider.max_output_tokens)
+
+
+NO_ALIAS = Alias(provider="")
 
 
 class Router:
-    """From a model's name to a route: an exact alias, else PROVIDER/model, else the first rule."""
-
     def __init__(self, config: Config, find_price: Callable[[Provider, str], Price | None]) -> None:
         self._find_price = find_price
         self._providers = {name: p for name, p in config.providers.items() if p.is_on}
@@ -3630,28 +3703,28 @@ class Router:
         self._off = set(config.models).difference(self._aliases)
         self._rules = [rule for rule in config.routing if rule.provider in self._providers]
 
-    def _route(self, name: str, model: str, alias_name: str | None = None,
-               alias: Alias | None = None) -> Route:
-        provider = self._providers[name]
+    def _route(self, provider_name: str, model: str, name: str | None = None,
+               alias: Alias = NO_ALIAS) -> Route:
+        provider = self._providers[provider_name]
         price, deadlines = self._find_price(provider, model), provider.deadlines
-        if alias is not None:
+        if alias is not NO_ALIAS:
             price = override_price(price, alias)
             deadlines = dataclasses.replace(deadlines, **alias.timeouts)
-        return Route(provider, model, alias_name, price, deadlines,
-                     make_target(provider, model, alias), make_edits(provider, alias),
-                     alias is not None and alias.strict)
+        return Route(provider, model, name, price, deadlines, make_target(provider, model, alias),
+                     make_edits(provider, alias), alias.strict)
 
     def resolve(self, model: str) -> Route:
         if model in self._aliases:
             return self._aliases[model]
-        name, slash, rest = ("", "", "") if model in self._off else model.partition("/")
-        if slash and rest and name in self._providers:
-            return self._route(name, rest)
-        for rule in self._rules:
-            if model not in self._off and rule.fits(model):
-                return self._route(rule.provider, model)
-        raise GatewayError(404, f"The model {clipped(model)!r} does not exist.", "model",
-                           "model_not_found")
+        if model not in self._off:
+            name, _, rest = model.partition("/")
+            if rest and name in self._providers:
+                return self._route(name, rest)
+            for rule in self._rules:
+                if rule.fits(model):
+                    return self._route(rule.provider, model)
+        raise GatewayError(
+            404, f"The model {clipped(model)!r} does not exist.", "model", "model_not_found")
 
     def aliases(self, app: App) -> List[Tuple[str, str]]:
         return [(name, route.provider.name) for name, route in self._aliases.items()
@@ -3659,8 +3732,7 @@ class Router:
 
 
 def override_price(price: Price | None, alias: Alias) -> Price | None:
-    said = {name: getattr(alias, f"cost_per_million_{name}")
-            for name in ("input", "output", "cache_read", "cache_write")}
+    said = {name: getattr(alias, f"cost_per_million_{name}") for name in PRICE_FIELDS[:4]}
     own = {name: nano_dollars(value) for name, value in said.items() if value is not None}
     if not own:
         return price
@@ -3690,8 +3762,6 @@ class ModelNames:
 
 
 class Budget:
-    """Bytes that all requests together may hold."""
-
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
@@ -3709,14 +3779,13 @@ class Budget:
 # ==============================
 # 8. Metrics
 #
-# Counters are integers and exact; money is nano-dollars until it is rendered. One Metrics object is
-# made in main and handed on; a Meter per app and route binds label values once, so that recording
-# a request is a few additions.
+# Counters are integers and exact; money is nano-dollars until it is rendered. A Meter per app and
+# route binds label values once, so that recording a request is a few additions.
 # ==============================
 
 Labels = Tuple[str, ...]
-DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0,
-                    600.0)
+DURATION_BUCKETS = (
+    0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 OVERHEAD_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0)
 
 
@@ -3828,8 +3897,8 @@ class Metrics:
 
 
 class Record:
-    """What is known of an exchange at its end. Plain class attributes are its defaults: to set
-    each one for each request costs more than to count it."""
+    """What is known of an exchange at its end. Class attributes are its defaults: to set each one
+    costs more than to count it."""
 
     status = 0
     is_stream = False
@@ -3843,8 +3912,6 @@ class Record:
 
 
 class Meter:
-    """The metrics of one app on one route, their labels bound once."""
-
     def __init__(self, metrics: Metrics, app: str, provider: str, model: str) -> None:
         self._metrics = metrics
         self._route = route = (app, provider, model)
@@ -3856,8 +3923,8 @@ class Meter:
     def record(self, record: Record) -> None:
         metrics, route = self._metrics, self._route
         metrics.requests.add((*route, str(record.status)))
-        metrics.durations.observe(self._stream if record.is_stream else self._plain,
-                                  record.duration)
+        metrics.durations.observe(
+            self._stream if record.is_stream else self._plain, record.duration)
         metrics.overhead.observe((), record.overhead)
         if record.ttft is not None:
             metrics.first_byte.observe(route, record.ttft)
@@ -3916,8 +3983,15 @@ def quote_log(value: str) -> str:
 
 
 def render_log(fields: Iterable[Tuple[str, object]]) -> str:
-    return "".join([f" {key}={SHOW[value.__class__](value) if value.__class__ in SHOW else value}"
+    return "".join([f" {key}={show(value) if value.__class__ in SHOWN else value}"
                     for key, value in fields])
+
+
+SHOWN = frozenset([str, bool])
+
+
+def show(value: object) -> str:
+    return quote_log(value) if isinstance(value, str) else str(value).lower()
 
 
 def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
@@ -3925,16 +3999,11 @@ def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
                        for key, value in fields})
 
 
-SHOW: Dict[type, Callable[[Any], str]] = {
-    str: quote_log, bool: lambda value: "true" if value else "false",
-}
-
-
 # ==============================
 # 9. HTTP
 #
-# HTTP/1.1 (RFC 9112) as bytes in and bytes out. Strict where smuggling lives: one regex judges a
-# head as a whole, so that the loop which reads it need not.
+# HTTP/1.1 (RFC 9112) as bytes in and bytes out. Strict where smuggling lives: a regex judges each
+# line of a head as a whole.
 # ==============================
 
 MAX_CHUNK_LINE_BYTES = 4096
@@ -3943,11 +4012,10 @@ MAX_INFLATE_RATIO = 200
 INFLATE_STEP_BYTES = 64 << 10
 FREE_INFLATED_BYTES = 1 << 20  # below it any ratio will do: short JSON repeats itself
 
-NAME = TOKEN.pattern.encode()
-FIELDS = rb"(?:" + NAME + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n"  # and their blank line
-REQUEST_HEAD = re.compile(NAME + rb" [\x21-\x7e]+ HTTP/1\.[01]\r\n" + FIELDS)
-ANSWER_HEAD = re.compile(rb"HTTP/1\.[01] [1-5][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?\r\n" + FIELDS)
-TRAILERS = re.compile(FIELDS)
+FIELD = re.compile(rf"{TOKEN.pattern}:[\t\x20-\x7e\x80-\xff]*")
+REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([\x21-\x7e]+) HTTP/1\.([01])")
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
+TRAILERS = re.compile(rb"(?:%b\r\n)*\r\n" % FIELD.pattern.encode("latin-1"))
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=:\[\]%-]*")
 ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*(.*)")
 DIGITS = re.compile(r"[0-9]{1,15}")
@@ -3974,31 +4042,55 @@ class RequestHead(NamedTuple):
         return "keep-alive" in options if self.is_http10 else "close" not in options
 
 
-def parse_fields(lines: List[str]) -> Headers:
-    headers = {name.lower(): value.strip(" \t") for name, _, value in
-               [line.partition(":") for line in lines]}
-    if len(headers) == len(lines):
-        return headers
-    headers = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+def parse_field(line: str) -> Tuple[str, str]:
+    if not FIELD.fullmatch(line):
+        raise ValueError("a field is malformed")
+    name, _, value = line.partition(":")
+    return name.lower(), value.strip(" \t")
+
+
+ParseField = Callable[[str], Tuple[str, str]]
+
+
+def known_fields() -> ParseField:
+    """A `parse_field` that remembers: most fields of a head were in the one before it."""
+    return functools.lru_cache(maxsize=1024)(parse_field)
+
+
+MAX_KNOWN_BYTES = 2048  # of a head whose fields are worth remembering
+
+
+def parse_fields(head: bytes, known: ParseField) -> Tuple[str, List[Tuple[str, str]]]:
+    """A head's first line and its fields. Raises ValueError."""
+    if not head.endswith(b"\r\n\r\n"):
+        raise ValueError("its blank line is missing")
+    start, *lines = head[:-4].decode("latin-1").split("\r\n")
+    return start, list(map(known if len(head) <= MAX_KNOWN_BYTES else parse_field, lines))
+
+
+def joined(fields: List[Tuple[str, str]]) -> Headers:
+    headers = dict(fields)
+    if len(headers) < len(fields):
+        headers = {}
+        for name, value in fields:
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-def parse_head(head: bytes, max_target: int, max_fields: int) -> RequestHead:
+def parse_head(head: bytes, max_target: int, max_fields: int,
+               known: ParseField = parse_field) -> RequestHead:
     """A request's head with its blank line. Raises GatewayError 400, 414 or 431."""
-    if not REQUEST_HEAD.fullmatch(head):
-        raise GatewayError(400, "The request's head is malformed.")
-    lines = head[:-4].decode("latin-1").split("\r\n")
-    method, target, version = lines.pop(0).split(" ")
+    try:
+        start, fields = parse_fields(head, known)
+        method, target, minor = REQUEST_LINE.fullmatch(start).groups()  # type: ignore[union-attr]
+    except (ValueError, AttributeError) as error:
+        raise GatewayError(400, "The request's head is malformed.") from error
     if len(target) > max_target:
         raise GatewayError(414, f"The request's target is longer than {max_target} bytes.")
-    if len(lines) > max_fields:
+    if len(fields) > max_fields:
         raise GatewayError(431, f"The request has more than {max_fields} header fields.")
-    headers = parse_fields(lines)
-    is_http10 = version == "HTTP/1.0"
+    headers = joined(fields)
+    is_http10 = minor == "0"
     if not HOST.fullmatch(headers.get("host", "" if is_http10 else ",")):
         raise GatewayError(400, "The request needs exactly one Host.")
     path, _, query = (target if target[0] == "/" else origin_form(target)).partition("?")
@@ -4031,13 +4123,14 @@ class AnswerHead(NamedTuple):
     headers: Headers
 
 
-def parse_answer_head(head: bytes) -> AnswerHead:
+def parse_answer_head(head: bytes, known: ParseField = parse_field) -> AnswerHead:
     """Raises GatewayError(502)."""
-    if not ANSWER_HEAD.fullmatch(head):
-        raise bad_answer("The provider's answer is not HTTP.")
-    lines = head[:-4].decode("latin-1").split("\r\n")
-    status = lines.pop(0)
-    return AnswerHead(int(status[9:12]), status[7] == "0", parse_fields(lines))
+    try:
+        start, fields = parse_fields(head, known)
+        minor, status = STATUS_LINE.fullmatch(start).groups()  # type: ignore[union-attr]
+    except (ValueError, AttributeError) as error:
+        raise bad_answer("The provider's answer is not HTTP.") from error
+    return AnswerHead(int(status), minor == "0", joined(fields))
 
 
 class Framing:
@@ -4251,7 +4344,7 @@ REQUEST_ONLY_HERE = HOP_BY_HOP | SECRET_HEADERS | frozenset([
 PREFIXES_ONLY_HERE = ("sec-", "x-forwarded-", "x-gateway-")
 ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
     "content-length", "content-encoding", "set-cookie", "alt-svc", "server", "date",
-    "x-request-id", "x-gateway-id"])
+    "x-request-id", "request-id", "x-gateway-id"])
 
 
 def with_named(dropped: FrozenSet[str], headers: Headers) -> FrozenSet[str]:
@@ -4271,13 +4364,14 @@ def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
 # ==============================
 # 10. Prices
 #
-# What models cost: data, a row a model, and how lists of it are read.
+# What models cost: data, and how lists of it are read.
 # ==============================
 
 MAX_DOLLARS_PER_TOKEN = Decimal("0.1")  # a dearer one was given for more than a token
-PRICE_FIELDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
-# -20250929, @20250929, -2025-08-07, -0613 or -2512, -10-2025, -001
-DATE_SUFFIX = re.compile(r"[-@]([0-9]{8}|[0-9]{4}(-[0-9]{2}-[0-9]{2})?|[0-9]{2}-[0-9]{4}|00[0-9])$")
+# -20250929, @20250929, -2025-08-07, -0613 or -2512, -10-2025, -001; and words that change no price
+SUFFIX = re.compile(
+    r"([-@]([0-9]{8}|[0-9]{4}(-[0-9]{2}-[0-9]{2})?|[0-9]{2}-[0-9]{4}|00[0-9])"
+    r"|-(latest|preview|beta|experimental|(non-)?reasoning|multi-agent))$")
 LITELLM_FIELDS = {
     "input_cost_per_token": "input",
     "output_cost_per_token": "output",
@@ -4289,53 +4383,51 @@ LITELLM_KEY = re.compile(f"({'|'.join(LITELLM_FIELDS)})(?:_above_([0-9]+)k_token
 
 
 def find_price(prices: Mapping[str, Price], model: str) -> Price | None:
-    """The price of `model`, which may have vendors before it (`a/b/model`) and a date behind it.
-
-    The exact name wins, so that a dated row or another vendor's row may differ.
-    """
-    names = (model, model.partition("/")[2], model.rpartition("/")[2])
-    for name in (*names, *(DATE_SUFFIX.sub("", name) for name in names)):
-        if name in prices:
-            return prices[name]
+    """The price of `model`, which may have vendors before it (`a/b/model`) and suffixes behind it.
+    The exact name wins, so that a dated row or another vendor's row may differ."""
+    names, longer = [model, model.partition("/")[2], model.rpartition("/")[2]], [""]
+    while names != longer:
+        for name in names:
+            if name in prices:
+                return prices[name]
+        names, longer = [SUFFIX.sub("", name) for name in names], names
     return None
 
 
 def parse_prices(table: str) -> Dict[str, Price]:
-    prices = {}
+    prices: Dict[str, Price] = {}
+    models: List[str] = []
     for line in table.splitlines():
-        if line and not line.startswith("#"):
-            base, *tiers = line.split(">")
-            model, *cells = base.split()
-            steps = {0: _parse_cells(cells)}
-            for tier in tiers:
-                above, *cells = tier.split()
-                steps[int(above.rstrip("k")) * 1000] = _parse_cells(cells)
-            prices[model] = _build_price(steps)
+        words = line.partition("#")[0].split()
+        models += [word for word in words if word[0].isalpha()]
+        cells = " ".join(word for word in words if not word[0].isalpha())
+        if cells:
+            prices.update(dict.fromkeys(models, _parse_cells(cells)))
+            models = []
     return prices
 
 
-def _parse_cells(cells: List[str]) -> Dict[str, int]:
-    named = zip(PRICE_FIELDS, cells)
-    return {field: int(Decimal(cell) * NANO_DOLLARS) for field, cell in named if cell != "-"}
+def _parse_cells(cells: str) -> Price:
+    steps = {}
+    for step in f"0k {cells}".split(">"):
+        above, *texts = step.split()
+        steps[int(above.rstrip("k")) * 1000] = {
+            field: nano_dollars(text) for field, text in zip(PRICE_FIELDS, texts) if text != "-"}
+    return _build_price(steps)
 
 
 def _build_price(steps: Dict[int, Dict[str, int]]) -> Price:
     prices = []
-    fields: Dict[str, int] = {}
+    fields: Dict[str, Any] = {}
     for above in sorted(steps):
         fields.update(steps[above])
-        read, write, write_1h = (fields.get(field) for field in PRICE_FIELDS[2:])
-        prices.append((above, Price(fields["input"], fields["output"], read, write, write_1h)))
+        prices.append((above, Price(**fields)))
     return dataclasses.replace(prices[0][1], tiers=tuple(prices[1:]))
 
 
 def parse_litellm_prices(text: str) -> Dict[str, Price]:
-    """Read a price list in the format of LiteLLM's `model_prices_and_context_window.json`.
-
-    A model without a flat price for tokens in and out (by image, second, character, steps) is left
-    out, as are the prices of batches and other service tiers. Its names of models of one vendor
-    often start with it (`xai/grok-4.3`). Raises ValueError for what is not such a list.
-    """
+    """A list in the format of LiteLLM's `model_prices_and_context_window.json`. Models without a
+    flat price for tokens in and out are left out. Raises ValueError for any other file."""
     try:
         rows = json.loads(text, parse_float=Decimal)  # int(3e-08 * 1e15) is 29_999_999
     except RecursionError as error:
@@ -4363,97 +4455,58 @@ def _parse_token_cost(dollars: object, where: str) -> int:
     return round(dollars * 10**6 * NANO_DOLLARS)
 
 
-# Public list prices of 2026-11-23 in dollars per million tokens: a row a model, sorted by
-# provider and name. `-`: there is no such price. Behind `>200k` are the prices of a request whose
-# prompt, cached parts included, is longer than that: they hold for all its tokens, the output's
-# too, and what is left out there stays as it was. A dated name that costs what its undated name
-# does has no row: `find_price` falls back.
+# List prices of 2026-11-23 in dollars per million tokens: the models of one price, then what they
+# cost by PRICE_FIELDS; `-`: there is no such price. Behind `>200k` are those of a request whose
+# whole prompt is longer: they hold for all its tokens, and what is left out there stays as it was.
+# A name stands without its SUFFIX where it costs the same.
 PRICES = """\
-# anthropic input output read write write_1h
-claude-3-7-sonnet-20250219 3 15 0.3 3.75 6
-claude-3-haiku-20240307 0.25 1.25 0.03 0.3
-claude-3-opus-20240229 15 75 1.5 18.75 30
-claude-4-opus-20250514 15 75 1.5 18.75 30
-claude-4-sonnet-20250514 3 15 0.3 3.75 6
-claude-fable-5 10 50 1 12.5 20
-claude-fable-5-1 10 50 0.25 12.5 20
+# anthropic
+claude-3-7-sonnet claude-4-sonnet claude-sonnet-4 claude-sonnet-4-5 claude-sonnet-4-6
+3 15 0.3 3.75 6
+claude-3-haiku 0.25 1.25 0.03 0.3
+claude-3-opus claude-4-opus claude-opus-4 claude-opus-4-1 15 75 1.5 18.75 30
+claude-fable-5 claude-mythos claude-mythos-5 10 50 1 12.5 20
+claude-fable-5-1 claude-mythos-5-1 10 50 0.25 12.5 20
 claude-haiku-4-5 1 5 0.1 1.25 2
 claude-haiku-5-5 0.1 0.5 0.01 0.125 0.2
-claude-mythos-5 10 50 1 12.5 20
-claude-mythos-5-1 10 50 0.25 12.5 20
-claude-mythos-preview 10 50 1 12.5 20
-claude-opus-4-1 15 75 1.5 18.75 30
-claude-opus-4-20250514 15 75 1.5 18.75 30
-claude-opus-4-5 5 25 0.5 6.25 10
-claude-opus-4-6 5 25 0.5 6.25 10
-claude-opus-4-7 5 25 0.5 6.25 10
-claude-opus-4-8 5 25 0.5 6.25 10
-claude-opus-5 5 25 0.5 6.25 10
+claude-opus-4-5 claude-opus-4-6 claude-opus-4-7 claude-opus-4-8 claude-opus-5 5 25 0.5 6.25 10
 claude-opus-5-5 4 20 0.2 5 8
-claude-sonnet-4-20250514 3 15 0.3 3.75 6
-claude-sonnet-4-5 3 15 0.3 3.75 6
-claude-sonnet-4-6 3 15 0.3 3.75 6
 claude-sonnet-5 2 10 0.2 2.5 4
 claude-sonnet-5-5 2 10 0.1 2.5 4
 
-# deepseek input output read write
-deepseek-chat 0.28 0.42 0.028
+# deepseek
+deepseek-chat deepseek-reasoner 0.28 0.42 0.028
 deepseek-coder 0.14 0.28 0.014
-deepseek-flash 0.3 1.2 0.006 0
+deepseek-flash deepseek-v4-flash deepseek-v4-flash-vision-exp 0.3 1.2 0.006 0
 deepseek-r1 0.55 2.19 0.14
-deepseek-reasoner 0.28 0.42 0.028
 deepseek-v3 0.27 1.1 0.07 0
 deepseek-v3.2 0.28 0.4 0.028
-deepseek-v4-flash 0.3 1.2 0.006 0
-deepseek-v4-flash-vision-exp 0.3 1.2 0.006 0
 deepseek-v4-pro 1.32 3.96 0.044 0
 
-# gemini input output read above input output read
-deep-research-max-preview-04-2026 2 12
-deep-research-preview-04-2026 2 12
-deep-research-pro-preview-12-2025 2 12
-gemini-2.5-computer-use-preview-10-2025 1.25 10 - >200k 2.5 15
-gemini-2.5-flash 0.3 2.5 0.03
+# gemini
+deep-research deep-research-max deep-research-pro 2 12
+gemini-2.5-computer-use 1.25 10 - >200k 2.5 15
+gemini-2.5-flash gemini-3.5-flash-lite gemini-flash-lite 0.3 2.5 0.03
 gemini-2.5-flash-lite 0.1 0.4 0.01
 gemini-2.5-pro 1.25 10 0.125 >200k 2.5 15 0.25
 gemini-2.5-pro-preview-tts 1 20 0.125
-gemini-3-flash-preview 0.5 3 0.05
+gemini-3-flash 0.5 3 0.05
 gemini-3.1-flash-lite 0.25 1.5 0.025
-gemini-3.1-flash-lite-preview 0.25 1.5 0.025
-gemini-3.1-pro-preview 2 12 0.2 >200k 4 18 0.4
-gemini-3.1-pro-preview-customtools 2 12 0.2 >200k 4 18 0.4
+gemini-3.1-pro gemini-3.1-pro-preview-customtools gemini-pro 2 12 0.2 >200k 4 18 0.4
 gemini-3.5-flash 1.5 9 0.15
-gemini-3.5-flash-lite 0.3 2.5 0.03
-gemini-3.6-flash 0.75 3.75 0.075
-gemini-3.7-flash 0.75 3.75 0.075
-gemini-3.8-flash 0.75 3.75 0.075
+gemini-3.6-flash gemini-3.7-flash gemini-3.8-flash gemini-flash 0.75 3.75 0.075
 gemini-4-argon 2 10 0.1
-gemini-embedding-001 0.15 0
+gemini-embedding 0.15 0
 gemini-embedding-2 0.2 0
-gemini-embedding-2-preview 0.2 0
-gemini-exp-1114 0 0 - >128k 0 0
-gemini-exp-1206 0 0 - >128k 0 0
-gemini-flash-latest 0.75 3.75 0.075
-gemini-flash-lite-latest 0.3 2.5 0.03
-gemini-gemma-2-27b-it 0.35 1.05
-gemini-gemma-2-9b-it 0.35 1.05
-gemini-omni-1.1-flash 1.5 9
-gemini-omni-flash-preview 1.5 9
-gemini-pro-latest 2 12 0.2 >200k 4 18 0.4
-gemini-robotics-er-2-preview 1 5 0.1
-gemini-robotics-er-2-streaming-preview 1 5
-gemma-3-27b-it 0 0 - >128k 0 0
-gemma-4-26b-a4b-it 0 0
-gemma-4-31b-it 0 0
-learnlm-1.5-pro-experimental 0 0 - >128k 0 0
-lyria-3-clip-preview 0 0
-lyria-3-pro-preview 0 0
-lyria-3.5 0 0
-lyria-3.5-clip-preview 0 0
-lyria-3.5-pro-preview 0 0
+gemini-exp gemma-3-27b-it learnlm-1.5-pro 0 0 - >128k 0 0
+gemini-gemma-2-27b-it gemini-gemma-2-9b-it 0.35 1.05
+gemini-omni-1.1-flash gemini-omni-flash 1.5 9
+gemini-robotics-er-2 1 5 0.1
+gemini-robotics-er-2-streaming 1 5
+gemma-4-26b-a4b-it gemma-4-31b-it lyria-3-clip lyria-3-pro lyria-3.5 lyria-3.5-clip lyria-3.5-pro
 lyria-realtime-exp 0 0
 
-# groq input output read
+# groq
 llama-guard-3-8b 0.2 0.2
 meta-llama/llama-prompt-guard-2-22m 0.03 0.03
 meta-llama/llama-prompt-guard-2-86m 0.04 0.04
@@ -4462,183 +4515,83 @@ openai/gpt-oss-20b 0.075 0.3 0.0375
 openai/gpt-oss-safeguard-20b 0.075 0.3 0.037
 qwen/qwen3.8-27b 0.8 4
 
-# mistral input output read
-codestral-2508 0.3 0.9 0.03
+# mistral
+codestral mistral-code mistral-code-fim 0.3 0.9 0.03
 codestral-embed 0.15 0 0.015
-codestral-latest 0.3 0.9 0.03
-codestral-mamba-latest 0.25 0.25 0.025
-devstral-latest 0.4 2 0.04
-devstral-medium-latest 0.4 2 0.04
-devstral-small-latest 0.1 0.3 0.01
-glm-5-2 1.4 4.4 0.14
-labs-leanstral-1-5 0 0
-labs-leanstral-1-5-1 0 0
-magistral-medium-latest 1.5 7.5 0.15
-magistral-small-latest 0.15 0.6 0.015
-ministral-14b-2512 0.2 0.2 0.02
-ministral-14b-latest 0.2 0.2 0.02
-ministral-3-14b-2512 0.2 0.2 0.02
-ministral-3-3b-2512 0.1 0.1 0.01
-ministral-3-8b-2512 0.15 0.15 0.015
-ministral-3b-2512 0.1 0.1 0.01
-ministral-3b-latest 0.1 0.1 0.01
-ministral-8b-2512 0.15 0.15 0.015
-ministral-8b-latest 0.15 0.15 0.015
-mistral-code-agent-latest 0.4 2 0.04
-mistral-code-fim-latest 0.3 0.9 0.03
-mistral-code-latest 0.3 0.9 0.03
+codestral-mamba mistral-tiny 0.25 0.25 0.025
+devstral devstral-medium mistral-code-agent 0.4 2 0.04
+devstral-small mistral-small 0.1 0.3 0.01
+glm-5-2 zai-glm zai-glm-5 zai-glm-5-2 zai-glm-5-3 1.4 4.4 0.14
+labs-leanstral-1-5 labs-leanstral-1-5-1 0 0
+magistral-medium mistral-medium mistral-medium-3 mistral-medium-3-5 mistral-medium-3.5
+mistral-vibe-cli mistral-vibe-cli-with-tools 1.5 7.5 0.15
+magistral-small mistral-small-2603 mistral-small-latest mistral-vibe-cli-fast 0.15 0.6 0.015
+ministral-14b ministral-3-14b 0.2 0.2 0.02
+ministral-3-3b ministral-3b 0.1 0.1 0.01
+ministral-3-8b ministral-8b 0.15 0.15 0.015
 mistral-embed 0.1 0
-mistral-large-2512 0.5 1.5 0.05
-mistral-large-3 0.5 1.5 0.05
-mistral-large-4 0.68 2.09 0.068
-mistral-large-4-0 0.68 2.09 0.068
-mistral-large-latest 0.5 1.5 0.05
-mistral-medium 1.5 7.5 0.15
-mistral-medium-3 1.5 7.5 0.15
-mistral-medium-3-5 1.5 7.5 0.15
-mistral-medium-3.5 1.5 7.5 0.15
-mistral-medium-latest 1.5 7.5 0.15
-mistral-small 0.1 0.3 0.01
-mistral-small-2603 0.15 0.6 0.015
-mistral-small-latest 0.15 0.6 0.015
-mistral-tiny 0.25 0.25 0.025
-mistral-vibe-cli-fast 0.15 0.6 0.015
-mistral-vibe-cli-latest 1.5 7.5 0.15
-mistral-vibe-cli-with-tools 1.5 7.5 0.15
+mistral-large mistral-large-3 0.5 1.5 0.05
+mistral-large-4 mistral-large-4-0 0.68 2.09 0.068
 open-mistral-nemo 0.3 0.3 0.03
-pixtral-large-latest 2 6 0.2
-voxtral-small-2507 0.1 0.4 0.01
-voxtral-small-latest 0.1 0.4 0.01
-zai-glm-5 1.4 4.4 0.14
-zai-glm-5-2 1.4 4.4 0.14
-zai-glm-5-3 1.4 4.4 0.14
-zai-glm-latest 1.4 4.4 0.14
+pixtral-large 2 6 0.2
+voxtral-small 0.1 0.4 0.01
 
-# openai input output read write above input output read
-chat-latest 5 30 0.5
-chatgpt-4o-latest 5 15
-computer-use-preview 3 12
-daybreak-blue-latest 4 20 0.4 5 >272k 8 30 0.8
-daybreak-red-latest 12.5 75 1.25 15.625 >272k 25 112.5 2.5
+# openai
+chat 5 30 0.5
+chatgpt-4o gpt-4o-2024-05-13 5 15
+computer-use 3 12
+daybreak-blue gpt-5.6 gpt-5.6-sol gpt-daybreak-blue 4 20 0.4 5 >272k 8 30 0.8
+daybreak-red gpt-5.6-cyber gpt-daybreak-red 12.5 75 1.25 15.625 >272k 25 112.5 2.5
 gpt-3.5-turbo 0.5 1.5
 gpt-3.5-turbo-1106 1 2
 gpt-3.5-turbo-16k 3 4
 gpt-4 30 60
-gpt-4-0125-preview 10 30
-gpt-4-1106-preview 10 30
-gpt-4-turbo 10 30
-gpt-4-turbo-preview 10 30
-gpt-4.1 2 8 0.5
+gpt-4-0125-preview gpt-4-1106-preview gpt-4-turbo 10 30
+gpt-4.1 o3 o4-mini-deep-research 2 8 0.5
 gpt-4.1-mini 0.4 1.6 0.1
 gpt-4.1-nano 0.1 0.4 0.025
-gpt-4o 2.5 10 1.25
-gpt-4o-2024-05-13 5 15
-gpt-4o-audio-preview 2.5 10
-gpt-4o-mini 0.15 0.6 0.075
-gpt-4o-mini-audio-preview 0.15 0.6
-gpt-4o-mini-realtime-preview 0.6 2.4
-gpt-4o-mini-search-preview 0.15 0.6 0.075
-gpt-4o-realtime-preview 5 20
-gpt-4o-search-preview 2.5 10 1.25
-gpt-5 1.25 10 0.125
-gpt-5-chat 1.25 10 0.125
-gpt-5-chat-latest 1.25 10 0.125
-gpt-5-codex 1.25 10 0.125
-gpt-5-mini 0.25 2 0.025
+gpt-4o gpt-4o-search 2.5 10 1.25
+gpt-4o-audio gpt-audio gpt-audio-1.5 2.5 10
+gpt-4o-mini gpt-4o-mini-search 0.15 0.6 0.075
+gpt-4o-mini-audio 0.15 0.6
+gpt-4o-mini-realtime gpt-audio-mini gpt-realtime-mini 0.6 2.4
+gpt-4o-realtime 5 20
+gpt-5 gpt-5-chat gpt-5-codex gpt-5-search-api gpt-5.1 gpt-5.1-chat gpt-5.1-codex gpt-5.1-codex-max
+1.25 10 0.125
+gpt-5-mini gpt-5.1-codex-mini 0.25 2 0.025
 gpt-5-nano 0.05 0.4 0.005
 gpt-5-pro 15 120
-gpt-5-search-api 1.25 10 0.125
-gpt-5.1 1.25 10 0.125
-gpt-5.1-chat-latest 1.25 10 0.125
-gpt-5.1-codex 1.25 10 0.125
-gpt-5.1-codex-max 1.25 10 0.125
-gpt-5.1-codex-mini 0.25 2 0.025
-gpt-5.2 1.75 14 0.175
-gpt-5.2-chat-latest 1.75 14 0.175
-gpt-5.2-codex 1.75 14 0.175
+gpt-5.2 gpt-5.2-chat gpt-5.2-codex gpt-5.3-chat gpt-5.3-codex 1.75 14 0.175
 gpt-5.2-pro 21 168
-gpt-5.3-chat-latest 1.75 14 0.175
-gpt-5.3-codex 1.75 14 0.175
 gpt-5.4 2.5 15 0.25 - >272k 5 22.5 0.5
 gpt-5.4-mini 0.75 4.5 0.075
 gpt-5.4-nano 0.2 1.25 0.02
-gpt-5.4-pro 30 180 - - >272k 60 270
+gpt-5.4-pro gpt-5.5-pro 30 180 - - >272k 60 270
 gpt-5.5 5 30 0.5 - >272k 10 45 1
 gpt-5.5-cyber 12.5 75 1.25
-gpt-5.5-cyber-preview 12.5 75 1.25
-gpt-5.5-pro 30 180 - - >272k 60 270
-gpt-5.6 4 20 0.4 5 >272k 8 30 0.8
-gpt-5.6-cyber 12.5 75 1.25 15.625 >272k 25 112.5 2.5
 gpt-5.6-luna 0.2 1.2 0.02 0.25 >272k 0.4 1.8 0.04
-gpt-5.6-sol 4 20 0.4 5 >272k 8 30 0.8
 gpt-5.6-terra 2 12 0.2 2.5 >272k 4 18 0.4
 gpt-6-astra 10 50 1 12.5 >272k 20 75 2
 gpt-6-luna 0.1 0.5 0.01 0.125 >272k 0.2 0.75 0.02
 gpt-6-sol 2 10 0.2 2.5 >272k 4 15 0.4
 gpt-6.1-sol 2 10 0.1 2.5 >272k 4 15 0.2
-gpt-audio 2.5 10
-gpt-audio-1.5 2.5 10
-gpt-audio-mini 0.6 2.4
-gpt-daybreak-blue-latest 4 20 0.4 5 >272k 8 30 0.8
-gpt-daybreak-red-latest 12.5 75 1.25 15.625 >272k 25 112.5 2.5
-gpt-realtime 4 16
-gpt-realtime-1.5 4 16
-gpt-realtime-mini 0.6 2.4
-gpt-rosalind-discovery 5 25 0.5
-gpt-rosalind-research 5 25 0.5
+gpt-realtime gpt-realtime-1.5 4 16
+gpt-rosalind-discovery gpt-rosalind-research 5 25 0.5
 o1 15 60 7.5
 o1-pro 150 600
-o3 2 8 0.5
 o3-deep-research 10 40 2.5
 o3-mini 1.1 4.4 0.55
 o3-pro 20 80
 o4-mini 1.1 4.4 0.275
-o4-mini-deep-research 2 8 0.5
 text-embedding-3-large 0.13 0
 text-embedding-3-small 0.02 0
-text-embedding-ada-002 0.1 0
-text-embedding-ada-002-v2 0.1 0
+text-embedding-ada text-embedding-ada-002-v2 0.1 0
 
-# xai input output read above input output read
-grok-4.20 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-0309-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-0309-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-0309-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-0309-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-latest-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-latest-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-beta-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-experimental-beta-0304 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-experimental-beta-0304-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-experimental-beta-0304-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-experimental-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-experimental-beta-non-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-experimental-beta-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-multi-agent 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-multi-agent-beta-0309 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-multi-agent-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-multi-agent-experimental-beta-0304 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-multi-agent-experimental-beta-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-multi-agent-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-non-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-non-reasoning-gv2 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-non-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-reasoning 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-reasoning-gv2 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.20-reasoning-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.3 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.3-latest 1.25 2.5 0.2 >200k 2.5 5 0.4
-grok-4.5 2 6 0.3 >200k 4 12 0.6
-grok-4.5-latest 2 6 0.3 >200k 4 12 0.6
-grok-4.6 2 6 0.5 >200k 4 12 1
-grok-4.7 2 6 0.5 >200k 4 12 1
-grok-build-0.1 1 2 0.2 >200k 2 4 0.4
-grok-build-latest 2 6 0.3 >200k 4 12 0.6
-grok-code-fast 1 2 0.2 >200k 2 4 0.4
-grok-code-fast-1 1 2 0.2 >200k 2 4 0.4
+# xai
+grok-4.20 grok-4.20-non-reasoning-gv2 grok-4.20-reasoning-gv2 grok-4.3 1.25 2.5 0.2 >200k 2.5 5 0.4
+grok-4.5 grok-build 2 6 0.3 >200k 4 12 0.6
+grok-4.6 grok-4.7 2 6 0.5 >200k 4 12 1
+grok-build-0.1 grok-code-fast grok-code-fast-1 1 2 0.2 >200k 2 4 0.4
 """
 
 
@@ -4661,99 +4614,191 @@ MAX_IDLE_CONNECTIONS = 256  # kept per origin
 KEEP_IDLE_SECONDS = 55.0  # many servers close after 60
 SETTLE_SECONDS = 1.0  # for the end of a body whose content has ended
 RACE_SECONDS = 1.0  # a kept-alive connection that dies unanswered within it was closed in the race
-MAX_ERROR_BYTES = 1 << 20
 FOREVER = float("inf")
 
 
-class Reader(asyncio.StreamReader):
-    """A StreamReader that counts what came, and hands it to a `sink` at once where there is one:
-    a waiting read costs a future, a task step and a second turn of the loop for each piece."""
+class Wire(asyncio.Protocol):
+    """A connection, the deadline it is under, and what came and was not read yet.
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit=limit, loop=asyncio.get_running_loop())
-        self.fed = 0
+    It costs half of what asyncio's streams do, since only one coroutine ever reads; and what comes
+    goes to a `sink` at once where there is one: to wake a reader takes a second turn of the loop.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, max_head: int) -> None:
+        self.buffer = bytearray()
+        self.fed = 0  # bytes that came
         self.sink: Callable[[bytes], None] | None = None
-        self._sleeper: asyncio.Future[None] | None = None
-
-    def feed_data(self, data: bytes) -> None:  # type: ignore[override,unused-ignore]
-        self.fed += len(data)
-        if self.sink is None:
-            super().feed_data(data)
-        else:
-            self.sink(data)
-
-    def feed_eof(self) -> None:
-        super().feed_eof()
-        self.wake()
-
-    def set_exception(self, exc: BaseException) -> None:
-        super().set_exception(exc)  # type: ignore[arg-type,unused-ignore]
-        self.wake()
-
-    def waiting(self) -> bytes:
-        """What came and was not read; asyncio has had it under this name since 3.4."""
-        return bytes(getattr(self, "_buffer", b""))
-
-    def has_bare_head(self) -> bool:
-        """Whether what waits here ends a head with bare LFs, which `readuntil` would never find."""
-        waiting = self.waiting()
-        return b"\n\n" in waiting or b"\n\r\n" in waiting.replace(b"\r\n\r\n", b"")
-
-    async def until_woken(self) -> None:
-        self._sleeper = asyncio.get_running_loop().create_future()
-        await self._sleeper
-
-    def wake(self) -> None:
-        if self._sleeper is not None and not self._sleeper.done():
-            self._sleeper.set_result(None)
-
-
-class Connection:
-    """A connection to a provider, and the deadline it is under."""
-
-    def __init__(self, origin: Origin, reader: Reader, writer: asyncio.StreamWriter) -> None:
-        self.origin = origin
-        self.reader = reader
-        self.writer = writer
-        self._poll = select.poll()
-        self._poll.register(writer.get_extra_info("socket").fileno(), select.POLLIN)
-        self.is_reused = False
-        self.deadline = self.final = FOREVER
+        self.at_eof = False
+        self.error: BaseException | None = None
+        self.deadline = FOREVER
         self.phase = ""  # the timeout that `deadline` stands for
         self.renewal = 0.0  # seconds that each piece of data adds; 0 where none does
-        self.is_held = False  # no deadline runs but `final`
         self._seen = 0
+        self._loop = asyncio.get_running_loop()
+        self._max_head = max_head
+        self._wanted = 0  # bytes in the buffer before who waits is woken
+        self._waiter: asyncio.Future[None] | None = None
+        self._drainer: asyncio.Future[None] | None = None
+        self._is_paused = self._is_full = False
 
     def expect(self, phase: str, now: float, seconds: float, renews: bool = False) -> None:
-        self.phase = phase
-        self.deadline = now + seconds
+        self.phase, self.deadline = phase, now + seconds
         self.renewal = seconds if renews else 0.0
+
+    # ---- what asyncio calls ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        # asyncio reads into 256 KiB, which malloc maps and unmaps anew for each read.
+        if hasattr(transport, "max_size"):
+            transport.max_size = MAX_READ_BYTES
+
+    def data_received(self, data: bytes) -> None:
+        self.fed += len(data)
+        if self.sink is not None:
+            self.sink(data)
+            return
+        self.buffer += data
+        if self._waiter is not None:
+            if len(self.buffer) >= self._wanted:
+                self.wake()
+        elif len(self.buffer) > self._max_head:
+            self.pause()
+
+    def eof_received(self) -> bool:
+        self.at_eof = True
+        self.wake()
+        return self.transport.get_extra_info("sslcontext") is None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.fail(error or self.error)
+        self._is_full = True
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        if self._drainer is not None and not self._drainer.done():
+            self._drainer.set_result(None)
+
+    # ---- for the coroutine that reads and writes ----
+
+    def wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def fail(self, error: BaseException | None) -> None:
+        """Ends all reading, with this error where there is one."""
+        self.error = error
+        self.at_eof = True
+        self.wake()
+
+    def more(self, wanted: int = 0) -> asyncio.Future[None]:
+        """To be awaited: data, one piece or as many bytes in the buffer. Raises the connection's
+        error, and EOFError at its end."""
+        if self.at_eof:
+            raise self.error or EOFError
+        self.resume()
+        self._wanted = wanted
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
+
+    def pause(self) -> None:
+        if not self._is_paused:
+            self._is_paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            self.transport.resume_reading()
+
+    def take(self, size: int) -> bytes:
+        if size == len(self.buffer):
+            data = bytes(self.buffer)
+            self.buffer.clear()
+        else:
+            data = bytes(memoryview(self.buffer)[:size])
+            del self.buffer[:size]
+        return data
+
+    async def read_head(self) -> bytes:
+        """All up to a blank line; OverflowError where that is too much."""
+        at = self.buffer.find(b"\r\n\r\n")
+        while at < 0 and len(self.buffer) <= self._max_head:
+            seen = len(self.buffer)
+            await self.more()
+            at = self.buffer.find(b"\r\n\r\n", max(seen - 3, 0))
+        if at < 0 or at > self._max_head:
+            raise OverflowError
+        return self.take(at + 4)
+
+    async def read_exactly(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            await self.more(size)
+        return self.take(size)
+
+    async def read(self) -> bytes:
+        """What has come, at least a byte; b"" at the end."""
+        try:
+            while not self.buffer:
+                await self.more()
+        except EOFError:
+            return b""
+        return self.take(len(self.buffer))
+
+    async def drain(self) -> None:
+        """Waits until the transport holds less than its limit; raises ConnectionResetError."""
+        if self._is_full:
+            self._drainer = self._loop.create_future()
+            await self._drainer
+        if self.transport.is_closing():
+            raise ConnectionResetError
+
+    def has_bare_head(self) -> bool:
+        """Whether what waits here ends a head with bare LFs, which `read_head` would never find."""
+        return b"\n\n" in self.buffer or (
+            b"\n\r\n" in self.buffer.replace(b"\r\n\r\n", b""))
+
+
+class Connection(Wire):
+    def __init__(self, origin: Origin) -> None:
+        super().__init__(MAX_HEAD_BYTES)
+        self.origin = origin
+        self.final = FOREVER
+        self.is_held = False  # no deadline runs but `final`
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._poll = select.poll()
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def is_late(self, now: float) -> bool:
         if self.is_held:
             self._seen = -1  # the next look after it renews the deadline
             return now >= self.final
-        if self.renewal and self.reader.fed != self._seen:
-            self._seen = self.reader.fed
+        if self.renewal and self.fed != self._seen:
+            self._seen = self.fed
             self.deadline = now + self.renewal
         return now >= min(self.deadline, self.final)
 
     def fail_late(self, now: float) -> None:
         phase = "total" if now >= self.final else self.phase
         self.deadline = self.final = FOREVER
-        self.reader.set_exception(upstream_error(
+        self.fail(upstream_error(
             504, f"The provider did not answer in time (timeouts.{phase}).", "timeout",
             code=f"{phase}_timeout"))
 
     def is_fit(self) -> bool:
         """Whether it can carry another request: nothing may have come since the last answer. The
         socket is asked, since the loop may not yet have seen what the kernel has."""
-        if self.reader.at_eof() or self.reader.exception() or self.writer.is_closing():
-            return False
-        return not self.reader.waiting() and not self._poll.poll(0)
-
-    def close(self) -> None:
-        self.writer.transport.abort()
+        return not (
+            self.at_eof or self.buffer or self.transport.is_closing() or self._poll.poll(0))
 
 
 class Answer:
@@ -4764,23 +4809,31 @@ class Answer:
         self.status = head.status
         self.headers = head.headers
         self._max_bytes = max_bytes
+        if head.status == 101:
+            raise bad_answer("The provider switched protocols.")
         self._inflater: Inflater | None = None
-        self._late: List[bytes] = []  # came while nobody wanted more
         self._wants_more = False
         self._error: BaseException | None = None
         try:
             self.framing = answer_framing(head)
-            coding = head.headers.get("content-encoding", "identity").lower()
-            if coding != "identity":
-                self._inflater = Inflater(coding, max_bytes)
+            coding = head.headers.get("content-encoding")
+            if coding is not None and coding.lower() != "identity":
+                self._inflater = Inflater(coding.lower(), max_bytes)
         except ValueError as error:
             raise unusable(error) from error
         self.is_persistent = not (head.is_http10 or isinstance(self.framing, CloseFraming)
                                   or "close" in head.headers.get("connection", "").lower())
 
     async def read_all(self) -> bytes:
-        if isinstance(self.framing, LengthFraming) and not self._inflater:
-            return await self._read_plain(self.framing)
+        framing = self.framing
+        if isinstance(framing, LengthFraming) and not self._inflater:
+            self._check_size(framing.left)
+            try:
+                body = await self.connection.read_exactly(framing.left)
+            except (EOFError, OSError) as error:
+                raise bad_answer("The provider cut its answer.") from error
+            framing.left, framing.done = 0, True
+            return body
         pieces: List[bytes] = []
         size = 0
 
@@ -4788,53 +4841,33 @@ class Answer:
             nonlocal size
             pieces.append(piece)
             size += len(piece)
-            if size > self._max_bytes:
-                raise ValueError(f"it is larger than {self._max_bytes} bytes")
+            self._check_size(size)
             return True
 
         await self.pump(take)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def _read_plain(self, framing: LengthFraming) -> bytes:
-        if framing.left > self._max_bytes:
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
             raise unusable(ValueError(f"it is larger than {self._max_bytes} bytes"))
-        try:
-            body = await self.connection.reader.readexactly(framing.left)
-        except (asyncio.IncompleteReadError, OSError) as error:
-            raise bad_answer("The provider cut its answer.") from error
-        framing.feed(body)
-        return body
 
     async def pump(self, sink: Callable[[bytes], bool]) -> None:
         """Hands each piece of the body to `sink` as it comes, until the body is whole or `sink`
-        returns False; what comes then is kept for the next call. Raises GatewayError 502, 504."""
-        reader = self.connection.reader
+        returns False; what comes then waits in the connection. Raises GatewayError 502, 504."""
+        connection = self.connection
+        connection.is_held = False
         self._sink = sink
         self._wants_more = not self.framing.done
-        self._resume()
-        late, self._late = self._late, []
-        for data in late:
-            self._on_data(data)
-        if self._wants_more and reader.sink is None and not self._error:
-            self._on_data(await self._read_buffered())
-            reader.sink = self._on_data
-        self._error = self._error or reader.exception()
-        while self._wants_more and not self._error and not reader.at_eof():
-            await reader.until_woken()
-            self._error = self._error or reader.exception()
+        if self._wants_more:
+            connection.sink = self._on_data
+            self._on_data(connection.take(len(connection.buffer)))
+        while self._wants_more and not self._error and not connection.at_eof:
+            await connection.more()
+        connection.sink = None
+        self._error = self._error or connection.error
         self._finish()
 
-    async def _read_buffered(self) -> bytes:
-        try:
-            return await self.connection.reader.read(1 << 20)
-        except OSError as error:
-            self._error = error
-            return b""
-
     def _on_data(self, data: bytes) -> None:
-        if not self._wants_more:
-            self._late.append(data)
-            return
         try:
             piece = self.framing.feed(data)
             if self._inflater:
@@ -4843,7 +4876,8 @@ class Answer:
         except Exception as error:  # raised where `pump` waits, not in the event loop
             self._error = error
         if self._error or not self._wants_more:
-            self.connection.reader.wake()
+            self.connection.sink = None
+            self.connection.wake()
 
     def _finish(self) -> None:
         try:
@@ -4856,8 +4890,8 @@ class Answer:
         if isinstance(self._error, ValueError):
             raise unusable(self._error) from self._error
         if isinstance(self._error, OSError):
-            raise upstream_error(502, "The provider's connection broke.",
-                                 "stream_error") from self._error
+            raise upstream_error(
+                502, "The provider's connection broke.", "stream_error") from self._error
         if self._error:
             raise self._error
 
@@ -4865,12 +4899,7 @@ class Answer:
         """Stops reading until the next `pump`; what the client takes its time for is no fault of
         the provider's."""
         self.connection.is_held = True
-        self.connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
-
-    def _resume(self) -> None:
-        if self.connection.is_held:
-            self.connection.is_held = False
-            self.connection.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        self.connection.pause()
 
     def settle(self, data: bytes) -> bool:
         try:
@@ -4880,22 +4909,14 @@ class Answer:
 
     @property
     def can_be_reused(self) -> bool:
+        connection = self.connection
         return (self.is_persistent and self.framing.done and not self.framing.rest
-                and not self._error and not self.connection.reader.at_eof()
-                and not self.connection.reader.waiting()
-                and not self.connection.writer.transport.get_write_buffer_size())
-
-    def take_late(self) -> List[bytes]:
-        late, self._late = self._late, []
-        return late
+                and not self._error and not connection.at_eof and not connection.buffer
+                and not connection.transport.get_write_buffer_size())
 
 
 def unusable(error: ValueError) -> GatewayError:
     return bad_answer(f"The provider's answer is unusable: {error}.")
-
-
-class Unanswered(Exception):
-    """A connection died before the first byte of an answer."""
 
 
 class Pool:
@@ -4904,6 +4925,7 @@ class Pool:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._known = known_fields()
         self._idle: Dict[Origin, List[Connection]] = {}
         self._open: Set[Connection] = set()
         self._tls: ssl.SSLContext | None = None
@@ -4915,33 +4937,49 @@ class Pool:
         A kept-alive connection that dies unanswered at once was closed by the provider in the
         race with our request, which is then sent again on a new one, once.
         """
-        origin = provider.origin
-        connection = self._take_idle(origin)
-        started = self._clock()
-        if connection is not None:
+        connection = self._take_idle(provider.origin)
+        while True:
+            is_reused, started = connection is not None, self._clock()
+            if connection is None:
+                connection = await self._connect(provider, deadlines.connect)
+            before = connection.fed
+            self._expect_answer(connection, deadlines, is_stream)
             try:
-                return await self._ask(connection, deadlines, payload, is_stream, max_bytes)
-            except Unanswered as error:
-                if self._clock() - started >= RACE_SECONDS:
-                    raise unreachable(provider) from error.__cause__
-        connection = await self._connect(provider, origin, deadlines.connect)
-        try:
-            return await self._ask(connection, deadlines, payload, is_stream, max_bytes)
-        except Unanswered as error:
-            raise unreachable(provider) from error.__cause__
+                for piece in payload:  # not drained: the answer may come before all is sent
+                    connection.transport.write(piece)
+                head = parse_answer_head(await connection.read_head(), self._known)
+                while head.status < 200 and head.status != 101:  # an interim answer
+                    head = parse_answer_head(await connection.read_head(), self._known)
+                answer = Answer(connection, head, max_bytes)
+                break
+            except BaseException as error:
+                self.drop(connection)
+                is_unanswered = (
+                    isinstance(error, (EOFError, OSError)) and connection.fed == before)
+                if not (is_unanswered and is_reused and self._clock() - started < RACE_SECONDS):
+                    raise_failure(error, provider, is_unanswered)
+                connection = None
+        if not is_stream:
+            connection.expect("idle", self._clock(), deadlines.idle, renews=True)
+        return answer
+
+    def _expect_answer(self, connection: Connection, deadlines: Timeouts, is_stream: bool) -> None:
+        now = self._clock()
+        total = deadlines.total or (FOREVER if is_stream else 600.0)
+        connection.final = now + total
+        connection.expect("first_token", now, deadlines.first_token if is_stream else total)
 
     def _take_idle(self, origin: Origin) -> Connection | None:
         kept = self._idle.get(origin, [])
         while kept:
             connection = kept.pop()  # the youngest: the others may grow old and go
             if connection.is_fit():
-                connection.is_reused = True
                 return connection
             self.drop(connection)
         return None
 
-    async def _connect(self, provider: Provider, origin: Origin, seconds: float) -> Connection:
-        attempt = asyncio.ensure_future(self._open_connection(origin))
+    async def _connect(self, provider: Provider, seconds: float) -> Connection:
+        attempt = asyncio.ensure_future(self._open_connection(provider.origin))
         try:
             await asyncio.wait({attempt}, timeout=seconds)
             if not attempt.done():
@@ -4961,14 +4999,9 @@ class Pool:
             self.drop(attempt.result())
 
     async def _open_connection(self, origin: Origin) -> Connection:
-        reader = Reader(MAX_HEAD_BYTES)
-        loop = asyncio.get_running_loop()
-        transport, protocol = await loop.create_connection(
-            lambda: asyncio.StreamReaderProtocol(reader, loop=loop), origin.host, origin.port,
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(origin), origin.host, origin.port,
             ssl=self.tls if origin.is_tls else None, happy_eyeballs_delay=0.25)
-        limit_reads(transport)
-        connection = Connection(origin, reader,
-                                asyncio.StreamWriter(transport, protocol, reader, loop))
         self._open.add(connection)
         return connection
 
@@ -4984,60 +5017,41 @@ class Pool:
                 asyncio.sslproto.SSLProtocol.max_size = 32 << 10
         return self._tls
 
-    async def _ask(self, connection: Connection, deadlines: Timeouts, payload: Sequence[bytes],
-                   is_stream: bool, max_bytes: int) -> Answer:
-        now = self._clock()
-        total = deadlines.total or (FOREVER if is_stream else 600.0)
-        connection.final = now + total
-        connection.expect("first_token", now, deadlines.first_token if is_stream else total)
-        try:
-            for piece in payload:  # not drained: the answer may come before all is sent
-                connection.writer.transport.write(piece)  # type: ignore[attr-defined,unused-ignore]
-            answer = Answer(connection, await read_answer_head(connection.reader), max_bytes)
-        except BaseException:
-            self.drop(connection)
-            raise
-        if not is_stream:
-            connection.expect("idle", self._clock(), deadlines.idle, renews=True)
-        return answer
-
     def release(self, answer: Answer) -> None:
         """Keeps the answer's connection where nothing speaks against it. A body whose content has
         ended may lack its last chunk: that is awaited in passing."""
         connection = answer.connection
         connection.final = FOREVER
-        if not (answer.is_persistent and all(map(answer.settle, answer.take_late()))):
+        connection.resume()
+        if not answer.is_persistent:
             self.drop(connection)
         elif answer.framing.done:
-            self._settled(answer)
+            self._keep_or_drop(answer)
         else:
             connection.expect("settle", self._clock(), SETTLE_SECONDS)
-            connection.reader.sink = lambda data: self._settle(answer, data)
+            connection.sink = lambda data: self._settle(answer, data)
+            if connection.buffer:
+                self._settle(answer, connection.take(len(connection.buffer)))
 
     def _settle(self, answer: Answer, data: bytes) -> None:
         if not answer.settle(data):
             self.drop(answer.connection)
         elif answer.framing.done:
-            self._settled(answer)
+            self._keep_or_drop(answer)
 
-    def _settled(self, answer: Answer) -> None:
-        answer.connection.reader.sink = None
-        if answer.can_be_reused:
-            self._keep(answer.connection)
-        else:
-            self.drop(answer.connection)
-
-    def _keep(self, connection: Connection) -> None:
+    def _keep_or_drop(self, answer: Answer) -> None:
+        connection = answer.connection
+        connection.sink = None
         kept = self._idle.setdefault(connection.origin, [])
-        if len(kept) >= MAX_IDLE_CONNECTIONS:
-            self.drop(connection)
-        else:
+        if answer.can_be_reused and len(kept) < MAX_IDLE_CONNECTIONS:
             connection.expect("kept", self._clock(), KEEP_IDLE_SECONDS)
             kept.append(connection)
+        else:
+            self.drop(connection)
 
     def drop(self, connection: Connection) -> None:
         self._open.discard(connection)
-        connection.close()
+        connection.transport.abort()
 
     def sweep(self, now: float) -> None:
         for connection in list(self._open):
@@ -5047,7 +5061,7 @@ class Pool:
                 else:
                     connection.fail_late(now)
         for origin, kept in list(self._idle.items()):
-            fit = [c for c in kept if c in self._open and not c.reader.at_eof()]
+            fit = [c for c in kept if c in self._open and not c.at_eof]
             for connection in set(kept).difference(fit):
                 self.drop(connection)
             self._idle[origin] = fit
@@ -5057,42 +5071,29 @@ class Pool:
             self.drop(connection)
 
 
-def limit_reads(transport: asyncio.BaseTransport) -> None:
-    """asyncio reads into 256 KiB, which malloc maps and unmaps anew for each read."""
-    if hasattr(transport, "max_size"):
-        transport.max_size = MAX_READ_BYTES
-
-
-def send_at_once(writer: asyncio.StreamWriter) -> None:
+def send_at_once(transport: asyncio.Transport) -> None:
     """asyncio does so by itself only where a socket knows its protocol, as accepted ones do not;
     without it each event of a stream waits for the one before to be acknowledged."""
-    sock = writer.get_extra_info("socket")
+    sock = transport.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def raise_failure(error: BaseException, provider: Provider, is_unanswered: bool) -> NoReturn:
+    """What an error before the answer means to a client."""
+    if is_unanswered:
+        raise unreachable(provider) from error
+    if isinstance(error, OverflowError):
+        raise bad_answer("The head of the provider's answer is too large.") from error
+    if isinstance(error, (EOFError, OSError)):
+        raise upstream_error(
+            502, "The provider closed in the head of its answer.", "request_error") from error
+    raise error
 
 
 def unreachable(provider: Provider) -> GatewayError:
     return upstream_error(502, f"Could not reach provider {provider.name!r}.", "request_error",
                           type="upstream_unreachable")
-
-
-async def read_answer_head(reader: Reader) -> AnswerHead:
-    """The head of the final answer; interim ones (1xx) are passed over."""
-    before = reader.fed
-    try:
-        head = parse_answer_head(await reader.readuntil(b"\r\n\r\n"))
-        while head.status < 200 and head.status != 101:
-            head = parse_answer_head(await reader.readuntil(b"\r\n\r\n"))
-    except asyncio.LimitOverrunError as error:
-        raise bad_answer("The head of the provider's answer is too large.") from error
-    except (asyncio.IncompleteReadError, OSError) as error:
-        if reader.fed == before:
-            raise Unanswered from error
-        raise upstream_error(502, "The provider closed in the head of its answer.",
-                             "request_error") from error
-    if head.status == 101:
-        raise bad_answer("The provider switched protocols.")
-    return head
 
 
 # ==============================
@@ -5178,13 +5179,13 @@ class ClientLeft(Exception):
     """Before its request was whole."""
 
 
-class Request:
+class Request(Protocol):
     """A request as a handler sees it: its head, and a body that is read when it is asked for."""
 
-    def __init__(self, head: RequestHead, body: Callable[[], Awaitable[bytes]]) -> None:
-        self.head = head
-        self.headers = head.headers
-        self.body = body
+    head: RequestHead
+    headers: Headers
+
+    async def body(self) -> bytes: ...
 
 
 class Source(Protocol):
@@ -5218,8 +5219,6 @@ class Stream:
 
 
 class Response:
-    """What a handler returns: a whole body, or a stream."""
-
     def __init__(self, status: int, fields: Sequence[Tuple[str, str]], body: bytes = b"",
                  stream: Stream | None = None) -> None:
         self.status = status
@@ -5243,14 +5242,15 @@ class Exchange(Record):
     answered = False  # the provider said 200
     bytes_in = 0
     bytes_out = 0
-    waited = 0.0  # seconds, for the client's body and the provider
     logged_headers: Sequence[Tuple[str, str]] = ()
     keepalive = b""  # what the server writes into a stream after so many seconds of silence
     keepalive_seconds = 0.0
 
     def __init__(self, id_: str, started: float) -> None:
         self.id = id_
-        self.started = started  # the clock's seconds
+        # The clock's seconds. What lies between `ready` (the body was read) and `sent` (to the
+        # provider), and behind `came` (its answer, or the first event), is the gateway's own time.
+        self.started = self.ready = self.sent = self.came = started
 
     def fail(self, error: GatewayError) -> None:
         self.status = error.status
@@ -5262,9 +5262,6 @@ class Exchange(Record):
                 f": {word}" if CODE_WORD.fullmatch(word) else ".")
         if error.__cause__ is not None:
             self.error += f" ({type(error.__cause__).__name__}: {error.__cause__})"
-
-
-Waited = TypeVar("Waited")
 
 
 class Gateway:
@@ -5288,14 +5285,15 @@ class Gateway:
     # ---- one exchange ----
 
     async def handle(self, exchange: Exchange, request: Request) -> Response:
-        """Answers one request; every error becomes an answer here."""
         exchange.method, exchange.path = request.head.method, request.head.path
         if self._log_headers:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
         try:
-            handler, exchange.dialect = find_handler(request.head)
-            exchange.is_generation = handler == Gateway.generate
+            exchange.dialect = asked_in(request.headers)
+            exchange.dialect, methods = find_route(request.head.path, exchange.dialect)
+            handler = find_handler(request.head, methods)
+            exchange.is_generation = handler in (Gateway.generate, Gateway.forward)
             if exchange.is_generation:
                 self.metrics.in_flight.add((), 1)
             response = await handler(self, exchange, request)
@@ -5311,49 +5309,69 @@ class Gateway:
 
     def refuse(self, exchange: Exchange, error: GatewayError) -> Response:
         exchange.fail(error)
+        exchange.came = self.clock()
         body = exchange.dialect.render_error(error, exchange.id)
         return self.signed(exchange, Response(error.status, [JSON_TYPE, *error.headers], body))
 
     def signed(self, exchange: Exchange, response: Response) -> Response:
         if exchange.is_stream and response.stream is None:
             response.event = exchange.dialect.error_event(response.body)
-        exchange.overhead = self.clock() - exchange.started - exchange.waited
-        response.fields += [("x-request-id", exchange.upstream_id or exchange.id),
-                            ("x-gateway-id", exchange.id)]
+        exchange.overhead = exchange.sent - exchange.ready + self.clock() - exchange.came
+        id_ = exchange.upstream_id or exchange.id
+        response.fields += [(name, id_) for name in exchange.dialect.id_fields]
+        response.fields.append(("x-gateway-id", exchange.id))
         return response
 
     async def generate(self, exchange: Exchange, request: Request) -> Response:
         """Answers one generation request; the order of the steps is what clients rely on."""
-        app = self.authenticate(exchange, request)  # 401
-        body = Body(await self.wait(exchange, request.body()))  # 400, 408, 413, 415, 503
-        exchange.bytes_in = len(body.body)
-        model, exchange.is_stream = read_call(body)  # 400
-        app.check_may_use(model)  # 403
-        route = exchange.route = self.router.resolve(model)  # 404
+        app, body, route = await self.admit(exchange, request)
         if exchange.is_stream:
             exchange.keepalive = exchange.dialect.keepalive
             exchange.keepalive_seconds = self.config.sse_keepalive
-        if exchange.dialect.name in route.provider.row.paths:
-            return await self.pass_through(exchange, request, route, body)
+        name, paths = exchange.dialect.name, route.provider.row.paths
+        if name in paths:
+            return await self.pass_through(exchange, request, route, body, name)
+        if (name, next(iter(paths))) not in TRANSLATED:
+            raise GatewayError(400, "The requested model does not speak this dialect.", "model",
+                               "unsupported_dialect")
         is_strict = app.is_strict or route.is_strict
         return await self.translate(exchange, request, route, body, is_strict)
 
-    async def pass_through(self, exchange: Exchange, request: Request, route: Route,
-                           body: Body) -> Response:
-        dialect = exchange.dialect
-        hides_usage = exchange.is_stream and not dialect.asks_for_usage(body)
-        losses = Losses()
-        payload = self.render_passed(request, route, body, dialect, hides_usage, losses)
-        self.count_losses(losses, route)
-        del body  # it may be large, and the answer may take minutes
+    async def admit(self, exchange: Exchange, request: Request) -> Tuple[App, Body, Route]:
+        app = self.authenticate(exchange, request)  # 401
+        body = Body(await request.body())  # 400, 408, 413, 415, 503
+        exchange.ready = exchange.sent = exchange.came = self.clock()
+        exchange.bytes_in = len(body.body)
+        model, exchange.is_stream = read_call(body)  # 400
+        app.check_may_use(model)  # 403
+        exchange.route = self.router.resolve(model)  # 404
+        return app, body, exchange.route
+
+    async def pass_through(self, exchange: Exchange, request: Request, route: Route, body: Body,
+                           path: str) -> Response:
+        """`path` is the name of one in the kind's row: the dialect's, or another."""
+        dialect, losses = exchange.dialect, Losses()
+        is_dialect = path == dialect.name
+        hides_usage = exchange.is_stream and is_dialect and not dialect.asks_for_usage(body)
+        values = dialect.values_for_usage(body) if hides_usage else {}
+        payload = self.render_passed(request, route, body, path, values, losses)
+        body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
             return await self.pass_error(exchange, route, answer)
-        if not exchange.is_stream:
-            return await self.pass_answer(exchange, answer, losses)
-        watch = dialect.watch(hides_usage, route.provider.done)
-        stream = PassedStream(self, exchange, route, answer, watch)
-        return await self.open_stream(exchange, stream, answer_fields(answer) + lost_fields(losses))
+        fields = answer_fields(answer) + lost_fields(losses)
+        kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if exchange.is_stream or kind == "text/event-stream":
+            watch = dialect.watch(hides_usage, route.provider.done and is_dialect)
+            stream = PassedStream(self, exchange, route, answer, watch)
+            return await self.open_stream(exchange, stream, fields)
+        raw = await self.read_answer(exchange, answer)
+        reply = parse_answer(raw)
+        exchange.usage = dialect.parse_usage(reply.get("usage"))
+        exchange.usage_from = "reported" if exchange.usage else "none"
+        if is_dialect and not exchange.usage:
+            self.estimate(exchange, dialect.count_content(reply))
+        return Response(200, fields, raw)
 
     async def translate(self, exchange: Exchange, request: Request, route: Route, body: Body,
                         is_strict: bool) -> Response:
@@ -5361,16 +5379,16 @@ class Gateway:
         dialect, losses = exchange.dialect, Losses()
         wire = DIALECTS[next(iter(route.provider.row.paths))]
         chat = dialect.parse_request(body.tree(), losses)  # 400
-        del body
+        body.forget()
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
         route.edits.apply(tree, losses)
         if is_strict or request.headers.get("x-gateway-strict") == "1":
             losses.refuse()  # 400
         self.count_losses(losses, route)
-        own_lines, _ = self._lines[route.provider.name, wire.name]
-        passed = "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()
+        lines, _ = self._lines[route.provider.name, wire.name]
+        lines += "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()
                           if name in TRANSLATED_FIELDS])
-        payload = with_head(own_lines + passed, dump_json(tree))
+        payload = with_head(lines + default_lines(route.provider, ()), dump_json(tree))
         del tree
         chat.turns.clear()
         answer = await self.send(exchange, route, payload)  # 502, 504
@@ -5395,36 +5413,37 @@ class Gateway:
         exchange.app = app.name
         return app
 
-    async def wait(self, exchange: Exchange, coming: Awaitable[Waited]) -> Waited:
-        """Awaits the client or the provider: that time is not the gateway's own."""
-        since = self.clock()
-        try:
-            return await coming
-        finally:
-            exchange.waited += self.clock() - since
-
     def count_losses(self, losses: Losses, route: Route) -> None:
         for name in losses.names:
             self.metrics.dropped.add((name, route.provider.name))
 
-    def render_passed(self, request: Request, route: Route, body: Body, dialect: Dialect,
-                      hides_usage: bool, losses: Losses) -> List[bytes]:
-        """The request to the provider: the client's own bytes, but for what must differ."""
-        values: Dict[str, object] = {}
+    def render_passed(self, request: Request, route: Route, body: Body, path: str,
+                      values: JSON, losses: Losses) -> List[bytes]:
+        """The request to the provider: the client's own bytes, but for what must differ. `path` is
+        the name of one in the kind's row."""
+        head, provider = request.head, route.provider
         if body.get("model") != route.model:
-            values["model"] = route.model
-        if hides_usage:
-            values.update(dialect.values_for_usage(body))
-        changed, gone = route.edits.of_passed(body, losses) if any(route.edits) else ({}, set())
-        content = body.with_values({**values, **changed}, gone)
-        own_lines, dropped = self._lines[route.provider.name, dialect.name]
-        return with_head(own_lines + passing_fields(request.head, dropped), content)
+            values = {**values, "model": route.model}
+        gone: Set[str] = set()
+        if any(route.edits):
+            changed, gone = route.edits.of_passed(body, losses)
+            values = {**values, **changed}
+        content = body.with_values(values, gone)
+        self.count_losses(losses, route)
+        lines, dropped = self._lines[provider.name, path]
+        if head.query:
+            lines = lines.replace(" HTTP/1.1", f"?{head.query} HTTP/1.1", 1)
+        lines += passing_fields(head, dropped)
+        if provider.row.headers:
+            lines += default_lines(provider, head.headers)
+        return with_head(lines, content)
 
     async def send(self, exchange: Exchange, route: Route, payload: Sequence[bytes]) -> Answer:
         """One attempt today; others will follow here."""
-        answer = await self.wait(exchange, self.pool.send(
-            route.provider, route.deadlines, payload, exchange.is_stream,
-            self.config.limits.answer))
+        exchange.sent = self.clock()
+        answer = await self.pool.send(
+            route.provider, route.deadlines, payload, exchange.is_stream, self.config.limits.answer)
+        exchange.came = self.clock()
         headers = answer.headers
         exchange.upstream_id = clipped(headers.get("x-request-id") or headers.get("request-id", ""))
         exchange.answered = answer.status == 200
@@ -5432,21 +5451,13 @@ class Gateway:
 
     # ---- answers ----
 
-    async def pass_answer(self, exchange: Exchange, answer: Answer, losses: Losses) -> Response:
-        raw = await self.read_answer(exchange, answer)
-        reply = parse_answer(raw)
-        exchange.usage = exchange.dialect.parse_usage(reply.get("usage"))
-        exchange.usage_from = "reported"
-        if exchange.usage is None:
-            self.estimate(exchange, exchange.dialect.count_content(reply))
-        return Response(200, answer_fields(answer) + lost_fields(losses), raw)
-
     async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
         try:
-            body = await self.wait(exchange, answer.read_all())
+            body = await answer.read_all()
         except BaseException:
             self.pool.drop(answer.connection)
             raise
+        exchange.came = self.clock()
         self.pool.release(answer)
         return body
 
@@ -5455,7 +5466,8 @@ class Gateway:
         """A stream whose first event is awaited while the status can still be told honestly."""
         try:
             check_event_stream(stream.answer)
-            await self.wait(exchange, stream.answer.pump(stream.feed_first))
+            await stream.answer.pump(stream.feed_first)
+            exchange.came = self.clock()
             if not stream.first and not stream.ended:
                 stream.first = stream.end()
             failure = stream.failure
@@ -5480,8 +5492,8 @@ class Gateway:
             fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
         return Response(status, fields, body)
 
-    async def translated_error(self, exchange: Exchange, route: Route, answer: Answer,
-                               wire: Dialect) -> GatewayError:
+    async def translated_error(
+            self, exchange: Exchange, route: Route, answer: Answer, wire: Dialect) -> GatewayError:
         """A provider's error in the client's dialect: its words are kept, and retry-after."""
         body = await self.read_error_body(exchange, route, answer)
         told = json_object(body)
@@ -5513,17 +5525,26 @@ class Gateway:
 
     # ---- other endpoints ----
 
+    async def forward(self, exchange: Exchange, request: Request) -> Response:
+        """An endpoint that no dialect is read for: bytes pass to where the body's model lives."""
+        _, body, route = await self.admit(exchange, request)
+        path = request.head.path[len("/v1"):]
+        if path not in route.provider.row.paths:
+            raise GatewayError(
+                404, f"The provider of the requested model has no {path}.", "model", "not_found")
+        return await self.pass_through(exchange, request, route, body, path)
+
     async def list_models(self, exchange: Exchange, request: Request) -> Response:
-        app = self.authenticate(exchange, request)
-        models = [model_object(name, owner) for name, owner in self.router.aliases(app)]
-        return Response(200, [JSON_TYPE], dump_json({"object": "list", "data": models}))
+        models = self.router.aliases(self.authenticate(exchange, request))
+        return Response(
+            200, [JSON_TYPE], dump_json(exchange.dialect.render_models(models)))
 
     async def show_model(self, exchange: Exchange, request: Request) -> Response:
         app = self.authenticate(exchange, request)
         asked = request.head.path[len("/v1/models/"):]
         app.check_may_use(asked)
         owner = self.router.resolve(asked).provider.name
-        return Response(200, [JSON_TYPE], dump_json(model_object(asked, owner)))
+        return Response(200, [JSON_TYPE], dump_json(exchange.dialect.render_model(asked, owner)))
 
     async def health(self, exchange: Exchange, request: Request) -> Response:
         if self.is_draining and request.head.path == "/health":
@@ -5540,7 +5561,7 @@ class Gateway:
 
     async def show_page(self, exchange: Exchange, request: Request) -> Response:
         text = f"gateway.py {__version__}\n\n" + "".join(
-            f"{' '.join(methods):5} {path}\n" for path, methods in sorted(ROUTES.items()))
+            f"{' '.join(methods):5} {path}\n" for path, (_, methods) in sorted(ROUTES.items()))
         return Response(200, [("content-type", "text/plain; charset=utf-8")], text.encode())
 
     # ---- the record ----
@@ -5571,8 +5592,6 @@ Tally = TypeVar("Tally", Watch, Parser)
 
 
 class ProviderStream(Stream, Generic[Tally]):
-    """A provider's stream on its way to a client."""
-
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
                  tally: Tally) -> None:
         super().__init__(answer)
@@ -5656,8 +5675,6 @@ class PassedStream(ProviderStream[Watch]):
 
 
 class TranslatedStream(ProviderStream[Parser]):
-    """Another dialect on each side: events are read, and written anew."""
-
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
                  parser: Parser, renderer: Renderer) -> None:
         super().__init__(gateway, exchange, route, answer, parser)
@@ -5699,25 +5716,32 @@ class TranslatedStream(ProviderStream[Parser]):
 CONTENT_EVENTS = (TextDelta, ThinkingDelta, ArgumentsDelta)
 Handler = Callable[[Gateway, Exchange, Request], Awaitable[Response]]
 
-# Every endpoint: its path, and a handler for each method. A path that ends in "/" stands for all
-# below it.
-ROUTES: Dict[str, Dict[str, Tuple[Handler, str]]] = {
-    "/": {"GET": (Gateway.show_page, "chat")},
-    "/health": {"GET": (Gateway.health, "chat")},
-    "/health/live": {"GET": (Gateway.health, "chat")},
-    "/metrics": {"GET": (Gateway.show_metrics, "chat")},
-    "/v1/chat/completions": {"POST": (Gateway.generate, "chat")},
-    "/v1/models": {"GET": (Gateway.list_models, "chat")},
-    "/v1/models/": {"GET": (Gateway.show_model, "chat")},
+# Every endpoint: its path, its dialect ("": as it is asked), and a handler for each method. A path
+# that ends in "/" stands for all below it.
+ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
+    "/": ("", {"GET": Gateway.show_page}),
+    "/health": ("", {"GET": Gateway.health}),
+    "/health/live": ("", {"GET": Gateway.health}),
+    "/metrics": ("", {"GET": Gateway.show_metrics}),
+    "/v1/chat/completions": ("chat", {"POST": Gateway.generate}),
+    **{f"/v1{path}": ("chat", {"POST": Gateway.forward}) for path in CHAT if path != "chat"},
+    "/v1/messages": ("messages", {"POST": Gateway.generate}),
+    "/v1/messages/count_tokens": ("messages", {"POST": Gateway.forward}),
+    "/v1/models": ("", {"GET": Gateway.list_models}),
+    "/v1/models/": ("", {"GET": Gateway.show_model}),
 }
+TRANSLATED = frozenset([("chat", "messages")])  # from a client's dialect to a provider's
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
-def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
-    is_model = head.path.startswith("/v1/models/")
-    methods = ROUTES.get("/v1/models/" if is_model else head.path)
-    if methods is None:
+def find_route(path: str, asked: Dialect) -> Tuple[Dialect, Mapping[str, Handler]]:
+    route = ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path)
+    if route is None:
         raise GatewayError(404, "There is no such endpoint.", code="not_found")
+    return DIALECTS.get(route[0], asked), route[1]
+
+
+def find_handler(head: RequestHead, methods: Mapping[str, Handler]) -> Handler:
     if head.headers.get("upgrade", "").lower() == "websocket":
         raise GatewayError(426, "WebSockets are not spoken here; use HTTP.",
                            headers=[("upgrade", "HTTP/1.1"), ("connection", "upgrade")])
@@ -5726,8 +5750,12 @@ def find_handler(head: RequestHead) -> Tuple[Handler, Dialect]:
         allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
         raise GatewayError(405, f"This endpoint takes {allowed}.", code="method_not_allowed",
                            headers=[("allow", allowed)])
-    handler, dialect = methods[method]
-    return handler, DIALECTS[dialect]
+    return methods[method]
+
+
+def asked_in(headers: Headers) -> Dialect:
+    spoken = [dialect for dialect in DIALECTS.values() if dialect.is_spoken_in(headers)]
+    return spoken[0] if spoken else DIALECTS["chat"]
 
 
 def read_call(body: Body) -> Tuple[str, bool]:
@@ -5744,13 +5772,17 @@ def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
     names of a client's fields that do not go to it."""
     url = urllib.parse.urlsplit(provider.base_url + provider.row.paths[wire])
     name, form = provider.row.auth
-    fields = {"host": url.netloc, "accept-encoding": "identity", "content-type": "application/json",
-              **dict(provider.row.headers)}
+    fields = {"host": url.netloc, "accept-encoding": "identity", "content-type": "application/json"}
     if provider.api_key:
         fields[name] = form.format(provider.api_key)
     fields.update(provider.headers)
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"POST {url.path} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
+
+
+def default_lines(provider: Provider, sent: Container[str]) -> str:
+    return "".join(f"{name}: {value}\r\n" for name, value in provider.row.headers
+                   if name not in sent and name not in dict(provider.headers))
 
 
 def with_head(lines: str, body: bytes) -> List[bytes]:
@@ -5775,13 +5807,14 @@ def retry_fields(answer: Answer) -> List[Tuple[str, str]]:
 
 
 def lost_fields(losses: Losses) -> List[Tuple[str, str]]:
-    lost = clipped(", ".join(losses.names), MAX_LOST_BYTES)
-    return [("x-gateway-lost", lost)] if lost else []
+    if not losses.names:
+        return []
+    return [("x-gateway-lost", clipped(", ".join(losses.names), MAX_LOST_BYTES))]
 
 
 def json_object(body: bytes) -> JSON | None:
     try:
-        tree = json.loads(body)
+        tree = LENIENT_DECODER.decode(body.decode())
     except (ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict) else None
@@ -5804,8 +5837,8 @@ def check_event_stream(answer: Answer) -> None:
 
 
 def key_refused(status: int) -> GatewayError:
-    """The provider refused our key, or our account is out of money. The client's key is fine, and
-    to try again is no help; both SDKs obey x-should-retry."""
+    """Our key was refused, or our account is empty. The client's key is fine, and to try again is
+    no help; the SDKs obey x-should-retry."""
     what, kind = (("has no money left for it", "upstream_billing_error") if status == 402 else
                   ("refused the gateway's key", "upstream_auth_error"))
     return upstream_error(502, f"The provider {what}; its operator must act.", "auth", type=kind,
@@ -5823,12 +5856,8 @@ def mask_text(text: str, provider: Provider) -> str:
 
 def plain_error(status: int, body: bytes) -> GatewayError:
     words = body[:200].decode("utf-8", "replace")
-    return upstream_error(status, f"The provider answered {status}: {words}", error_label(status),
-                          is_quoted=True)
-
-
-def model_object(name: str, owner: str) -> JSON:
-    return {"id": name, "object": "model", "created": 0, "owned_by": owner}
+    return upstream_error(
+        status, f"The provider answered {status}: {words}", error_label(status), is_quoted=True)
 
 
 class Dollars(float):
@@ -5912,32 +5941,45 @@ BACKLOG = 1024
 ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second without descriptors
 
 
-class Client:
-    """A connection from a client, and the deadline it is under."""
-
-    def __init__(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.transport: asyncio.WriteTransport = writer.transport
-        self.task = asyncio.current_task()
+class Client(Wire):
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.limits.head)
+        self._server = server
+        self.task: asyncio.Task[None] | None = None
         self.exchange: Exchange | None = None  # while one is open
         self.has_left = False
         self.lingers = False  # the client may still be sending
-        self.deadline = FOREVER
-        self.phase = ""
-        self.renewal = 0.0
         self.head: RequestHead | None = None
         self.is_committed = False  # a stream's head went out before its handler was done
-        self.consumed = 0  # bytes taken from the reader
+        self.consumed = 0  # bytes taken from the buffer
         self.written = 0
         self._quiet_since = (-1, 0.0)  # bytes written by then, and when that was seen
-        self._seen = 0
         self._sent = 0
         self._write_deadline = FOREVER
 
-    def expect(self, phase: str, now: float, seconds: float, renews: bool = False) -> None:
-        self.phase, self.deadline = phase, now + seconds
-        self.renewal = seconds if renews else 0.0
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
+        send_at_once(self.transport)
+        self.task = asyncio.get_running_loop().create_task(self._server.serve_connection(self))
+
+    async def read_head(self) -> bytes:
+        """A request's head. Raises EOFError, and GatewayError 400, 408, 431."""
+        head = b"\r\n"
+        while head == b"\r\n":  # RFC 9112, section 2.2: an empty line before it is passed over
+            try:
+                head = await super().read_head()
+            except OverflowError as error:
+                raise GatewayError(431, "The request's head is larger than "
+                                        f"{self._max_head} bytes.") from error
+            self.consumed += len(head)
+            if head[:2] == b"\r\n":
+                head = head[2:]
+        return head
+
+    def begin(self, head: RequestHead) -> None:
+        self.phase, self.deadline, self.renewal = "answer", FOREVER, 0.0
+        self.head, self.is_committed, self._quiet_since = head, False, (-1, 0.0)
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
@@ -5952,17 +5994,16 @@ class Client:
         return now - self._quiet_since[1] >= exchange.keepalive_seconds
 
     def sweep(self, now: float, timeouts: Timeouts) -> None:
-        reader = self.reader
-        if self.phase == "keep_alive" and reader.fed > self.consumed:
+        if self.phase == "keep_alive" and self.fed > self.consumed:
             self.expect("head", now, timeouts.head)
-        if self.renewal and reader.fed != self._seen:
-            self._seen, self.deadline = reader.fed, now + self.renewal
-        if self.phase == "head" and reader.has_bare_head():
+        if self.renewal and self.fed != self._seen:
+            self._seen, self.deadline = self.fed, now + self.renewal
+        if self.phase == "head" and self.has_bare_head():
             self.deadline = FOREVER
-            reader.set_exception(GatewayError(400, "The request's head is malformed."))
+            self.fail(GatewayError(400, "The request's head is malformed."))
         if now >= self.deadline:
             self._end_waiting()
-        if self.phase == "answer" and (reader.at_eof() or reader.exception()):
+        if self.phase == "answer" and self.at_eof:
             self.leave()
         self._sweep_writes(now, timeouts.write)
 
@@ -5971,8 +6012,7 @@ class Client:
         if self.phase == "keep_alive":
             self.transport.abort()
         else:
-            self.reader.set_exception(GatewayError(
-                408, f"The request's {self.phase} did not arrive in time."))
+            self.fail(GatewayError(408, f"The request's {self.phase} did not arrive in time."))
 
     def _sweep_writes(self, now: float, seconds: float) -> None:
         unsent = self.transport.get_write_buffer_size()
@@ -6000,60 +6040,55 @@ class Application(Protocol):
     def record(self, exchange: Exchange) -> None: ...
 
 
-class BodyReader:
-    """Reads a request's body when a handler asks for it, so that nobody without a valid key makes
-    us hold one."""
+class ClientRequest:
+    """A request whose body is read when a handler asks for it, so that nobody without a valid key
+    makes us hold one."""
 
     def __init__(self, server: Server, client: Client, head: RequestHead) -> None:
+        self.head = head
+        self.headers = head.headers
         self._server = server
         self._client = client
-        self._head = head
         self._is_read = head.length == 0
         self._taken = 0
         self._is_begun = False
 
-    async def read(self) -> bytes:
+    async def body(self) -> bytes:
         """The whole body, decoded. Raises GatewayError 400, 408, 413, 415, 503."""
-        headers = self._head.headers
+        headers, length = self.headers, self.head.length
         coding = headers.get("content-encoding", "identity").lower()
         if coding != "identity" and coding not in CODINGS:
             known = ", ".join(CODINGS)
             raise GatewayError(415, f"The content-encoding must be one of: {known}.",
                                headers=[("accept-encoding", known)])
-        self._check_size(self._head.length or 0)
+        self._check_size(length or 0)
         if self._is_read:
             return b""
         client, server = self._client, self._server
-        client.expect("body", server.clock(), server.timeouts.body, renews=True)
-        if "100-continue" in headers.get("expect", "").lower():
-            client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._is_begun = True
-        body = await self._read_raw()
+        self._take(length or 0)
+        if length is None or length > len(client.buffer):
+            client.expect("body", server.clock(), server.timeouts.body, renews=True)
+            if "100-continue" in headers.get("expect", "").lower():
+                client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            body = await (self._read_chunked() if length is None else client.read_exactly(length))
+        except EOFError as error:
+            raise ClientLeft from error
         self._is_read = True
+        client.consumed += length or 0
         client.expect("answer", 0.0, FOREVER)
         return body if coding == "identity" else self._inflate(body, coding)
 
-    async def _read_raw(self) -> bytes:
-        length = self._head.length
-        if length is None:
-            return await self._read_chunked()
-        self._take(length)
-        try:
-            body = await self._client.reader.readexactly(length)
-        except asyncio.IncompleteReadError as error:
-            raise ClientLeft from error
-        self._client.consumed += length
-        return body
-
     async def _read_chunked(self) -> bytes:
-        reader, framing = self._client.reader, ChunkedFraming()
+        client, framing = self._client, ChunkedFraming()
         pieces: List[bytes] = []
         size = 0
         while not framing.done:
-            data = await reader.read(1 << 20)
+            data = await client.read()
             if not data:
                 raise ClientLeft
-            self._client.consumed += len(data)
+            client.consumed += len(data)
             try:
                 pieces.append(framing.feed(data))
             except ValueError as error:
@@ -6061,8 +6096,8 @@ class BodyReader:
             size += len(pieces[-1])
             self._check_size(size)
             self._take(len(pieces[-1]))
-        if framing.rest and not reader.at_eof():
-            reader.feed_data(framing.rest)  # the buffer is empty: `read` took all there was
+        client.buffer[:0] = framing.rest
+        client.consumed -= len(framing.rest)
         return b"".join(pieces)
 
     def _inflate(self, body: bytes, coding: str) -> bytes:
@@ -6091,25 +6126,24 @@ class BodyReader:
         self._taken += size
 
     def give_back(self) -> None:
-        self._server.bodies.give_back(self._taken)
-        self._taken = 0
+        if self._taken:
+            self._server.bodies.give_back(self._taken)
+            self._taken = 0
 
     @property
     def can_be_skipped(self) -> bool:
-        return self._is_read or (self._head.length is not None and not self._is_begun
-                                 and self._head.length <= SMALL_REST_BYTES
-                                 and "expect" not in self._head.headers)
+        return self._is_read or (self.head.length is not None and not self._is_begun
+                                 and self.head.length <= SMALL_REST_BYTES
+                                 and "expect" not in self.headers)
 
     async def skip(self) -> None:
         if not self._is_read:
             self._client.expect("body", self._server.clock(), self._server.timeouts.body)
-            await self._client.reader.readexactly(self._head.length or 0)
-            self._client.consumed += self._head.length or 0
+            await self._client.read_exactly(self.head.length or 0)
+            self._client.consumed += self.head.length or 0
 
 
 class Server:
-    """Accepts connections and serves each in a task of its own."""
-
     def __init__(self, app: Application, limits: Limits, timeouts: Timeouts,
                  new_id: Callable[[], str], clock: Callable[[], float],
                  wall_clock: Callable[[], float]) -> None:
@@ -6118,6 +6152,7 @@ class Server:
         self.clock = clock
         self.bodies = Budget(limits.bodies)
         self.is_draining = False
+        self._known = known_fields()
         self._app = app
         self._new_id = new_id
         self._wall_clock = wall_clock
@@ -6129,20 +6164,12 @@ class Server:
     async def listen(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         self._listeners.append(await loop.create_server(
-            lambda: asyncio.StreamReaderProtocol(
-                Reader(self.limits.head), self.serve_connection, loop=loop),
-            sock=sock, backlog=ACCEPTS_AT_ONCE))
+            lambda: Client(self), sock=sock, backlog=ACCEPTS_AT_ONCE))
         sock.listen(BACKLOG)
 
     # ---- one connection ----
 
-    async def serve_connection(self, reader: asyncio.StreamReader,
-                               writer: asyncio.StreamWriter) -> None:
-        assert isinstance(reader, Reader)
-        client = Client(reader, writer)
-        client.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
-        limit_reads(client.transport)
-        send_at_once(writer)
+    async def serve_connection(self, client: Client) -> None:
         self._clients.add(client)
         try:
             if len(self._clients) > self.limits.connections:
@@ -6151,8 +6178,7 @@ class Server:
                 while await self.serve_request(client):
                     pass
             await self.close(client)
-        except (OSError, GatewayError, ClientLeft, asyncio.IncompleteReadError,
-                asyncio.CancelledError):
+        except (OSError, EOFError, GatewayError, ClientLeft, asyncio.CancelledError):
             pass  # the client left; a task that ends cancelled would print noise before 3.12
         finally:
             client.transport.abort()
@@ -6160,24 +6186,25 @@ class Server:
 
     async def serve_request(self, client: Client) -> bool:
         """Serves one request; returns whether another may follow on this connection."""
+        client.expect("keep_alive", self.clock(), self.timeouts.keep_alive)
         try:
-            raw = await self.read_head(client)
-            if raw is None:
-                return False
-            head = parse_head(raw, self.limits.target, self.limits.fields)
+            head = parse_head(
+                await client.read_head(), self.limits.target, self.limits.fields, self._known)
+        except EOFError:
+            return False
         except GatewayError as error:
             await self.refuse(client, error)
             return False
-        client.expect("answer", 0.0, FOREVER)
+        client.begin(head)
         client.exchange = exchange = Exchange(self._new_id(), self.clock())
-        client.head, client.is_committed, client._quiet_since = head, False, (-1, 0.0)
-        body = BodyReader(self, client, head)
+        request = ClientRequest(self, client, head)
         try:
-            response = await self._app.handle(exchange, Request(head, body.read))
-            body.give_back()
-            stays = (head.keeps_alive and not self.is_draining and body.can_be_skipped
+            response = await self._app.handle(exchange, request)
+            request.give_back()
+            is_read = request.can_be_skipped
+            stays = (is_read and head.keeps_alive and not self.is_draining
                      and not (head.is_http10 and response.stream))
-            client.lingers = not body.can_be_skipped
+            client.lingers = not is_read
             await self.write_response(client, head, response, stays)
         except (ConnectionError, ClientLeft, asyncio.CancelledError):
             has_left = client.has_left or not self.is_draining
@@ -6185,28 +6212,12 @@ class Server:
             exchange.error = "The client left." if has_left else "limits.grace was over."
             raise
         finally:
-            body.give_back()
+            request.give_back()
             client.exchange = None
             self._app.record(exchange)
         if stays:
-            await body.skip()
+            await request.skip()
         return stays and not self.is_draining and not client.transport.is_closing()
-
-    async def read_head(self, client: Client) -> bytes | None:
-        """A request's head, or None where the client is done. Raises GatewayError 400, 408, 431."""
-        client.expect("keep_alive", self.clock(), self.timeouts.keep_alive)
-        raw = b"\r\n"
-        while raw == b"\r\n":  # RFC 9112, section 2.2: an empty line before the head is passed over
-            try:
-                raw = await client.reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError:
-                return None
-            except asyncio.LimitOverrunError as error:
-                raise GatewayError(431, "The request's head is larger than "
-                                        f"{self.limits.head} bytes.") from error
-            client.consumed += len(raw)
-            raw = raw[2:] if raw[:2] == b"\r\n" else raw
-        return raw
 
     async def refuse(self, client: Client, error: GatewayError) -> None:
         client.lingers = True
@@ -6221,17 +6232,17 @@ class Server:
         """Closes so that the last answer arrives: what the client may still send would make the
         kernel answer with a reset, and the client lose what it has not read."""
         client.transport.set_write_buffer_limits(0)
-        await client.writer.drain()
+        await client.drain()
         if client.lingers and not client.transport.is_closing():
             client.transport.write_eof()
             client.expect("linger", self.clock(), LINGER_SECONDS)
-            while await client.reader.read(MAX_READ_BYTES):
+            while await client.read():
                 pass
 
     # ---- answers ----
 
-    async def write_response(self, client: Client, head: RequestHead, response: Response,
-                             stays: bool) -> None:
+    async def write_response(
+            self, client: Client, head: RequestHead, response: Response, stays: bool) -> None:
         fields = [("date", self.date()), *response.fields]
         if not stays:
             fields.append(("connection", "close"))
@@ -6242,8 +6253,8 @@ class Server:
             if response.stream is not None:
                 await self.write_stream(client, head, response.status, fields, response.stream)
             elif client.is_committed:
-                client.write(response.event if head.is_http10 else
-                             render_chunk(response.event) + LAST_CHUNK)
+                client.write(
+                    response.event if head.is_http10 else render_chunk(response.event) + LAST_CHUNK)
             else:
                 fields.append(("content-length", str(len(response.body))))
                 data = render_head(response.status, fields)
@@ -6251,7 +6262,7 @@ class Server:
                     data += response.body
                 client.write(data)
             if client.transport.get_write_buffer_size():
-                await client.writer.drain()
+                await client.drain()
         finally:
             if client.exchange is not None:
                 client.exchange.bytes_out = client.written - before
@@ -6263,7 +6274,8 @@ class Server:
         if not client.is_committed:
             client.is_committed = True
             fields = [("date", self.date()), ("content-type", "text/event-stream"),
-                      ("x-request-id", exchange.id), ("x-gateway-id", exchange.id),
+                      *((name, exchange.id) for name in exchange.dialect.id_fields),
+                      ("x-gateway-id", exchange.id),
                       ("connection", "close") if head.is_http10 else
                       ("transfer-encoding", "chunked")]
             client.write(render_head(200, fields))
@@ -6296,7 +6308,7 @@ class Server:
             stream.first = b""
             while not stream.ended:
                 if is_full:
-                    await client.writer.drain()
+                    await client.drain()
                 is_full = False
                 await stream.source.pump(sink)
                 if client.transport.is_closing():
@@ -6336,7 +6348,7 @@ class Server:
         for listener in self._listeners:
             listener.close()
         for client in self._clients:
-            if client.phase == "keep_alive" and client.reader.fed == client.consumed:
+            if client.phase == "keep_alive" and client.fed == client.consumed:
                 client.transport.abort()
         tasks = {client.task for client in self._clients if client.task is not None}
         if tasks:
@@ -6356,19 +6368,14 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 # ==============================
 # 14. Demo
 #
-# The upstream behind -demo: a real HTTP server on loopback that speaks OpenAI's and Anthropic's
-# wires. It is deterministic: it says back what it heard, calls the first tool that it is offered,
-# and counts a token for four characters.
+# The upstream behind -demo: a real HTTP server on loopback that speaks two wires. It says back what
+# it heard, calls the first tool that it is offered, and counts a token for four characters.
 # ==============================
 
 DEMO_DELAY_SECONDS = 0.03  # between the words of a stream
-DEMO_KEY = "demo-key-0123456789"
-DEMO_UPSTREAM_KEY = "demo-upstream-key"
 
 
 class DemoSource:
-    """Events at the pace of somebody who types."""
-
     def __init__(self, events: List[bytes]) -> None:
         self._events = events
 
@@ -6383,7 +6390,7 @@ class DemoSource:
 
 
 class DemoUpstream:
-    """An Application that plays the provider."""
+    """Plays the provider, as an app of the server's."""
 
     async def handle(self, exchange: Exchange, request: Request) -> Response:
         dialect = DEMO_PATHS.get(request.head.path)
@@ -6402,8 +6409,8 @@ class DemoUpstream:
                         stream=Stream(DemoSource(list(filter(None, events)))))
 
     def refuse(self, exchange: Exchange, error: GatewayError) -> Response:
-        return Response(error.status, [JSON_TYPE],
-                        DIALECTS["chat"].render_error(error, exchange.id))
+        return Response(
+            error.status, [JSON_TYPE], DIALECTS["chat"].render_error(error, exchange.id))
 
     def record(self, exchange: Exchange) -> None:
         """The gateway in front of it keeps the records."""
@@ -6448,35 +6455,36 @@ def demo_events(reply: Reply) -> Iterator[StreamEvent]:
     yield Finish(reply.finish, reply.usage)
 
 
-def demo_config(upstream_port: int, listen: str) -> str:
-    return dump_json({
-        "listen": listen,
-        "providers": {name: {"api_key": DEMO_UPSTREAM_KEY,
-                             "base_url": f"http://127.0.0.1:{upstream_port}"}
-                      for name in ("openai", "anthropic")},
-        "models": {name: {"provider": provider, "cost_per_million_input": 1,
-                          "cost_per_million_output": 2}
-                   for name, provider in (("gpt-demo", "openai"), ("claude-demo", "anthropic"))},
-        "api_keys": [{"key": DEMO_KEY, "app": "demo"}],
-    }).decode()
+DEMO_CONFIG = """{
+  "listen": "127.0.0.1:8080",
+  "providers": {
+    "openai": {"api_key": "demo-upstream-key", "base_url": "http://127.0.0.1:${UPSTREAM_PORT}"},
+    "anthropic": {"api_key": "demo-upstream-key", "base_url": "http://127.0.0.1:${UPSTREAM_PORT}"}
+  },
+  "models": {
+    "gpt-demo": {"provider": "openai",
+                 "cost_per_million_input": 1, "cost_per_million_output": 2},
+    "claude-demo": {"provider": "anthropic",
+                    "cost_per_million_input": 1, "cost_per_million_output": 2}
+  },
+  "api_keys": [{"key": "demo-key-0123456789", "app": "demo"}]
+}"""
 
-
-DEMO_HINT = """
+DEMO_HINT = r"""
 Try it from another terminal:
 
-  curl -N http://127.0.0.1:{port}/v1/chat/completions -H 'Authorization: Bearer {key}' \\
-    -H 'Content-Type: application/json' \\
-    -d '{{"model": "gpt-demo", "stream": true, "messages": [{{"role": "user", "content": "Hi!"}}]}}'
+  curl -N http://127.0.0.1:8080/v1/chat/completions -H 'Authorization: Bearer demo-key-0123456789' \
+    -H 'Content-Type: application/json' \
+    -d '{"model": "gpt-demo", "stream": true, "messages": [{"role": "user", "content": "Hi!"}]}'
 
-  curl http://127.0.0.1:{port}/metrics
+  curl http://127.0.0.1:8080/metrics
 """
 
 
 # ==============================
 # 15. Page
 #
-# What a person sees who opens the gateway in a browser: the version and the endpoints, in plain
-# text, by `Gateway.show_page`. Nothing of it depends on a key, so it tells nothing of the config.
+# What a browser shows: the version and the endpoints, by `Gateway.show_page`.
 # ==============================
 
 
@@ -6492,15 +6500,15 @@ def open_socket(address: Address) -> socket.socket:
         return open_unix_socket(address.path)
     if not address.host and socket.has_dualstack_ipv6():
         try:
-            return socket.create_server(("", address.port), family=socket.AF_INET6,
-                                        dualstack_ipv6=True, backlog=BACKLOG)
+            return socket.create_server(
+                ("", address.port), family=socket.AF_INET6, dualstack_ipv6=True)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    if address.host and family == socket.AF_INET:
+    family = socket.AF_INET
+    if address.host:
         family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
+    return socket.create_server((address.host, address.port), family=family)
 
 
 def open_unix_socket(path: str) -> socket.socket:
@@ -6519,13 +6527,9 @@ def open_unix_socket(path: str) -> socket.socket:
     return sock
 
 
-def bound_address(sock: socket.socket, address: Address) -> Address:
-    return address if address.path else address._replace(port=sock.getsockname()[1])
-
-
 def return_large_memory() -> None:
-    """Tells glibc to give every large block back when it is freed. By default the first one raises
-    its threshold for that, and a body of 10 MB leaves 10 MB behind."""
+    """By default the first large block that is freed raises glibc's threshold for giving memory
+    back, and a body of 10 MB leaves 10 MB behind."""
     try:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 << 10)
     except (OSError, AttributeError):
@@ -6539,16 +6543,16 @@ def raise_descriptor_limit(wanted: int) -> int:
     """Raises the soft limit of descriptors as far as it goes; returns how many client connections
     it carries, each with one to a provider."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
     needed = 2 * wanted + SPARE_DESCRIPTORS
     most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
+    if soft < most:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
         except (ValueError, OSError):
             pass  # macOS refuses what is above its kern.maxfilesperproc
-    if soft == resource.RLIM_INFINITY:
-        return wanted
     return max(min(wanted, (soft - SPARE_DESCRIPTORS) // 2), 1)
 
 
@@ -6556,7 +6560,6 @@ SPARE_DESCRIPTORS = 64
 
 
 class PriceLists(NamedTuple):
-    """The built-in list, and the config's own, which comes first."""
 
     built_in: Mapping[str, Price]
     own: Mapping[str, Price]
@@ -6593,7 +6596,9 @@ async def serve(config: Config, prices: PriceLists, sock: socket.socket,
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
-    address = bound_address(sock, parse_listen(config.listen))
+    address = parse_listen(config.listen)
+    if not address.path:
+        address = address._replace(port=sock.getsockname()[1])
     connections = raise_descriptor_limit(config.limits.connections)
     if connections < config.limits.connections:
         log.line("WARN", "fewer connections than limits.connections: raise `ulimit -n`",
@@ -6615,19 +6620,19 @@ async def serve(config: Config, prices: PriceLists, sock: socket.socket,
     log.line("INFO", "stopped")
 
 
-async def serve_demo(listen: str, log: Log) -> None:
+async def serve_demo(log: Log) -> None:
     upstream_socket = socket.create_server(("127.0.0.1", 0))
     upstream = Server(DemoUpstream(), Limits(), Timeouts(), id_maker(), log.clock, log.wall_clock)
     await upstream.listen(upstream_socket)
     try:
-        sock = open_socket(parse_listen(listen))
+        sock = socket.create_server(("127.0.0.1", 8080))
     except OSError:
-        sock = open_socket(parse_listen("127.0.0.1:0"))
-    port = sock.getsockname()[1]
-    config = parse_config(demo_config(upstream_socket.getsockname()[1], f"127.0.0.1:{port}"),
-                          "-demo", {}, str)
-    await serve(config, PriceLists(parse_prices(PRICES), {}), sock, log,
-                lambda: print(DEMO_HINT.format(port=port, key=DEMO_KEY), flush=True))
+        sock = socket.create_server(("127.0.0.1", 0))
+    ports = {"UPSTREAM_PORT": str(upstream_socket.getsockname()[1])}
+    hint = DEMO_HINT.replace("8080", str(sock.getsockname()[1]))
+    prices = PriceLists(parse_prices(PRICES), {})
+    await serve(parse_config(DEMO_CONFIG, "-demo", ports, str), prices, sock, log,
+                lambda: print(hint, flush=True))
 
 
 # ==============================
@@ -6656,7 +6661,11 @@ To try it without: python3 gateway.py -demo"""
 
 
 class UsageError(Exception):
-    """A command line that cannot be understood."""
+    pass
+
+
+class CommandError(Exception):
+    pass
 
 
 def parse_command_line(arguments: Sequence[str]) -> Tuple[str, str]:
@@ -6665,7 +6674,7 @@ def parse_command_line(arguments: Sequence[str]) -> Tuple[str, str]:
     rest = list(arguments)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        name = flag[2:] if flag.startswith("--") else flag[1:] if flag.startswith("-") else ""
+        name = flag[1:].removeprefix("-") if flag.startswith("-") else ""
         if name == "config":
             if not equals and not rest:
                 raise UsageError("-config needs a file")
@@ -6686,58 +6695,47 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def find_config(named: str) -> str:
-    """The config's path. Raises ConfigError with the hint where there is none."""
-    for path in [named] if named else ["config.json", "config.yaml"]:
-        if named or os.path.exists(path):
-            return path
-    raise ConfigError("", NO_CONFIG)
-
-
-def read_config_text(path: str) -> str:
+def read_config(named: str) -> Tuple[str, str]:
+    """The config's path and text. Raises ConfigError, with the hint where there is none."""
+    found = [named] if named else list(filter(os.path.exists, ("config.json", "config.yaml")))
+    if not found:
+        raise ConfigError("", NO_CONFIG)
     try:
-        return read_text(path)
+        return found[0], read_text(found[0])
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(path, f"cannot be read: {reason}") from error
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        raise ConfigError(found[0], f"cannot be read: {reason}") from error
 
 
-def load_config(named: str) -> Config:
-    path = find_config(named)
-    return parse_config(read_config_text(path), path, os.environ, read_text)
+def load_config(named: str) -> Tuple[Config, PriceLists]:
+    """The config, its warnings printed, and the prices. Raises ConfigError."""
+    path, text = read_config(named)
+    config = parse_config(text, path, os.environ, read_text)
+    prices = load_prices(config)
+    for warning in config.warnings:
+        print(warning, file=sys.stderr)
+    return config, prices
 
 
 def load_prices(config: Config) -> PriceLists:
-    """The built-in list, and the config's own. Raises ConfigError."""
-    built_in = parse_prices(PRICES)
-    if not config.prices:
-        return PriceLists(built_in, {})
     try:
-        return PriceLists(built_in, parse_litellm_prices(read_text(config.prices)))
+        own = parse_litellm_prices(read_text(config.prices)) if config.prices else {}
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = getattr(error, "strerror", error)
         raise ConfigError("prices", f"{config.prices}: {reason}") from error
+    return PriceLists(parse_prices(PRICES), own)
 
 
-def print_warnings(config: Config) -> None:
-    for warning in config.warnings:
-        print(warning, file=sys.stderr)
-
-
-def command_serve(named: str) -> int:
-    config = load_config(named)
-    prices = load_prices(config)
-    print_warnings(config)
+def command_serve(named: str) -> None:
+    config, prices = load_config(named)
     warn_of_missing_store(config)
     try:
         sock = open_socket(parse_listen(config.listen))
     except OSError as error:
-        print(f"gateway.py: cannot listen on {config.listen}: {error.strerror or error}",
-              file=sys.stderr)
-        return 1
+        raise CommandError(f"cannot listen on {config.listen}: {error.strerror or error}") \
+            from error
     log = Log(1, config.log == "json", time.monotonic, time.time)
     asyncio.run(serve(config, prices, sock, log))
-    return 0
 
 
 def warn_of_missing_store(config: Config) -> None:
@@ -6750,16 +6748,12 @@ def warn_of_missing_store(config: Config) -> None:
               file=sys.stderr)
 
 
-def command_demo(named: str) -> int:
-    log = Log(1, False, time.monotonic, time.time)
-    asyncio.run(serve_demo("127.0.0.1:8080", log))
-    return 0
+def command_demo(named: str) -> None:
+    asyncio.run(serve_demo(Log(1, False, time.monotonic, time.time)))
 
 
-def command_check(named: str) -> int:
-    config = load_config(named)
-    load_prices(config)
-    print_warnings(config)
+def command_check(named: str) -> None:
+    config, _ = load_config(named)
     print(f"listen     {config.listen}")
     for provider in config.providers.values():
         state = "" if provider.is_on else "   off: no api_key"
@@ -6773,15 +6767,14 @@ def command_check(named: str) -> int:
     for entry in config.api_keys:
         print(f"app        {entry.app}: {', '.join(entry.allowed_models)}")
     print("The config is good.")
-    return 0
 
 
-def command_health(named: str) -> int:
+def command_health(named: str) -> None:
     """Reads `listen` alone, so that it needs none of the config's secrets."""
-    path = find_config(named)
+    path, text = read_config(named)
     problems = Problems(path)
     try:
-        tree = parse_config_json(read_config_text(path), problems)
+        tree = parse_config_json(text, problems)
         listen = tree.get("listen", ":8080") if isinstance(tree, dict) else None
         listen = expand(listen, os.environ, read_text, "listen", problems)
     except (ValueError, RecursionError) as error:
@@ -6791,11 +6784,9 @@ def command_health(named: str) -> int:
     try:
         status = ask_health(parse_listen(listen))
     except (OSError, ValueError) as error:
-        print(f"gateway.py: {listen} does not answer: {error}", file=sys.stderr)
-        return 1
+        raise CommandError(f"{listen} does not answer: {error}") from error
     if status != 200:
-        print(f"gateway.py: {listen} answers {status}", file=sys.stderr)
-    return 0 if status == 200 else 1
+        raise CommandError(f"{listen} answers {status}")
 
 
 def ask_health(address: Address) -> int:
@@ -6815,42 +6806,34 @@ def ask_health(address: Address) -> int:
     return int(found[1])
 
 
-def command_version(named: str) -> int:
-    print(f"gateway.py {__version__}")
-    return 0
-
-
-def command_help(named: str) -> int:
-    print(USAGE_TEXT)
-    return 0
-
-
-COMMANDS: Dict[str, Callable[[str], int]] = {
+COMMANDS: Dict[str, Callable[[str], None]] = {
     "serve": command_serve, "check": command_check, "health": command_health,
-    "demo": command_demo, "version": command_version, "help": command_help,
+    "demo": command_demo, "version": lambda _: print(f"gateway.py {__version__}"),
+    "help": lambda _: print(USAGE_TEXT),
 }
 
 
 def hold_standard_descriptors() -> None:
     """Opens /dev/null where stdin, stdout or stderr are closed, lest a socket take their place and
     be written log lines."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
+    descriptor = 0
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
 
 
 def main(arguments: Sequence[str]) -> int:
     hold_standard_descriptors()
     try:
         command, config = parse_command_line(arguments)
-        return COMMANDS[command](config)
-    except UsageError as error:
+        COMMANDS[command](config)
+    except (CommandError, UsageError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
+        return 1 if isinstance(error, CommandError) else 2
     except ConfigError as error:
         print(error, file=sys.stderr)
-    return 2
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -687,7 +687,7 @@ STREAMS: dict[str, tuple[list[bytes], list[bytes], int | None, str]] = {
                              "failed"),
     "an error first": ([FAILED, DONE], [FAILED], None, "failed"),
     "cut": ([ROLE, HI], [ROLE, HI], None, "cut"),
-    "cut after usage": ([HI, STOP, usage_chunk(7)], [HI, STOP, usage_chunk(7)], 7, "cut"),
+    "cut after usage": ([HI, STOP, usage_chunk(7)], [HI, STOP], 7, "cut"),
     "nothing": ([COMMENT], [COMMENT], None, "cut"),
     "no JSON": ([b"data: x\n\n", b"event: y\ndata: [1]\n\n", b"data: NaN\n\n", DONE],
                 [b"data: x\n\n", b"event: y\ndata: [1]\n\n", b"data: NaN\n\n", DONE], None,
@@ -810,7 +810,9 @@ def test_wrong_types_in_a_stream_harm_nobody(make: Any, needs_done: bool) -> Non
 @pytest.mark.parametrize("name", gateway.KINDS)
 def test_a_kind_is_complete(name: str) -> None:
     kind = gateway.KINDS[name]
-    assert kind.paths and set(kind.paths) <= set(gateway.DIALECTS)
+    first, *others = kind.paths
+    assert first in gateway.DIALECTS
+    assert all(name == "count_tokens" or f"/v1{name}" in gateway.ROUTES for name in others)
     assert all(path.startswith("/") for path in kind.paths.values())
     if kind.base_url is not None:
         assert gateway.settle_base_url(kind.base_url, kind.version) == kind.base_url
@@ -1903,10 +1905,11 @@ def test_a_built_in_price_is_whole(name: str) -> None:
 
 
 def test_the_table_is_sorted_and_names_no_model_twice() -> None:
-    assert len(BUILT_IN) == len(ROWS)
+    assert len(BUILT_IN) == sum(word[0].isalpha() for row in ROWS for word in row.split())
     for group in gateway.PRICES.strip().split("\n\n"):
-        names = [row.split()[0] for row in group.splitlines()[1:]]
-        assert names and names == sorted(names)
+        rows = re.split(r"(?:^|[ \n])[0-9][0-9. >k-]*(?:\n|$)", group.partition("\n")[2])
+        names = [row.split() for row in rows if row]
+        assert names and names == sorted(map(sorted, names))
 
 
 SMALL = gateway.parse_prices(
@@ -5279,6 +5282,159 @@ def test_lost_lines_are_counted_and_nothing_waits_for_them(gate_for: Any) -> Non
     assert client.send(request(chat())).answer().status == 200
     assert client.send(request(method="GET", path=path)).answer().status == 404
     assert gate.total("llm_log_lines_lost_total") == lost + 2
+
+
+# ---- Messages, passed ----
+
+def named(*events: dict[str, Any]) -> bytes:
+    return b"".join(b"event: %b\n%b" % (each["type"].encode(), event(each)) for each in events)
+
+
+OPENING = named({"type": "message_start", "message": {"id": "msg_1", "usage": {
+    "input_tokens": 900, "cache_read_input_tokens": 60, "cache_creation_input_tokens": 40,
+    "output_tokens": 1}}})
+SAID = named({"type": "content_block_start", "index": 0, "content_block": {
+    "type": "text", "text": ""}}, {"type": "ping"}, {"type": "content_block_delta", "index": 0,
+                                   "delta": {"type": "text_delta", "text": COMPLETION}})
+CLOSING = named({"type": "content_block_stop", "index": 0}, {
+    "type": "message_delta", "delta": {"stop_reason": "end_turn"},
+    "usage": {"output_tokens": 200, "cache_read_input_tokens": None}}, {"type": "message_stop"})
+TOLD = OPENING + SAID + CLOSING
+OVERLOADED = named({"type": "error", "error": {"type": "overloaded_error", "message": "Full"}})
+MESSAGES = "/v1/messages"
+
+
+@pytest.fixture
+def messages_gate(gate_for: Any) -> Callable[..., Gate]:
+    return lambda *scripts: gate_for(*scripts, provider={"kind": "anthropic"})  # type: ignore
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+def test_a_message_is_watched_however_it_is_cut(size: int) -> None:
+    watch, cutter = gateway.DIALECTS["messages"].watch(False, True), gateway.EventCutter(1 << 20)
+    stream, seen = TOLD + OVERLOADED, b""
+    for at in range(0, len(stream), size):
+        block = cutter.feed(stream[at:at + size])
+        seen += watch.feed(block) if block and not watch.ended else b""
+        assert watch.has_content is (COMPLETION.encode() in seen)
+    assert (seen, watch.ended, watch.failure) == (TOLD, True, None)
+    assert watch.usage == Usage(1000, 200, 60, 40)
+
+
+def test_a_message_that_is_left_is_weighed() -> None:
+    watch = gateway.DIALECTS["messages"].watch(False, True)
+    watch.feed(OPENING + SAID + SAID)
+    content = len(json.dumps(COMPLETION)) - 2
+    assert watch.usage == Usage(1000, 1, 60, 40) and not watch.ended
+    assert 2 * content <= watch.content_bytes <= 2 * content + len(SAID)
+
+
+@pytest.mark.parametrize("fields, version", [
+    ([], "2023-06-01"), (["Anthropic-Version: 2026-10-21"], "2026-10-21")])
+def test_messages_pass_with_their_query_and_betas(messages_gate: Any, fields: list[str],
+                                                  version: str) -> None:
+    odd = ODD.replace(b"%b", b"%s")
+    gate = messages_gate(always(reply(b'{"usage": {"input_tokens": 7, "output_tokens": 2}}')))
+    answer = gate.call(odd.replace(b"%s", b"house"), "Anthropic-Beta: b-1, a-2", "x-app: cli",
+                       *fields, path=f"{MESSAGES}?beta=true")
+    sent = gate.upstream.requests.get()
+    assert sent.body == odd.replace(b"%s", b"gpt-real")
+    assert sent.line == f"POST {MESSAGES}?beta=true HTTP/1.1"
+    assert sent.headers["anthropic-beta"] == "b-1, a-2"
+    assert (sent.headers["anthropic-version"], sent.headers["x-app"]) == (version, "cli")
+    assert sent.headers["x-api-key"] == PROVIDER_KEY and "authorization" not in sent.headers
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    assert gate.total("llm_tokens_total", direction="prompt") == 7
+
+
+def test_a_message_streams_byte_for_byte_and_is_counted(messages_gate: Any) -> None:
+    gate = messages_gate(always(streamed(OPENING, SAID, CLOSING)))
+    assert gate.call(chat(True), path=MESSAGES).body == TOLD
+    line = gate.access()
+    assert (line["usage"], line["status"], line["cache_read_tokens"]) == ("reported", "200", "60")
+    assert gate.total("llm_tokens_total", direction="prompt") == 1000
+    assert gate.total("llm_tokens_total", direction="completion") == 200
+
+
+@pytest.mark.parametrize("pieces, status, kind, logged", [
+    ([OVERLOADED], 503, "overloaded_error", "503"),
+    ([OPENING, OVERLOADED], 503, "overloaded_error", "503"),
+    ([OPENING, SAID, OVERLOADED], 200, "overloaded_error", "503"),
+    ([OPENING, SAID], 200, "api_error", "502"),
+])
+def test_a_message_that_fails_says_so(messages_gate: Any, pieces: list[bytes], status: int,
+                                      kind: str, logged: str) -> None:
+    gate = messages_gate([READ, streamed(*pieces)])
+    answer = gate.call(chat(True), path=MESSAGES)
+    last = answer.events[-1] if status == 200 else json.loads(answer.body)
+    assert (answer.status, last["type"], last["error"]["type"]) == (status, "error", kind)
+    assert gate.access()["status"] == logged
+    assert b"message_stop" not in answer.body
+
+
+def test_tokens_are_counted_by_the_provider(messages_gate: Any) -> None:
+    gate = messages_gate(always(reply(b'{"input_tokens": 3}')))
+    answer = gate.call(chat(), path=f"{MESSAGES}/count_tokens?beta=true")
+    assert answer.body == b'{"input_tokens": 3}'
+    assert gate.upstream.requests.get().line.split()[1] == f"{MESSAGES}/count_tokens?beta=true"
+
+
+@pytest.mark.parametrize("path, fields, key, status, kind", [
+    (MESSAGES, [], "", 401, "authentication_error"),
+    (MESSAGES, [], NARROW_KEY, 403, "permission_error"),
+    ("/v1/models/nope", ["anthropic-version: 2023-06-01"], NARROW_KEY, 403, "permission_error"),
+    ("/v1/nothing", ["anthropic-version: 2023-06-01"], "", 404, "not_found_error"),
+])
+def test_a_refusal_is_in_the_callers_dialect(gate_for: Any, path: str, fields: list[str], key: str,
+                                             status: int, kind: str) -> None:
+    method = "GET" if "models" in path else "POST"
+    answer = gate_for([]).call(chat(model="gpt-x"), *fields, path=path, key=key, method=method)
+    told = json.loads(answer.body)
+    assert (answer.status, told["type"], told["error"]["type"]) == (status, "error", kind)
+    assert told["request_id"] == answer.headers["request-id"]
+
+
+def test_a_dialect_that_the_model_does_not_speak_is_refused(gate_for: Any) -> None:
+    answer = gate_for([]).call(chat(), path=MESSAGES)
+    assert answer.status == 400 and b"does not speak" in answer.body
+
+
+def test_models_are_listed_in_the_callers_dialect(gate_for: Any) -> None:
+    gate = gate_for([], models={name: {"provider": "openai"} for name in "abc"})
+    page = json.loads(gate.get("/v1/models?limit=1000", "anthropic-version: x").body)
+    assert [entry["display_name"] for entry in page["data"]] == ["a", "b", "c"]
+    assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "a", "c")
+    assert json.loads(gate.get("/v1/models").body)["object"] == "list"
+    assert json.loads(gate.get("/v1/models/a", "anthropic-version: x").body)["type"] == "model"
+
+
+# ---- endpoints whose bytes pass ----
+
+
+def test_embeddings_pass_and_are_counted(gate_for: Any) -> None:
+    answered = b'{"data": [{"embedding": [0.10, 1e-7]}], "usage": {"prompt_tokens": 8}}'
+    gate = gate_for(always(reply(answered)))
+    answer = gate.call(b'{"input": ["\\u00e9"], "model": "house"}', path="/v1/embeddings")
+    assert answer.body == answered
+    sent = gate.upstream.requests.get()
+    assert sent.line.split()[1] == "/v1/embeddings"
+    assert sent.body == b'{"input": ["\\u00e9"], "model": "gpt-real"}'
+    assert gate.total("llm_tokens_total", direction="prompt") == 8
+    assert gate.access()["usage"] == "reported"
+
+
+def test_completions_stream_and_are_counted(gate_for: Any) -> None:
+    said = [event({"choices": [{"index": 0, "text": COMPLETION, "finish_reason": None}]}),
+            event({"choices": [], "usage": USAGE}), FINAL]
+    gate = gate_for(always(streamed(*said)))
+    body = b'{"model": "house", "prompt": "x", "stream": true}'
+    assert gate.call(body, path="/v1/completions").body == b"".join(said)
+    assert gate.access()["completion_tokens"] == "200"
+
+
+def test_a_provider_without_the_endpoint_is_named_no_further(messages_gate: Any) -> None:
+    answer = messages_gate([]).call(b'{"model": "house"}', path="/v1/embeddings")
+    assert (answer.status, answer.error["param"]) == (404, "model")
 
 
 # ==================================================================================================
