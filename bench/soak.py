@@ -162,7 +162,8 @@ def exactness(soak: Soak) -> Iterator[Row]:
         yield Row(f"{what} wrong answers", rig.faults(), 0, "")
         yield Row(f"{what} clients left hanging", tally.hung, 0, "")
         yield Row(f"{what} left behind", left, 0, "", "descriptors and requests under way")
-        yield Row("clients left: until the upstream is", tally.slowest_goodbye, 1, "s", "slowest")
+        goodbye = tally.slowest_goodbye
+        yield Row("clients left: until the upstream is", goodbye, soak.pick(1, 10), "s", "slowest")
 
 
 def memory(soak: Soak) -> Iterator[Row]:
@@ -251,7 +252,7 @@ def descriptors(soak: Soak) -> Iterator[Row]:
     what = "descriptors exhausted by 100 clients:"
     yield Row(f"{what} CPU", cpu, 0.05, "s/s", f"over {lasting} s")
     yield Row(f"{what} log lines", lines, 5, "/s")
-    yield Row(f"{what} until it serves again", seconds, 3, "s", "200 requests")
+    yield Row(f"{what} until it serves again", seconds, soak.pick(3, 30), "s", "200 requests")
     yield Row(f"{what} wrong answers then", faults, 0, "")
     yield Row(f"{what} left behind", left, 0, "")
 

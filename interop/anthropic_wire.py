@@ -11,23 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message, RawMessageStreamEvent, beta
 from anthropic.types.message_create_params import MessageCreateParams
 from drive import UPSTREAM_KEY
 from pydantic import ValidationError
 from upstream import JSON, Answer, Received, Reply, closed, json_reply, parts, sse_reply
 
 read_shape = closed(MessageCreateParams)
+read_beta_shape = closed(beta.message_create_params.MessageCreateParams)
+read_count_shape = closed(beta.message_count_tokens_params.MessageCountTokensParams)
 read_message = closed(Message)
 read_event = closed(RawMessageStreamEvent)
 
 # ---- what it takes ----
 
 SAMPLING = {"temperature", "top_p", "top_k"}
+VERSIONS = OLD_VERSION, NEW_VERSION = "2023-06-01", "2026-10-21"
 THINKING = ("thinking", "redacted_thinking")
 UNSUPPORTED_IN_SCHEMAS = re.compile(
     "min.+|max.+|exclusive.+|pattern.*|dependent.+|multipleOf|uniqueItems|contains|propertyNames"
@@ -74,19 +77,32 @@ def claude(name: str) -> Claude:
 
 def judge(received: Received) -> None:
     """Raise if Anthropic would not take this request."""
-    head = received.headers
-    assert head.getall("x-api-key") == [UPSTREAM_KEY] and "authorization" not in head, head
-    assert head["anthropic-version"] == "2023-06-01", head
-    assert head["content-type"] == "application/json", head
-    complaints = list(judge_body(received.json))
+    judge_head(received)
+    is_new = received.headers["anthropic-version"] == NEW_VERSION
+    assert not (is_new and SAMPLING & received.json.keys()), "a version without sampling"
+    is_beta = "anthropic-beta" in received.headers
+    complaints = list(judge_body(received.json, read_beta_shape if is_beta else read_shape))
     assert not complaints, complaints
 
 
-def judge_body(body: JSON) -> Iterator[str]:
+def judge_count(received: Received) -> None:
+    """Raise if Anthropic would not count this request's tokens."""
+    judge_head(received)
+    read_count_shape(received.body)
+
+
+def judge_head(received: Received) -> None:
+    head = received.headers
+    assert head.getall("x-api-key") == [UPSTREAM_KEY] and "authorization" not in head, head
+    assert head["anthropic-version"] in VERSIONS, head
+    assert head["content-type"] == "application/json", head
+
+
+def judge_body(body: JSON, read: Callable[[str], Any] = read_shape) -> Iterator[str]:
     """Yield every rule that the body breaks."""
     try:
         # The types left these out with the API version that forbids them; 2023-06-01 has them.
-        read_shape(json.dumps({key: body[key] for key in body if key not in SAMPLING}))
+        read(json.dumps({key: body[key] for key in body if key not in SAMPLING}))
     except ValidationError as error:
         yield str(error)[:2000]
         return

@@ -16,7 +16,11 @@ from upstream import JSON, Upstream
 
 @pytest.fixture(scope="session")
 def upstream() -> Iterator[Upstream]:
-    judges = {"/v1/chat/completions": openai_wire.judge, "/v1/messages": anthropic_wire.judge}
+    judges = {
+        "/v1/chat/completions": openai_wire.judge,
+        "/v1/messages": anthropic_wire.judge,
+        "/v1/messages/count_tokens": anthropic_wire.judge_count,
+    }
     server = Upstream(judges)
     yield server
     server.close()

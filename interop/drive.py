@@ -128,8 +128,7 @@ class Ask:
         return self._ask(params, is_parsed)
 
     def _ask(self, params: JSON, is_parsed: bool) -> Any:
-        hooks: Any = {"request": [self._keep_sent], "response": [self._keep_headers]}
-        http = DefaultHttpxClient(event_hooks=hooks)
+        http = DefaultHttpxClient(event_hooks=self.hooks())
         with OpenAI(http_client=http, **self.options) as client:
             chat = client.chat.completions
             if not self.is_stream:
@@ -139,14 +138,7 @@ class Ask:
                 return stream.get_final_completion() if is_parsed else whole
 
     async def _ask_async(self, params: JSON, is_parsed: bool) -> Any:
-        async def keep_sent(request: httpx2.Request) -> None:
-            self._keep_sent(request)
-
-        async def keep_headers(response: httpx2.Response) -> None:
-            self._keep_headers(response)
-
-        hooks: Any = {"request": [keep_sent], "response": [keep_headers]}
-        http = DefaultAsyncHttpxClient(event_hooks=hooks)
+        http = DefaultAsyncHttpxClient(event_hooks=self.hooks())
         async with AsyncOpenAI(http_client=http, **self.options) as client:
             chat = client.chat.completions
             if not self.is_stream:
@@ -154,6 +146,19 @@ class Ask:
             async with chat.stream(**params) as stream:
                 whole = (await stream.until_done()).current_completion_snapshot
                 return await stream.get_final_completion() if is_parsed else whole
+
+    def hooks(self) -> Any:
+        """Return what an SDK's HTTP client calls with each request and each answer."""
+
+        async def keep_sent(request: httpx2.Request) -> None:
+            self._keep_sent(request)
+
+        async def keep_headers(response: httpx2.Response) -> None:
+            self._keep_headers(response)
+
+        if self.is_async:
+            return {"request": [keep_sent], "response": [keep_headers]}
+        return {"request": [self._keep_sent], "response": [self._keep_headers]}
 
     def _keep_sent(self, request: httpx2.Request) -> None:
         self.sent = request.content

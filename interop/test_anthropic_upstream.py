@@ -581,6 +581,7 @@ def test_only_what_anthropic_understands_is_sent(client: OpenAI, upstream: Upstr
     client.chat.completions.create(model="fast", messages=[user("Hi")], extra_headers=head)
     got = upstream.take().headers
     assert {name: got[name] for name in kept} == kept
+    assert got["anthropic-version"] == wire.OLD_VERSION
     assert not [name for name in got if name.lower().startswith(("openai-", "x-stainless-"))]
 
 

@@ -42,6 +42,8 @@ def closed(tp: Any) -> Callable[[bytes | str], Any]:
         node = {key: close(value) for key, value in node.items()}
         if node.get("type") == "generator":
             node["type"] = "list"
+        elif "extras_schema" in node:
+            pass  # a JSON schema may have any keyword
         elif node.get("type") == "model-fields" or node.get("extra_behavior") == "ignore":
             node["extra_behavior"] = "forbid"
         return node
@@ -60,6 +62,7 @@ class Received:
     headers: CIMultiDict[str]
     body: bytes
     at: float
+    query: str = ""
     left: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -135,7 +138,7 @@ class Upstream:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body, headers = await request.read(), request.headers.copy()
-        received = Received(request.path, headers, body, time.monotonic())
+        received = Received(request.path, headers, body, time.monotonic(), request.query_string)
         self._received.put(received)
         try:
             reply = self._choose(received)
