@@ -427,7 +427,7 @@ def test_tokens_are_counted_by_the_upstream(
     received = upstream.take()
     assert (received.path, received.query) == ("/v1/messages/count_tokens", "beta=true")
     assert received.body == spliced(answer.http_response.request.content)
-    assert grown("llm_tokens_total") == grown("llm_requests_total") == 0, "nothing was generated"
+    assert (grown("llm_tokens_total"), grown("llm_requests_total")) == (0, 1), "none generated"
 
 
 def test_tokens_are_counted_async(async_client: AsyncAnthropic, upstream: Upstream) -> None:
@@ -440,44 +440,19 @@ def test_tokens_are_counted_async(async_client: AsyncAnthropic, upstream: Upstre
     assert asyncio.run(count()) == 9
 
 
-WORDS = "The quick brown fox jumps over the lazy dog. " * 100
-# What is counted for a model that has no counter, and at most how much that is in truth.
-ESTIMATES: dict[str, tuple[JSON, int]] = {
-    "words": ({"messages": [user(WORDS)]}, 1001),
-    "system": ({"messages": [user("Hi")], "system": WORDS}, 1010),
-    "Chinese": ({"messages": [user("你好吗" * 100)]}, 300),
-    "short turns": ({"messages": [user("a"), {"role": "assistant", "content": "b"}] * 50}, 600),
-    "image": ({"messages": [user([picture("A" * 4000)])]}, 1500),
-}
-
-
-@pytest.mark.parametrize("params, most", ESTIMATES.values(), ids=ESTIMATES)
-def test_tokens_of_another_kinds_model_are_estimated(
-    client: Anthropic, upstream: Upstream, params: JSON, most: int
-) -> None:
-    answer = client.messages.with_raw_response.count_tokens(model="home", **params)
-    assert answer.headers["x-gateway-estimate"] == "input_tokens"
-    assert most <= answer.parse().input_tokens <= 4 * most
-    assert upstream.is_idle
-
-
 # ---- models ----
 
 
-def test_models_come_in_pages(client: Anthropic) -> None:
+def test_models_come_on_one_page(client: Anthropic) -> None:
     names = ["fast", "best", "home"]
-    assert [model.id for model in client.models.list()] == names
-    page = client.models.list(limit=2)
-    assert (page.first_id, page.last_id, page.has_more) == ("fast", "best", True)
-    assert [model.id for model in page] == names, "the SDK turns the pages"
-    after, before = client.models.list(after_id="fast"), client.models.list(before_id="home")
-    assert [model.id for model in after] == names[1:]
-    assert [model.id for model in before] == names[:2]
+    page = client.models.list(limit=1000)
+    assert [model.id for model in page] == names
+    assert (page.first_id, page.last_id, page.has_more) == ("fast", "home", False)
     limited = client.with_options(api_key=LIMITED_KEY)
     assert [model.id for model in limited.models.list()] == ["home"]
 
 
-def test_models_come_in_pages_async(async_client: AsyncAnthropic) -> None:
+def test_models_are_listed_async(async_client: AsyncAnthropic) -> None:
     async def names() -> list[str]:
         async with async_client as client:
             return [model.id async for model in client.models.list(limit=1)]
@@ -488,6 +463,7 @@ def test_models_come_in_pages_async(async_client: AsyncAnthropic) -> None:
 def test_a_model_is_one_of_anthropics(client: Anthropic) -> None:
     model = client.models.retrieve("home")
     assert (model.id, model.type, model.created_at.year) == ("home", "model", 1970)
+    assert model.lifecycle == "active"
     limited = client.with_options(api_key=LIMITED_KEY)
     with pytest.raises(anthropic.PermissionDeniedError):
         limited.models.retrieve("fast")
