@@ -1264,13 +1264,14 @@ class ChatCompletions(Dialect):
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         texts, calls = blocks_of(reply.blocks, Text), blocks_of(reply.blocks, ToolCall)
         thinking = blocks_of(reply.blocks, Thinking)
-        ends = [0, *itertools.accumulate(len(text.text) for text in texts)]
-        content = "".join(text.text for text in texts if not text.is_refusal)
+        said = [text for text in texts if not text.is_refusal]
+        ends = [0, *itertools.accumulate(len(text.text) for text in said)]
+        content = "".join(text.text for text in said)
         refusal = "".join(text.text for text in texts if text.is_refusal) or reply.refusal
         message: JSON = {
             "role": "assistant", "content": content or None, "refusal": refusal or None,
             **without_none(
-                annotations=[annotation(citation, *ends[i:i + 2]) for i, text in enumerate(texts)
+                annotations=[annotation(citation, *ends[i:i + 2]) for i, text in enumerate(said)
                              for citation in text.citations],
                 reasoning_content="".join(block.text for block in thinking),
                 thinking_blocks=render_thinking_blocks(thinking))}
@@ -3039,7 +3040,7 @@ def scalar(expected: str, accepts: Callable[[Any], bool],
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in (int, float) and abs(value) < 1e15  # type: ignore[arg-type]
 
 
 def is_clean(value: object) -> bool:
@@ -4618,7 +4619,7 @@ FOREVER = float("inf")
 
 
 class Wire(asyncio.Protocol):
-    """A connection, the deadline it is under, and what came and was not read yet.
+    """A connection, its deadline, and what came and was not read yet.
 
     It costs half of what asyncio's streams do, since only one coroutine ever reads; and what comes
     goes to a `sink` at once where there is one: to wake a reader takes a second turn of the loop.
@@ -5419,8 +5420,7 @@ class Gateway:
 
     def render_passed(self, request: Request, route: Route, body: Body, path: str,
                       values: JSON, losses: Losses) -> List[bytes]:
-        """The request to the provider: the client's own bytes, but for what must differ. `path` is
-        the name of one in the kind's row."""
+        """The request to the provider: the client's own bytes, but for what must differ."""
         head, provider = request.head, route.provider
         if body.get("model") != route.model:
             values = {**values, "model": route.model}

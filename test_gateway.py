@@ -537,6 +537,14 @@ def test_an_empty_object_is_not_an_absent_one(more: dict[str, Any], param: str) 
     assert refusal(CHAT.parse_request, wire, gateway.Losses()).param == param
 
 
+def test_citations_count_from_where_the_content_starts() -> None:
+    cited = Text(text="hello", citations=[{"url": "u", "title": "t"}])
+    reply = gateway.Reply("r", "m", [Text(text="no", is_refusal=True), cited], "stop", Usage())
+    message = CHAT.render_reply(reply, gateway.Chat("m", []), 0)["choices"][0]["message"]
+    place = message["annotations"][0]["url_citation"]
+    assert (message["content"], place["start_index"], place["end_index"]) == ("hello", 0, 5)
+
+
 def test_citations_on_a_chat_part_are_unknown() -> None:
     losses = gateway.Losses()
     CHAT.parse_request({"model": "m", "messages": [{"role": "user", "content": [
@@ -905,6 +913,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("providers.openai.timeouts", {"conect": 1}, ".conect: unknown key; did you mean 'connect'?"),
     ("providers.openai.timeouts", {"idle": 0}, ".idle: must be"),
     ("providers.openai.done", "yes", ": must be true or false, not a string"),
+    ("timeouts.idle", 10**400, ": must be a number of seconds"),
     ("providers.openai.api_kye", "very-secret", ": unknown key; did you mean 'api_key'?"),
     ("models", [], ": must be an object"), ("models.fast", {}, ".provider: is missing"),
     ("models.fast.provider", "opnai",
@@ -4531,6 +4540,27 @@ def test_old_tls_is_refused(tls_gate_for: Any) -> None:
     gate = tls_gate_for("good", [READ, reply()], old=True)
     assert gate.call(chat()).status == 502
     assert re.search("(?i)protocol", gate.access()["error"])
+
+
+class NoTls:
+    """Stands for a TLS context of a provider that knows no TLS."""
+
+    def wrap_socket(self, sock: socket.socket, server_side: bool) -> socket.socket:
+        return sock
+
+
+def test_plain_http_on_the_tls_port_is_told_in_the_log(gate_for: Any) -> None:
+    gate = gate_for([b"HTTP/1.1 400 Bad Request\r\n\r\n", CLOSE], tls=NoTls())
+    answer = gate.call(chat())
+    assert (answer.status, answer.error["type"]) == (502, "upstream_unreachable")
+    assert re.search("(?i)wrong version|packet length|record layer", gate.access()["error"])
+
+
+def test_a_handshake_that_stalls_meets_its_deadline(gate_for: Any) -> None:
+    gate = gate_for([], tls=NoTls(), timeouts={"connect": 0.1})
+    assert (gate.call(chat()).status, gate.upstream.connects) == (504, 1)
+    assert "timeouts.connect" in gate.access()["error"]
+    gate.upstream.left.get(timeout=WAIT)
 
 
 def test_a_tls_stream_that_is_truncated_is_an_error(tls_gate_for: Any) -> None:
