@@ -2795,15 +2795,15 @@ class MessagesWatch(Watch):
 
     def feed(self, block: bytes) -> bytes:
         self._look_for_content(block)
-        for mark in (b'"message_', b'"error"'):
-            at = block.find(mark)
-            while at >= 0 and not self.ended and not self.failure:
-                end = event_end(block, at)
-                self._look_at(parse_chunk(block[last_blank_line(block, at):end]))
-                if self.ended or self.failure:
-                    block = block[:end]
-                at = block.find(mark, end)
-        return block
+        end = 0
+        while not (self.ended or self.failure):
+            marks = [block.find(mark, end) for mark in (b'"message_', b'"error"')]
+            at = min([mark for mark in marks if mark >= 0], default=-1)
+            if at < 0:
+                return block
+            end = event_end(block, at)
+            self._look_at(parse_chunk(block[last_blank_line(block, at):end]))
+        return block[:end]
 
     def _look_for_content(self, block: bytes) -> None:
         at = block.find(CONTENT_MARK)

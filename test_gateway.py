@@ -5351,6 +5351,12 @@ def test_a_message_is_watched_however_it_is_cut(size: int) -> None:
     assert watch.usage == Usage(1000, 200, 60, 40)
 
 
+def test_what_a_message_tells_first_counts() -> None:
+    watch = gateway.DIALECTS["messages"].watch(False, True)
+    assert watch.feed(OPENING + OVERLOADED + CLOSING) == OPENING + OVERLOADED
+    assert watch.failure and not watch.ended
+
+
 def test_a_message_that_is_left_is_weighed() -> None:
     watch = gateway.DIALECTS["messages"].watch(False, True)
     watch.feed(OPENING + SAID + SAID)

@@ -335,11 +335,12 @@ def decoder(draw: Draw) -> None:
 def watch(draw: Draw) -> None:
     """A passed stream goes out the same, and is judged the same, wherever it is cut."""
     hide, needs_done = draw.ConsumeBool(), draw.ConsumeBool()
-    data = b"".join(events_of(draw, "chat"))
+    name = "messages" if draw.ConsumeBool() else "chat"
+    data = b"".join(events_of(draw, name))
     pieces = cut(draw, data)
 
     def play(pieces: list[bytes]) -> Any:
-        watch, cutter = DIALECTS["chat"].watch(hide, needs_done), gw.EventCutter(LIMIT * 9)
+        watch, cutter = DIALECTS[name].watch(hide, needs_done), gw.EventCutter(LIMIT * 9)
         out = b""
         for block in filter(None, map(cutter.feed, pieces)):
             out += watch.feed(block)
