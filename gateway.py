@@ -25,7 +25,7 @@ Contents
      7. Policy              who may, which way, what it costs
      8. Metrics             counted exactly, rendered for Prometheus
      9. HTTP                heads and bodies, bytes in and bytes out
-    10. Prices              data: a row a model
+    10. Prices              data: a row a price
     11. Upstream            connections to providers
     12. Gateway             one exchange, from request to record
     13. Server              connections from clients
