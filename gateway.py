@@ -5361,8 +5361,7 @@ class Gateway:
         if answer.status != 200:
             return await self.pass_error(exchange, route, answer)
         fields = answer_fields(answer) + lost_fields(losses)
-        kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if exchange.is_stream or kind == "text/event-stream":
+        if exchange.is_stream:
             watch = dialect.watch(hides_usage, route.provider.done and is_dialect)
             stream = PassedStream(self, exchange, route, answer, watch)
             return await self.open_stream(exchange, stream, fields)

@@ -5408,6 +5408,12 @@ def test_a_message_that_fails_says_so(messages_gate: Any, pieces: list[bytes], s
     assert b"message_stop" not in answer.body
 
 
+def test_a_stream_that_nobody_asked_for_is_no_answer(gate_for: Any) -> None:
+    gate = gate_for([READ, streamed(STREAMED)])
+    assert gate.call(chat()).status == 502
+    assert gate.access()["status"] == "502"
+
+
 def test_tokens_are_counted_by_the_provider(messages_gate: Any) -> None:
     gate = messages_gate(always(reply(b'{"input_tokens": 3}')))
     answer = gate.call(chat(), path=f"{MESSAGES}/count_tokens?beta=true")
