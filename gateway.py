@@ -274,6 +274,11 @@ class Body:
         value = self._members.get(key)
         return self.tree()[key] if isinstance(value, (tuple, list)) else value
 
+    def inner(self, key: str, name: str) -> Any:
+        """A member of the object that a member is."""
+        value = self._members.get(key)
+        return dict(value).get(name) if isinstance(value, tuple) else None
+
     def tree(self) -> JSON:
         tree: JSON = DECODER.decode(self.body.decode())
         return tree
@@ -868,6 +873,10 @@ def event_end(block: bytes, at: int) -> int:
     return blank.end() if blank else len(block)
 
 
+def event_span(block: bytes, at: int) -> Tuple[int, int]:
+    return last_blank_line(block, at), event_end(block, at)
+
+
 class EventCutter:
     """`feed` returns whole events, byte for byte as they came, and keeps the one that is still
     arriving. Raises GatewayError(502) where that one outgrows `limit` bytes, or all that are kept
@@ -1319,8 +1328,7 @@ class ChatCompletions(Dialect):
             len(dump_json(choice.get("message"))) for choice in list_of_objects(reply, "choices"))
 
     def asks_for_usage(self, body: Body) -> bool:
-        options = body.get("stream_options")
-        return isinstance(options, dict) and options.get("include_usage") is True
+        return body.inner("stream_options", "include_usage") is True
 
     def values_for_usage(self, body: Body) -> Dict[str, object]:
         options = body.get("stream_options")
@@ -1913,8 +1921,8 @@ class ChatWatch(Watch):
         """The first content is nearly always text."""
         found = TEXT_DELTA.search(block)
         if found:
-            self.has_content = True
-            self._first = block[last_blank_line(block, found.start()):event_end(block, found.end())]
+            start, end = event_span(block, found.start())
+            self.has_content, self._first = True, block[start:end]
 
     def _look_at_each(self, block: bytes) -> None:
         """Finds the first content; where no [DONE] is to come, also which choices are open."""
@@ -1946,7 +1954,7 @@ class ChatWatch(Watch):
     def _take_usage(self, block: bytes) -> bytes:
         at, end = find_usage(block, len(block)), len(block)
         while at >= 0:
-            start, end = last_blank_line(block, at), event_end(block, at)
+            start, end = event_span(block, at)
             chunk = parse_chunk(block[start:end])
             usage = self._dialect.parse_usage(chunk.get("usage"))
             if usage is not None:
@@ -2801,16 +2809,16 @@ class MessagesWatch(Watch):
             at = min([mark for mark in marks if mark >= 0], default=-1)
             if at < 0:
                 return block
-            end = event_end(block, at)
-            self._look_at(parse_chunk(block[last_blank_line(block, at):end]))
+            start, end = event_span(block, at)
+            self._look_at(parse_chunk(block[start:end]))
         return block[:end]
 
     def _look_for_content(self, block: bytes) -> None:
         at = block.find(CONTENT_MARK)
         if at >= 0:
             self.has_content = True
-            start = last_blank_line(block, at)
-            self._first = self._first or block[start:event_end(block, at)]
+            start, end = event_span(block, at)
+            self._first = self._first or block[start:end]
             self._bytes += len(block) - start
             self._events += block.count(CONTENT_MARK, at)
 
@@ -4356,10 +4364,14 @@ def with_named(dropped: FrozenSet[str], headers: Headers) -> FrozenSet[str]:
     return dropped.union(name.strip() for name in named.split(","))
 
 
+def field_lines(fields: Iterable[Tuple[str, str]]) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in fields])
+
+
 def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
     dropped = with_named(dropped, head.headers)
-    return "".join([f"{name}: {value}\r\n" for name, value in head.headers.items()
-                    if name not in dropped and not name.startswith(PREFIXES_ONLY_HERE)])
+    return field_lines([field for field in head.headers.items() if field[0] not in dropped
+                        and not field[0].startswith(PREFIXES_ONLY_HERE)])
 
 
 # ==============================
@@ -4648,6 +4660,12 @@ class Wire(asyncio.Protocol):
         self.phase, self.deadline = phase, now + seconds
         self.renewal = seconds if renews else 0.0
 
+    def is_over(self, now: float) -> bool:
+        """Whether the deadline has passed, which data may renew."""
+        if self.renewal and self.fed != self._seen:
+            self._seen, self.deadline = self.fed, now + self.renewal
+        return now >= self.deadline
+
     # ---- what asyncio calls ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -4675,7 +4693,6 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.fail(error or self.error)
-        self._is_full = True
         self.resume_writing()
 
     def pause_writing(self) -> None:
@@ -4720,12 +4737,8 @@ class Wire(asyncio.Protocol):
             self.transport.resume_reading()
 
     def take(self, size: int) -> bytes:
-        if size == len(self.buffer):
-            data = bytes(self.buffer)
-            self.buffer.clear()
-        else:
-            data = bytes(memoryview(self.buffer)[:size])
-            del self.buffer[:size]
+        data = bytes(memoryview(self.buffer)[:size])
+        del self.buffer[:size]
         return data
 
     async def read_head(self) -> bytes:
@@ -4783,10 +4796,7 @@ class Connection(Wire):
         if self.is_held:
             self._seen = -1  # the next look after it renews the deadline
             return now >= self.final
-        if self.renewal and self.fed != self._seen:
-            self._seen = self.fed
-            self.deadline = now + self.renewal
-        return now >= min(self.deadline, self.final)
+        return self.is_over(now) or now >= self.final
 
     def fail_late(self, now: float) -> None:
         phase = "total" if now >= self.final else self.phase
@@ -5291,8 +5301,10 @@ class Gateway:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
         try:
-            exchange.dialect = asked_in(request.headers)
-            exchange.dialect, methods = find_route(request.head.path, exchange.dialect)
+            path = request.head.path
+            name, methods = ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path,
+                                       ("", {}))
+            exchange.dialect = DIALECTS[name] if name else asked_in(request.headers)
             handler = find_handler(request.head, methods)
             exchange.is_generation = handler in (Gateway.generate, Gateway.forward)
             if exchange.is_generation:
@@ -5356,6 +5368,7 @@ class Gateway:
         hides_usage = exchange.is_stream and is_dialect and not dialect.asks_for_usage(body)
         values = dialect.values_for_usage(body) if hides_usage else {}
         payload = self.render_passed(request, route, body, path, values, losses)
+        self.count_losses(losses, route)
         body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
@@ -5386,8 +5399,8 @@ class Gateway:
             losses.refuse()  # 400
         self.count_losses(losses, route)
         lines, _ = self._lines[route.provider.name, wire.name]
-        lines += "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()
-                          if name in TRANSLATED_FIELDS])
+        lines += field_lines(
+            field for field in request.headers.items() if field[0] in TRANSLATED_FIELDS)
         payload = with_head(lines + default_lines(route.provider, ()), dump_json(tree))
         del tree
         chat.turns.clear()
@@ -5428,7 +5441,6 @@ class Gateway:
             changed, gone = route.edits.of_passed(body, losses)
             values = {**values, **changed}
         content = body.with_values(values, gone)
-        self.count_losses(losses, route)
         lines, dropped = self._lines[provider.name, path]
         if head.query:
             lines = lines.replace(" HTTP/1.1", f"?{head.query} HTTP/1.1", 1)
@@ -5733,14 +5745,9 @@ TRANSLATED = frozenset([("chat", "messages")])  # from a client's dialect to a p
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
-def find_route(path: str, asked: Dialect) -> Tuple[Dialect, Mapping[str, Handler]]:
-    route = ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path)
-    if route is None:
-        raise GatewayError(404, "There is no such endpoint.", code="not_found")
-    return DIALECTS.get(route[0], asked), route[1]
-
-
 def find_handler(head: RequestHead, methods: Mapping[str, Handler]) -> Handler:
+    if not methods:
+        raise GatewayError(404, "There is no such endpoint.", code="not_found")
     if head.headers.get("upgrade", "").lower() == "websocket":
         raise GatewayError(426, "WebSockets are not spoken here; use HTTP.",
                            headers=[("upgrade", "HTTP/1.1"), ("connection", "upgrade")])
@@ -5775,13 +5782,13 @@ def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
     if provider.api_key:
         fields[name] = form.format(provider.api_key)
     fields.update(provider.headers)
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    lines = field_lines(fields.items())
     return f"POST {url.path} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
 
 
 def default_lines(provider: Provider, sent: Container[str]) -> str:
-    return "".join(f"{name}: {value}\r\n" for name, value in provider.row.headers
-                   if name not in sent and name not in dict(provider.headers))
+    return field_lines(field for field in provider.row.headers
+                       if field[0] not in sent and field[0] not in dict(provider.headers))
 
 
 def with_head(lines: str, body: bytes) -> List[bytes]:
@@ -5995,12 +6002,10 @@ class Client(Wire):
     def sweep(self, now: float, timeouts: Timeouts) -> None:
         if self.phase == "keep_alive" and self.fed > self.consumed:
             self.expect("head", now, timeouts.head)
-        if self.renewal and self.fed != self._seen:
-            self._seen, self.deadline = self.fed, now + self.renewal
         if self.phase == "head" and self.has_bare_head():
             self.deadline = FOREVER
             self.fail(GatewayError(400, "The request's head is malformed."))
-        if now >= self.deadline:
+        if self.is_over(now):
             self._end_waiting()
         if self.phase == "answer" and self.at_eof:
             self.leave()
@@ -6200,10 +6205,10 @@ class Server:
         try:
             response = await self._app.handle(exchange, request)
             request.give_back()
-            is_read = request.can_be_skipped
-            stays = (is_read and head.keeps_alive and not self.is_draining
+            can_skip = request.can_be_skipped
+            stays = (can_skip and head.keeps_alive and not self.is_draining
                      and not (head.is_http10 and response.stream))
-            client.lingers = not is_read
+            client.lingers = not can_skip
             await self.write_response(client, head, response, stays)
         except (ConnectionError, ClientLeft, asyncio.CancelledError):
             has_left = client.has_left or not self.is_draining

@@ -389,3 +389,7 @@ def error_event(kind: str, told: str) -> JSON:
 def error(status: int, kind: str, told: str, **headers: str) -> Reply:
     """Return an error as Anthropic answers it."""
     return json_reply(error_event(kind, told), status, **HEADERS, **headers)
+
+
+# What a stream may begin with instead of an answer, and the status that a client must see.
+FIRST_ERRORS = [("overloaded_error", 503), ("rate_limit_error", 429), ("api_error", 500)]

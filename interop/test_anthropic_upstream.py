@@ -517,10 +517,7 @@ def test_a_refused_upstream_key_is_a_502_tried_once(
     assert upstream.is_idle
 
 
-FIRSTS = [("overloaded_error", 503), ("rate_limit_error", 429), ("api_error", 500)]
-
-
-@pytest.mark.parametrize("kind, status", FIRSTS)
+@pytest.mark.parametrize("kind, status", wire.FIRST_ERRORS)
 @pytest.mark.parametrize("ask", STREAM_MANNERS, indirect=True)
 def test_an_error_as_first_event_is_a_real_status(
     ask: Ask, upstream: Upstream, kind: str, status: int

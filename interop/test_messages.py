@@ -603,10 +603,9 @@ def test_every_answer_has_a_request_id(gateway: Gateway) -> None:
 # ---- streams that go wrong ----
 
 OVERLOADED = wire.error_event("overloaded_error", "Overloaded")
-FIRSTS = [("overloaded_error", 503), ("rate_limit_error", 429), ("api_error", 500)]
 
 
-@pytest.mark.parametrize("kind, status", FIRSTS)
+@pytest.mark.parametrize("kind, status", wire.FIRST_ERRORS)
 @pytest.mark.parametrize("ask", STREAM_MANNERS, indirect=True)
 def test_an_error_as_first_event_is_a_real_status(
     ask: AskClaude, upstream: Upstream, kind: str, status: int
