@@ -496,6 +496,8 @@ class Chat:
     include_usage: bool = False
     legacy_functions: bool = False  # asked for by `functions`, to be answered alike
     options: JSON = field(default_factory=dict)
+    shows_thinking: bool = field(default=True, compare=False)  # else only what must come back
+    estimate: int = field(default=0, compare=False)  # of the prompt's tokens
 
 
 @dataclass
@@ -516,14 +518,20 @@ class Reply:
 class Caps:
     """What a model takes."""
 
-    sampling: str = "both"  # temperature and top_p: "both" together, "one" of them, "none"
-    thinking: str = "none"  # "budget", "both", "adaptive" or "none"
+    # temperature and top_p: "both" together, "one" of them, "none", or "idle": while effort is none
+    sampling: str = "both"
+    thinking: str = "none"  # "budget", "both", "adaptive", "effort" or "none"
     can_disable_thinking: bool = False
     efforts: Tuple[str, ...] = ()
     forced_tools: str = "yes"  # "refused" is passed on all the same; "auto" asks for no more
     mid_system: bool = False  # system messages after the first turn
     json_schema: bool = True
     max_output: int = 128_000
+    max_tokens_field: str = "max_tokens"  # in Chat Completions
+    custom_tools: bool = False  # custom tools, and a choice of allowed ones
+    default_effort: str = "none"
+    chat_tools: str = "yes"  # tools in Chat Completions; "idle": while effort is none
+    max_stops: int = 4
 
 
 class Target(NamedTuple):
@@ -538,7 +546,7 @@ class Rewrites:
 
     def __init__(self) -> None:
         self.names: Dict[str, str] = {}  # by the name that went out, the client's own
-        self.custom: Set[str] = set()  # custom tools that went out as functions
+        self.custom: Set[str] = set()  # custom tools, by name, that went out as functions
         self.json_tool = ""  # a hidden tool whose arguments are the answer
 
 
@@ -952,6 +960,63 @@ class SSEDecoder:
 # ==============================
 
 
+# ------------------------------
+# A signature is checked by its issuer only, and must come back as it was. Through a client of
+# another vendor's it travels in an envelope; one on a call rides in the call's id, which every
+# client returns.
+# ------------------------------
+
+ENVELOPE = "gw1."
+RIDER = "__ts_"
+TO_URL_SAFE, FROM_URL_SAFE = str.maketrans("+/", "-_", "="), str.maketrans("-_", "+/")
+
+
+def seal(block: Block, native: str) -> str:
+    """A signature as the `native` issuer's dialect carries it."""
+    if block.issuer == native or not block.signature:
+        return block.signature
+    packed = encode_json([block.issuer, block.signature, getattr(block, "is_redacted", False)])
+    return ENVELOPE + base64.urlsafe_b64encode(utf8(packed)).decode()
+
+
+def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
+    """The block with a signature that came back; a broken envelope holds none."""
+    if not signature.startswith(ENVELOPE):
+        thinking.signature, thinking.issuer = signature, native if signature else ""
+        return thinking
+    try:
+        packed = DECODER.decode(base64.urlsafe_b64decode(signature[len(ENVELOPE):]).decode())
+        issuer, signature, is_redacted = packed
+        thinking.issuer, thinking.signature = f"{issuer}", f"{signature}"
+        thinking.is_redacted = is_redacted is True
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return thinking
+
+
+def carried_id(call: ToolCall) -> str:
+    """The id that a client sees."""
+    if not call.signature:
+        return call.id
+    return f"{call.id}{RIDER}{call.signature.translate(TO_URL_SAFE)}"
+
+
+def plain_id(id_: str) -> str:
+    return id_.partition(RIDER)[0]
+
+
+def carrying_call(id_: str, name: str, **about: Any) -> ToolCall:
+    """A call as it came back."""
+    plain, _, rider = id_.partition(RIDER)
+    rider = rider.translate(FROM_URL_SAFE) + "=" * (-len(rider) % 4)
+    return ToolCall(None, rider, "gemini" if rider else "", plain, name, **about)
+
+
+# ------------------------------
+# What the dialects have in common
+# ------------------------------
+
+
 class Watch:
     """Watches a passed stream: whole events in, what the client may see out. `has_content` is true
     once the first token is there. Only blocks that hold a telling word are looked into: to parse
@@ -1010,6 +1075,7 @@ class Parser:
         self.ended = False
         self._dialect = dialect
         self._open: Block | None = None
+        self._wrapped: List[str] | None = None  # what an open custom call's function is given
         self._block_count = 0
         self._finish = self._service_tier = ""
 
@@ -1030,12 +1096,44 @@ class Parser:
             raise bad_answer("The provider sent an event that is no object.")
         return wire
 
-    def say(self, text: str, block: Block) -> Events:
-        return [DELTAS[type(block)](text)] if text else []
-
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
-        return ToolCall(id=id_, name=self.rewrites.names.get(name, name),
-                        is_custom=is_custom or name in self.rewrites.custom)
+        name = self.rewrites.names.get(name, name)
+        return ToolCall(id=id_, name=name, is_custom=is_custom or name in self.rewrites.custom)
+
+    def open(self, block: Block) -> Events:
+        events = [*self.close(), BlockStart(block)]
+        self._open, self._block_count = block, self._block_count + 1
+        if isinstance(block, ToolCall) and block.name in self.rewrites.custom:
+            self._wrapped = []
+        return events
+
+    def say(self, text: str) -> Events:
+        self.content_bytes += len(text)
+        if self._wrapped is not None:
+            self._wrapped.append(text)
+            return []
+        return [DELTAS[type(self._open)](text)] if text else []
+
+    def close(self) -> Events:
+        if self._open is None:
+            return []
+        events: Events = [BlockStop()]
+        if self._wrapped is not None:
+            events.insert(0, ArgumentsDelta(unwrap_custom("".join(self._wrapped))))
+        self._open = self._wrapped = None
+        return events
+
+
+def unwrap_custom(arguments: str) -> str:
+    try:
+        value = parse_arguments(arguments).get("input")
+    except ValueError:
+        value = None
+    return value if isinstance(value, str) else arguments
+
+
+DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
+    Text: TextDelta, Thinking: ThinkingDelta, ToolCall: ArgumentsDelta}
 
 
 class Renderer:
@@ -1122,6 +1220,10 @@ class Dialect(Protocol):
     def count_content(self, reply: JSON) -> int:
         return 0
 
+    def render_estimate(self, wire: JSON) -> JSON:
+        """The answer to a request to count a prompt's tokens, where the provider cannot."""
+        return {}
+
     def asks_for_usage(self, body: Body) -> bool:
         """Whether a streamed answer will tell its usage by itself."""
         return True
@@ -1171,6 +1273,180 @@ def parse_cache(part: Fields) -> JSON | None:
         is_short = point.get("ttl") in (None, "5m", "30m")
         mark = {"type": "ephemeral", **({} if is_short else {"ttl": "1h"})}
     return mark
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+MAX_USER_CHARACTERS = 128
+# What a turn may hold, where not all.
+TURN_BLOCKS: Dict[str, Any] = {"system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
+
+
+def hashed(text: str, length: int) -> str:
+    return hashlib.sha1(utf8(text), usedforsecurity=False).hexdigest()[:length]
+
+
+class RequestWriter:
+    """Renders one request; what the target cannot say goes into the losses."""
+
+    legal_name = re.compile("[A-Za-z0-9_-]{1,64}")  # of a tool
+    legal_id = re.compile("[A-Za-z0-9_-]+")  # of a call
+    effort_field = "reasoning_effort"  # among the losses
+
+    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
+        self.chat = chat
+        self.target = target
+        self.caps = target.caps
+        self.losses = losses
+        self.rewrites = Rewrites()
+        self.choice = chat.choice or ToolChoice("auto")
+        self.wire: JSON = {"model": target.model}
+
+    def tool_name(self, name: str) -> str:
+        if self.legal_name.fullmatch(name):
+            return name
+        legal = f"{re.sub('[^A-Za-z0-9_]', '_', name)[:54]}_{hashed(name, 8)}"
+        legal = legal if self.legal_name.fullmatch(legal) else f"_{legal}"
+        self.rewrites.names[legal] = name
+        return legal
+
+    def call_id(self, id_: str) -> str:
+        """The same for a call and its result."""
+        return id_ if self.legal_id.fullmatch(id_) else f"call_{hashed(id_, 22)}"
+
+    def turns(self) -> Iterator[Turn]:
+        """Checked, the system's first where the model takes none later."""
+        turns, calls = self.chat.turns, []  # type: List[Turn], List[str]
+        if not self.caps.mid_system:
+            turns = canonical(sorted(turns, key=lambda turn: turn.role != "system"))
+        if all(turn.role == "system" for turn in turns):
+            raise GatewayError(400, "'messages' must hold a user message.", "messages")
+        for turn in turns:
+            check_turn(turn, calls)
+            if turn.role != "system":
+                calls = call_ids(turn)
+            yield turn
+
+    def offered_tools(self) -> List[Tool]:
+        chat, choice = self.chat, self.choice
+        names = [tool.name for tool in chat.tools]
+        for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
+            if name not in names:
+                raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
+                                        "does not have.", "tool_choice")
+        if choice.mode == "required" and not names:
+            raise GatewayError(400, "'tool_choice' needs 'tools'.", "tool_choice")
+        return [tool for tool in chat.tools
+                if choice.allowed is None or tool.name in choice.allowed]
+
+    def as_function(self, tool: Tool) -> Tuple[str, JSON]:
+        """Its description and schema; a custom tool's function takes one string."""
+        if not tool.is_custom:
+            return tool.description, tool.schema or {"properties": {}}
+        self.rewrites.custom.add(tool.name)
+        description = tool.description
+        if tool.grammar:
+            description = (f"{description}\nThe input follows this {tool.grammar['syntax']} "
+                           f"grammar:\n{tool.grammar['definition']}").strip()
+        return description, {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+    def asked_effort(self) -> str | None:
+        """A budget of Anthropic's form counts as a level."""
+        thinking = self.chat.thinking or {}
+        if thinking.get("type") == "disabled":
+            return "none"
+        if thinking.get("type") == "enabled" and self.chat.effort is None:
+            budget = count(thinking.get("budget_tokens"))
+            return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
+        effort = self.chat.effort
+        if effort is not None and effort not in EFFORTS:
+            raise GatewayError(400, f"'{self.effort_field}' must be one of: {', '.join(EFFORTS)}.",
+                               self.effort_field)
+        return effort
+
+    def nearest_effort(self, effort: str) -> str:
+        """The level, or the nearest that the model has, the higher first; "" where it has none."""
+        levels = [level for level in EFFORTS if level in self.caps.efforts]
+        if effort in levels:
+            return effort
+        self.losses.drop(self.effort_field)
+        above = [level for level in levels if EFFORTS.index(level) > EFFORTS.index(effort)]
+        return (above or levels[-1:] or [""])[0]
+
+    def checked_stops(self) -> List[str]:
+        if len(self.chat.stop) > self.caps.max_stops:
+            raise unsupported(
+                "stop", f"This model takes {self.caps.max_stops} stop sequences at most.")
+        return self.chat.stop
+
+    def strictness(self, tool: Tool) -> JSON:
+        """OpenAI's: every object closed, every property required."""
+        if tool.strict and not is_strict_schema(tool.schema):
+            self.losses.drop("strict")
+            return {}
+        return {} if tool.strict is None else {"strict": tool.strict}
+
+    def add_openai_sampling(self, effort: str | None) -> None:
+        caps, is_idle = self.caps, (effort or self.caps.default_effort) == "none"
+        is_taken = caps.sampling in ("both", "one") or caps.sampling == "idle" and is_idle
+        for name in ("temperature", "top_p"):
+            value = getattr(self.chat, name)
+            if value is not None and is_taken:
+                self.wire[name] = value
+            elif value not in (None, 1):
+                self.losses.drop(name)
+        if self.chat.top_k is not None:
+            self.losses.drop("top_k")
+
+    def checked_user(self) -> str | None:
+        user = self.chat.user
+        return user if not user or len(user) <= MAX_USER_CHARACTERS else hashed(user, 40)
+
+    def lose_options(self, known: Container[str] = ()) -> None:
+        for name, value in self.chat.options.items():
+            if name not in known and value != OPTIONS[name].default:
+                (self.losses.hint if OPTIONS[name].is_hint else self.losses.drop)(name)
+
+
+def check_turn(turn: Turn, calls: List[str]) -> None:
+    if not all(isinstance(block, TURN_BLOCKS.get(turn.role, Block)) for block in turn.blocks):
+        raise unsupported(
+            "messages", f"The {turn.role}'s messages can hold text only for this model.")
+    if turn.role == "system":
+        return
+    results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
+    for ids, others, said in (
+            (results, calls, "result {!r} answers no tool call of the message before it."),
+            (calls, results, "call {!r} has no result in the message after it.")):
+        alone = [id_ for id_ in ids if id_ not in others]
+        if alone and (ids is results or turn.role == "user"):
+            raise GatewayError(
+                400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
+
+
+def is_closed(schema: object, needs_all: bool = False) -> bool:
+    """Whether all its objects are closed; with `needs_all` each property must be required too."""
+    if isinstance(schema, list):
+        return all(is_closed(item, needs_all) for item in schema)
+    if not isinstance(schema, dict):
+        return True
+    required, properties = schema.get("required"), part_of(schema, "properties")
+    is_object = schema.get("type") == "object" or "properties" in schema
+    is_open = schema.get("additionalProperties") is not False or needs_all and not (
+        isinstance(required, list) and all(name in required for name in properties))
+    return not (is_object and is_open) and all(
+        is_closed(value, needs_all) for value in schema.values())
+
+
+def is_strict_schema(schema: JSON | None) -> bool:
+    return schema is not None and is_closed(schema, needs_all=True)
+
+
+def typed_object(schema: JSON) -> JSON:
+    return {"type": "object", **{key: value for key, value in schema.items() if key != "type"}}
+
+
+def call_arguments(call: ToolCall) -> JSON:
+    return {"input": call.input} if call.is_custom else call.arguments
 
 
 def part_of(wire: object, key: str) -> JSON:
@@ -1248,21 +1524,8 @@ class ChatCompletions(Dialect):
         return chat
 
     def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        wire: JSON = {"model": target.model, "messages": [
-            message for turn in chat.turns for message in render_chat_turn(turn, losses)]}
-        self.render_plain_fields(chat, wire)
-        wire.update(without_none(
-            stop=chat.stop, response_format=chat.format and render_chat_format(chat.format)))
-        if chat.logprobs is not None:
-            wire.update(logprobs=True, top_logprobs=chat.logprobs)
-        if chat.tools:
-            wire.update(tools=list(map(render_chat_tool, chat.tools)), **without_none(
-                tool_choice=chat.choice and render_chat_choice(chat.choice, chat.tools),
-                parallel_tool_calls=chat.parallel))
-        wire.update(chat.options)
-        if chat.stream:
-            wire.update(stream=True, stream_options={"include_usage": True})
-        return wire, Rewrites()
+        request = ChatRequest(chat, target, losses)
+        return request.render(), request.rewrites
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         if not list_of_objects(wire, "choices"):
@@ -1366,7 +1629,7 @@ def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
             name = message.need("name")
             blocks = [ToolResult(id=function_ids.get(name, name), content=blocks)]
         elif role == "tool":
-            blocks = [ToolResult(id=message.need("tool_call_id"), content=blocks)]
+            blocks = [ToolResult(id=plain_id(message.need("tool_call_id")), content=blocks)]
         elif role == "assistant":
             blocks = parse_chat_assistant(message, blocks, function_ids, losses)
         if message.get("name") and role != "function":
@@ -1445,18 +1708,22 @@ def parse_thinking(block: Fields) -> Thinking:
     """Its signature is Anthropic's unless it is in an envelope."""
     if block.one_of("type", ("thinking", "redacted_thinking")) == "redacted_thinking":
         return Thinking(signature=block.need("data"), issuer="anthropic", is_redacted=True)
-    signature = block.get("signature") or ""
-    return Thinking(text=block.get("thinking") or "", signature=signature,
-                    issuer="anthropic" if signature and not signature.startswith("gw1.") else "")
+    thinking = Thinking(text=block.get("thinking") or "")
+    return unseal(thinking, block.get("signature") or "", "anthropic")
 
 
 def parse_chat_call(call: Fields) -> ToolCall:
     call.skip("index")  # some clients give a stream's back
     if call.get("type") == "custom":
         custom = call.child("custom")
-        return ToolCall(id=call.need("id"), name=custom.need("name"), is_custom=True,
-                        input=custom.need("input"))
-    return parse_function(call.child("function"), call.need("id"))
+        return carrying_call(
+            call.need("id"), custom.need("name"), is_custom=True, input=custom.need("input"))
+    made = parse_function(call.child("function"), call.need("id"))
+    google = call.child("extra_content", {}).child("google", {})
+    signature = google.get("thought_signature")
+    if signature:
+        made.signature, made.issuer = signature, "gemini"
+    return made
 
 
 def parse_function(function: Fields, id_: str = "") -> ToolCall:
@@ -1464,7 +1731,7 @@ def parse_function(function: Fields, id_: str = "") -> ToolCall:
         arguments = parse_arguments(function.get("arguments") or "")
     except ValueError as error:
         raise function.wrong("arguments", str(error)) from error
-    return ToolCall(id=id_, name=function.need("name"), arguments=arguments)
+    return carrying_call(id_, function.need("name"), arguments=arguments)
 
 
 def parse_chat_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
@@ -1516,27 +1783,162 @@ def parse_chat_format(root: Fields) -> Format | None:
 # ---- to the wire ----
 
 
-def render_chat_turn(turn: Turn, losses: Losses) -> Iterator[JSON]:
-    for block in blocks_of(turn.blocks, ToolResult):
-        content = render_chat_content(block.content, losses) or ""
-        if block.is_error:  # for which this wire has no flag
-            content = f"Error: {content}" if isinstance(content, str) else [
-                {"type": "text", "text": "Error:"}, *content]
-        yield {"role": "tool", "tool_call_id": block.id, "content": content,
-               **without_none(cache_control=block.cache)}
-    content = render_chat_content([block for block in turn.blocks if not isinstance(
-        block, (ToolResult, ToolCall, Thinking))], losses)
-    if turn.role == "assistant":
-        yield {"role": "assistant", "content": content, **without_none(
-            thinking_blocks=render_thinking_blocks(blocks_of(turn.blocks, Thinking)),
-            tool_calls=list(map(render_chat_call, blocks_of(turn.blocks, ToolCall))))}
-    elif content:
-        yield {"role": turn.role, "content": content}
+class ChatRequest(RequestWriter):
+    """What OpenAI's own servers refuse is left out for all that speak like them."""
+
+    legal_id = re.compile(".{1,40}", re.DOTALL)
+
+    def render(self) -> JSON:
+        chat, wire = self.chat, self.wire
+        wire["messages"] = [message for turn in self.turns() for message in self._messages(turn)]
+        self._add_tools()
+        self._add_effort()
+        self._add_sampling()
+        wire.update(without_none(
+            stop=self.checked_stops(), user=self.checked_user(), response_format=chat.format
+            and render_chat_format(chat.format)))
+        if chat.web_search is not None and "search" in self.target.model:
+            wire["web_search_options"] = chat.web_search
+        elif chat.web_search is not None:
+            self.losses.drop("web_search")
+        if chat.logprobs is not None:
+            wire.update(logprobs=True, top_logprobs=chat.logprobs)
+        wire.update(chat.options)
+        if chat.stream:
+            wire.update(stream=True, stream_options={"include_usage": True})
+        return wire
+
+    def _messages(self, turn: Turn) -> Iterator[JSON]:
+        """Pictures and files of results follow in a message of the user's."""
+        pictures: List[JSON] = []
+        for block in blocks_of(turn.blocks, ToolResult):
+            texts = [part.text for part in blocks_of(block.content, Text)]
+            others = [part for part in block.content if not isinstance(part, Text)]
+            if block.cache:
+                self.losses.hint("cache_control")
+            if others:
+                pictures.append({"type": "text", "text": f"From the tool call {block.id}:"})
+                pictures += self._parts(others)
+            if block.is_error:  # for which this wire has no flag
+                texts.insert(0, "Error:")
+            yield {"role": "tool", "tool_call_id": self.call_id(block.id),
+                   "content": "\n".join(texts)}
+        said = self._parts(block for block in turn.blocks if not isinstance(
+            block, (ToolResult, ToolCall, Thinking)))
+        calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
+        if blocks_of(turn.blocks, Thinking):
+            self.losses.hint("thinking")
+        if turn.role == "system":  # some servers take no list here
+            said = [{"type": "text", "text": "\n\n".join(part["text"] for part in said)}]
+        if pictures or said or calls:
+            yield {"role": turn.role, "content": plain_content([*pictures, *said]) or None,
+                   **without_none(tool_calls=calls)}
+
+    def _parts(self, blocks: Iterable[Block]) -> List[JSON]:
+        parts = []
+        for block in blocks:
+            part = self.kinds[type(block)](self, block)
+            if block.cache:
+                self.losses.hint("cache_control")
+            if part is not None:
+                parts.append({"type": part[0], part[0]: part[1]})
+        return parts
+
+    def _text(self, block: Text) -> Tuple[str, object]:
+        return "refusal" if block.is_refusal else "text", block.text
+
+    def _image(self, block: Image) -> Tuple[str, object]:
+        return "image_url", {"url": image_url(block), **without_none(detail=block.detail)}
+
+    def _document(self, block: Document) -> Tuple[str, object]:
+        if block.url:
+            raise unsupported("file", "A document by URL cannot be sent to this model.")
+        if block.text:
+            return "text", titled_text(block)
+        return "file", {"filename": block.title or "document.pdf",
+                        "file_data": f"data:{block.media_type};base64,{block.data}"}
+
+    def _audio(self, block: Audio) -> Tuple[str, object]:
+        return "input_audio", {"data": block.data, "format": block.format}
+
+    def _opaque(self, block: Opaque) -> None:
+        self.losses.hint("content")
+
+    kinds: Mapping[type, Callable[[Any, Any], Tuple[str, object] | None]] = {
+        Text: _text, Image: _image, Document: _document, Audio: _audio, Opaque: _opaque}
+
+    def _call(self, call: ToolCall) -> JSON:
+        name, id_ = self.tool_name(call.name), self.call_id(call.id)
+        if call.is_custom and self.caps.custom_tools:
+            return {"id": id_, "type": "custom", "custom": {"name": name, "input": call.input}}
+        return {"id": id_, "type": "function",
+                "function": {"name": name, "arguments": encode_json(call_arguments(call))}}
+
+    def _add_tools(self) -> None:
+        chat, choice, tools = self.chat, self.choice, self.offered_tools()
+        if not tools:
+            return
+        if self.caps.custom_tools and choice.allowed is not None:
+            tools = chat.tools
+        self.wire["tools"] = list(map(self._tool, tools))
+        if chat.choice:
+            self.wire["tool_choice"] = self._choice()
+        if chat.parallel is not None:
+            self.wire["parallel_tool_calls"] = chat.parallel
+
+    def _tool(self, tool: Tool) -> JSON:
+        if tool.cache:
+            self.losses.hint("cache_control")
+        name = self.tool_name(tool.name)
+        if tool.is_custom and self.caps.custom_tools:
+            grammar = tool.grammar and {"type": "grammar", "grammar": tool.grammar}
+            return {"type": "custom", "custom": {"name": name, **without_none(
+                description=tool.description, format=grammar)}}
+        description, schema = self.as_function(tool)
+        return {"type": "function", "function": {
+            "name": name, **without_none(description=description), "parameters": typed_object(
+                schema), **self.strictness(tool)}}
+
+    def _choice(self) -> Any:
+        def named(name: str) -> JSON:
+            is_custom = any(tool.is_custom for tool in self.chat.tools if tool.name == name)
+            kind = TOOL_KINDS[is_custom and self.caps.custom_tools]
+            return {"type": kind, kind: {"name": self.tool_name(name)}}
+
+        choice = self.choice
+        if choice.allowed is not None and self.caps.custom_tools:
+            return {"type": "allowed_tools", "allowed_tools": {
+                "mode": choice.mode, "tools": list(map(named, choice.allowed))}}
+        return named(choice.name) if choice.mode == "tool" else choice.mode
+
+    def _add_effort(self) -> None:
+        """Newer models take tools here only while they do not think."""
+        asked, caps = self.asked_effort(), self.caps
+        if caps.chat_tools == "idle" and "tools" in self.wire:
+            if asked not in (None, "none"):
+                self.losses.drop("reasoning_effort")
+            asked = "none"
+        if asked is None or caps.thinking != "effort":
+            if asked not in (None, "none"):
+                self.losses.drop("reasoning_effort")
+            return
+        self.wire["reasoning_effort"] = self.nearest_effort(asked)
+
+    def _add_sampling(self) -> None:
+        chat, field_, ceiling = self.chat, self.caps.max_tokens_field, self.target.max_output_tokens
+        if chat.max_tokens is not None:
+            self.wire[field_] = min(chat.max_tokens, ceiling or chat.max_tokens)
+            if self.wire[field_] < chat.max_tokens:
+                self.losses.drop("max_tokens")
+        self.add_openai_sampling(self.wire.get("reasoning_effort"))
 
 
-def render_chat_content(blocks: List[Block], losses: Losses) -> Any:
-    return plain_content(
-        [part for block in blocks for part in render_chat_part(block, losses)]) or None
+def image_url(block: Image) -> str:
+    return block.url or f"data:{block.media_type};base64,{block.data}"
+
+
+def titled_text(block: Document) -> str:
+    return f"{block.title}\n\n{block.text}" if block.title else block.text
 
 
 def plain_content(blocks: List[JSON]) -> Any:
@@ -1545,31 +1947,14 @@ def plain_content(blocks: List[JSON]) -> Any:
     return blocks
 
 
-def render_chat_part(block: Block, losses: Losses) -> Iterator[JSON]:
-    kind, about = "text", None  # type: str, Any
-    if isinstance(block, Text):
-        kind, about = "refusal" if block.is_refusal else "text", block.text
-    elif isinstance(block, Image):
-        url = block.url or f"data:{block.media_type};base64,{block.data}"
-        kind, about = "image_url", {"url": url, **without_none(detail=block.detail)}
-    elif isinstance(block, Document):
-        if block.url:
-            raise unsupported("file", "A document by URL cannot be sent to this model.")
-        data = block.data or base64.b64encode(utf8(block.text)).decode()
-        kind, about = "file", {"file_data": f"data:{block.media_type};base64,{data}",
-                               **without_none(filename=block.title)}
-    elif isinstance(block, Audio):
-        kind, about = "input_audio", {"data": block.data, "format": block.format}
-    else:
-        losses.hint("content")
-        return
-    yield {"type": kind, kind: about, **without_none(cache_control=block.cache)}
-
-
 def render_thinking_blocks(blocks: List[Thinking]) -> List[JSON]:
-    return [{"type": "redacted_thinking", "data": block.signature} if block.is_redacted else
-            {"type": "thinking", "thinking": block.text, "signature": block.signature}
-            for block in blocks if block.signature]
+    return [render_thinking_block(block) for block in blocks if block.signature]
+
+
+def render_thinking_block(block: Thinking) -> JSON:
+    if block.is_redacted and block.issuer == "anthropic":
+        return {"type": "redacted_thinking", "data": block.signature}
+    return {"type": "thinking", "thinking": block.text, "signature": seal(block, "anthropic")}
 
 
 def render_function(call: ToolCall) -> JSON:
@@ -1577,35 +1962,30 @@ def render_function(call: ToolCall) -> JSON:
 
 
 def render_chat_call(call: ToolCall) -> JSON:
+    wire: JSON = {"id": carried_id(call), "type": TOOL_KINDS[call.is_custom]}
     if call.is_custom:
-        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.input}}
-    return {"id": call.id, "type": "function", "function": render_function(call)}
+        return {**wire, "custom": {"name": call.name, "input": call.input}}
+    return {**wire, "function": render_function(call), **extra_content(call)}
 
 
-def render_chat_tool(tool: Tool) -> JSON:
-    kind = TOOL_KINDS[tool.is_custom]
-    about = {"name": tool.name, **without_none(
-        description=tool.description, parameters=tool.schema, strict=tool.strict,
-        format=tool.grammar and {"type": "grammar", "grammar": tool.grammar})}
-    return {"type": kind, kind: about, **without_none(cache_control=tool.cache)}
-
-
-def render_chat_choice(choice: ToolChoice, tools: List[Tool]) -> Any:
-    def named(name: str) -> JSON:
-        kind = TOOL_KINDS[any(tool.is_custom for tool in tools if tool.name == name)]
-        return {"type": kind, kind: {"name": name}}
-
-    if choice.allowed is not None:
-        return {"type": "allowed_tools", "allowed_tools": {
-            "mode": choice.mode, "tools": list(map(named, choice.allowed))}}
-    return named(choice.name) if choice.mode == "tool" else choice.mode
+def extra_content(call: ToolCall) -> JSON:
+    """Where Google's own endpoint of this dialect puts a signature."""
+    google = {"google": {"thought_signature": call.signature}}
+    return {"extra_content": google} if call.signature else {}
 
 
 def render_chat_format(form: Format) -> JSON:
     if form.schema is None:
         return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.schema,
-            **without_none(description=form.description, strict=form.strict)}}
+    return {"type": "json_schema", "json_schema": render_schema_format(form)}
+
+
+def render_schema_format(form: Format) -> JSON:
+    """Strict only where the schema is as strict mode wants it."""
+    strict = form.strict if form.strict is None or is_strict_schema(form.schema) else False
+    return {"name": form.name or "output", "schema": form.schema,
+            **({} if strict is None else {"strict": strict}),
+            **without_none(description=form.description)}
 
 
 def render_chat_usage(usage: Usage) -> JSON:
@@ -1725,38 +2105,27 @@ class ChatParser(Parser):
         return self._say(known[0], known[1], text_of(about, "arguments") or text_of(about, "input"))
 
     def _say(self, key: object, block: Block, text: str) -> Events:
-        self.content_bytes += len(text)
         events: Events = []
         if key != self._open_key:
             if isinstance(self._open, ToolCall):
                 self._waiting.setdefault(key, (block, []))[1].append(text)
                 return []
-            events = [*self._close(), BlockStart(block)]
-            self._open_key, self._open = key, block
+            events, self._open_key = self.open(block), key
             if key == "content":
-                self._text_block = self._block_count
-        return events + self.say(text, block)
-
-    def _close(self) -> Events:
-        if self._open is None:
-            return []
-        self._open, self._block_count = None, self._block_count + 1
-        return [BlockStop()]
+                self._text_block = self._block_count - 1
+        return events + self.say(text)
 
     def finish(self) -> Events:
-        events = self._close()
+        events: Events = []
         for block, pieces in self._waiting.values():
-            events += [BlockStart(block), *self.say("".join(pieces), block), BlockStop()]
+            events += self.open(block) + self.say("".join(pieces))
         finish = self._finish or "stop"
         if finish == "stop" and self._call_count:
             finish = "tool_calls"
         elif finish in ("stop", "filter") and self._has_refused:
             finish = "refusal"
-        return [*events, Finish(finish, self.usage or Usage(), service_tier=self._service_tier)]
-
-
-DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
-    Text: TextDelta, Thinking: ThinkingDelta, ToolCall: ArgumentsDelta}
+        return [*events, *self.close(),
+                Finish(finish, self.usage or Usage(), service_tier=self._service_tier)]
 
 
 class ChatRenderer(Renderer):
@@ -1803,7 +2172,7 @@ class ChatRenderer(Renderer):
         kind, key = ("custom", "input") if call.is_custom else ("function", "arguments")
         index, self._calls = self._calls, self._calls + 1
 
-        def delta(about: JSON, **head: str) -> bytes:
+        def delta(about: JSON, **head: Any) -> bytes:
             return self._chunk({"function_call": about} if self._chat.legacy_functions else {
                 "tool_calls": [{"index": index, **head, kind: about}]})
 
@@ -1811,7 +2180,8 @@ class ChatRenderer(Renderer):
             self._say = lambda text: b""
             return b""
         self._say = DeltaTemplate(lambda text: delta({key: text}))
-        return delta({"name": call.name, key: ""}, id=call.id, type=kind)
+        return delta({"name": call.name, key: ""}, id=carried_id(call), type=kind,
+                     **extra_content(call))
 
     def _signature(self, event: SignatureDelta) -> bytes:
         self._thinking[-1].signature = event.signature
@@ -2004,7 +2374,9 @@ class Messages(Dialect):
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
-        turns = [Turn("system", parse_content(root, "system", MESSAGES_PARTS))]
+        system = parse_content(root, "system", MESSAGES_PARTS)
+        turns = [Turn("system", [block for block in system if not (
+            isinstance(block, Text) and block.text.startswith(BILLING))])]
         root.need("messages", list)
         for message in root.children("messages"):
             role = message.one_of("role", ("user", "assistant", "system"))
@@ -2014,10 +2386,14 @@ class Messages(Dialect):
         output = root.child("output_config", {})
         chat = Chat(
             root.need("model"), canonical(turns), effort=output.get("effort"),
-            tools=[parse_messages_tool(item, losses) for item in root.children("tools")],
             stop=root.strings("stop_sequences"), stream=bool(root.get("stream", bool)),
             user=root.child("metadata", {}).get("user_id"))
         self.parse_plain_fields(root, chat)
+        thinking = chat.thinking or {"type": "disabled"}
+        chat.shows_thinking = (
+            thinking.get("type") != "disabled" and thinking.get("display") != "omitted")
+        for item in root.children("tools"):
+            parse_messages_tool(item, chat, losses)
         if root.get("tool_choice", dict) is not None:
             choice = root.child("tool_choice")
             mode = MESSAGES_CHOICES[choice.one_of("type", MESSAGES_CHOICES)]
@@ -2031,8 +2407,11 @@ class Messages(Dialect):
         tier = root.get("service_tier")
         if tier is not None:
             chat.options["service_tier"] = {"standard_only": "default"}.get(tier, "auto")
+        if root.skip("mcp_servers"):
+            losses.drop("mcp_servers")
         root.hint(losses, MESSAGES_HINTS)
         root.name_unknown(losses)
+        chat.estimate = estimate_tokens(chat)
         return chat
 
     def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
@@ -2055,7 +2434,8 @@ class Messages(Dialect):
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         has_calls = bool(blocks_of(reply.blocks, ToolCall))
         return {**message_head(reply.id, reply.model),
-                "content": BlockWriter(Losses()).blocks(reply.blocks),
+                "content": [wire for block in reply.blocks
+                            for wire in render_answer_block(block, chat)],
                 **messages_end(reply.finish, has_calls, reply.refusal),
                 "usage": render_messages_usage(reply.usage)}
 
@@ -2063,7 +2443,7 @@ class Messages(Dialect):
         return MessagesParser(self, rewrites)
 
     def renderer(self, chat: Chat, created: int) -> MessagesRenderer:
-        return MessagesRenderer()
+        return MessagesRenderer(chat)
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         fallback = "invalid_request_error" if error.status < 500 else "api_error"
@@ -2093,6 +2473,9 @@ class Messages(Dialect):
     def count_content(self, reply: JSON) -> int:
         return len(dump_json(reply.get("content")))
 
+    def render_estimate(self, wire: JSON) -> JSON:
+        return {"input_tokens": self.parse_request({"max_tokens": 1, **wire}, Losses()).estimate}
+
     def parse_usage(self, wire: object) -> Usage | None:
         """Its input_tokens leave out the cached parts; ours count the whole prompt."""
         if not isinstance(wire, dict):
@@ -2106,6 +2489,7 @@ class Messages(Dialect):
             count(part_of(wire, "output_tokens_details").get("thinking_tokens")))
 
 
+BILLING = "x-anthropic-billing-header"  # a system block of Claude Code's, new in every request
 MESSAGES_HINTS = ("cache_control", "container", "context_management", "diagnostics",
                   "inference_geo", "speed", "user_profile_id", "workspace_id")
 MESSAGES_TOOL_HINTS = (
@@ -2155,56 +2539,87 @@ def parse_document_block(block: Fields) -> Block:
         title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
 
 
+def parse_search_result(block: Fields) -> Block:
+    block.skip("citations")
+    content = parse_content(block, "content", MESSAGES_PARTS)
+    texts = [part.text for part in blocks_of(content, Text)]
+    return Text(text="\n".join([block.need("title"), block.need("source"), *texts]))
+
+
+def refuse_block(block: Fields) -> Block:
+    raise block.unsupported("type", "cannot be sent to this model")
+
+
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
+    "browser_state": refuse_block,
     "text": parse_text_block, "document": parse_document_block,
     "image": lambda block: Image(**parse_source(block, ("base64", "url"))),
     "thinking": parse_thinking, "redacted_thinking": parse_thinking,
-    "tool_use": lambda block: ToolCall(id=block.need("id"), name=block.need("name"),
-                                       arguments=block.get("input", dict) or {}),
+    "search_result": parse_search_result,
+    "tool_reference": lambda block: Text(text=f"Tool {block.need('tool_name')} loaded."),
+    "tool_use": lambda block: carrying_call(
+        block.need("id"), block.need("name"), arguments=block.get("input", dict) or {}),
     "tool_result": lambda block: ToolResult(
-        id=block.need("tool_use_id"), is_error=bool(block.get("is_error", bool)),
+        id=plain_id(block.need("tool_use_id")), is_error=bool(block.get("is_error", bool)),
         content=parse_content(block, "content", MESSAGES_PARTS)),
     "": parse_opaque,
 }
 
 
-def parse_messages_tool(item: Fields, losses: Losses) -> Tool:
-    if item.get("type") not in (None, "custom"):
-        raise item.unsupported("type", "names a tool that runs at its own provider only")
-    item.hint(losses, MESSAGES_TOOL_HINTS)
-    return Tool(item.need("name"), item.get("description") or "", item.need("input_schema", dict),
-                item.get("strict", bool), cache=item.get("cache_control", dict))
+# Tools that run at a provider, or whose schema only Anthropic's models know.
+HOSTED_TOOLS = (
+    "web_fetch", "code_execution", "tool_search", "computer", "browser", "mcp_toolset", "bash",
+    "text_editor", "memory", "advisor")
+
+
+def parse_messages_tool(item: Fields, chat: Chat, losses: Losses) -> None:
+    kind = item.get("type") or "custom"
+    if kind == "custom":
+        item.hint(losses, MESSAGES_TOOL_HINTS)
+        chat.tools.append(Tool(
+            item.need("name"), item.get("description") or "", item.need("input_schema", dict),
+            item.get("strict", bool), cache=item.get("cache_control", dict)))
+        return
+    item.skip(*item.wire)
+    if kind.startswith("web_search"):
+        chat.web_search = parse_web_search(item)
+    else:
+        losses.drop(next((name for name in HOSTED_TOOLS if kind.startswith(name)), "tools"))
+
+
+def parse_web_search(item: Fields) -> JSON:
+    place = item.get("user_location", dict)
+    return {"user_location": {"type": "approximate", "approximate": place}} if place else {}
+
+
+def estimate_tokens(chat: Chat) -> int:
+    """Of the prompt, on the high side: a token for three bytes, 8 more a message, 1,600 an image,
+    tools included."""
+    def size_of(block: Block) -> int:
+        if isinstance(block, Image):
+            return 3 * 1600
+        if isinstance(block, ToolResult):
+            return sum(map(size_of, block.content))
+        if isinstance(block, ToolCall):
+            return len(dump_json(call_arguments(block))) + len(block.name)
+        texts = [getattr(block, name, "") for name in ("text", "data", "title")]
+        return sum(len(utf8(text)) for text in texts)
+
+    turns = [24 + sum(map(size_of, turn.blocks)) for turn in chat.turns]
+    tools = [dump_json([tool.name, tool.description, tool.schema]) for tool in chat.tools]
+    return -(-(sum(turns) + sum(map(len, tools))) // 3)
 
 
 # ---- to the wire ----
 
 IMAGE_TYPES = frozenset(["image/jpeg", "image/png", "image/gif", "image/webp"])
-LEGAL_ID = re.compile(r"[A-Za-z0-9_-]+")
-MAX_NAME_CHARACTERS = 128
 MAX_CACHE_MARKS = 4
 JSON_TOOL = "json_answer"
 CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}")
-MAX_USER_CHARACTERS = 256
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MIN_BUDGET = 1024
 THINKING_BUDGETS = {
     "minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768, "max": 32768}
 SERVICE_TIERS = {"auto": "auto", "default": "standard_only"}
-
-
-def hashed(text: str, length: int) -> str:
-    return hashlib.sha1(utf8(text), usedforsecurity=False).hexdigest()[:length]
-
-
-def legal_id(id_: str) -> str:
-    """The same for a call and its result."""
-    return id_ if LEGAL_ID.fullmatch(id_) else f"toolu_{hashed(id_, 22)}"
-
-
-def legal_name(name: str) -> str:
-    if len(name) <= MAX_NAME_CHARACTERS and LEGAL_ID.fullmatch(name):
-        return name
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:MAX_NAME_CHARACTERS - 9]}_{hashed(name, 8)}"
 
 
 def render_source(block: Image | Document) -> JSON:
@@ -2213,13 +2628,35 @@ def render_source(block: Image | Document) -> JSON:
     return {"type": "base64", "media_type": block.media_type, "data": block.data}
 
 
-class BlockWriter:
-    """Counts and rewrites over the whole of a request."""
+class MessagesRequest(RequestWriter):
+    legal_name = re.compile("[A-Za-z0-9_-]{1,128}")
 
-    def __init__(self, losses: Losses) -> None:
-        self.losses = losses
-        self.rewrites = Rewrites()
+    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
+        super().__init__(chat, target, losses)
         self._cache_marks = 0
+
+    def render(self) -> JSON:
+        chat, wire = self.chat, self.wire
+        if chat.logprobs is not None:
+            raise unsupported("logprobs")
+        self._add_turns()
+        self._add_tools()
+        self._add_choice()
+        self._add_format()
+        self._add_thinking()
+        self._add_sampling()
+        stops = [stop for stop in chat.stop if stop.strip()]
+        if len(stops) < len(chat.stop):
+            self.losses.drop("stop")
+        user = chat.user
+        if user and (CONTACT.fullmatch(user) or len(user) > 256):
+            self.losses.hint("user")  # ids that look like addresses are refused
+            user = None
+        tier = SERVICE_TIERS.get(chat.options.get("service_tier", ""))
+        wire.update(without_none(stop_sequences=stops, metadata=user and {"user_id": user},
+                                 stream=chat.stream or None, service_tier=tier))
+        self.lose_options(["service_tier"] if tier else [])
+        return wire
 
     def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
         return [wire for wire in map(self.block, blocks) if wire]
@@ -2237,15 +2674,8 @@ class BlockWriter:
             return wire
         return {**wire, "cache_control": cache}
 
-    def tool_name(self, name: str) -> str:
-        legal = legal_name(name)
-        if legal != name:
-            self.rewrites.names[legal] = name
-        return legal
-
     def _text(self, block: Text) -> JSON:
-        return {"type": "text", "text": block.text,
-                **without_none(citations=list(map(render_citation, block.citations)))}
+        return render_text_block(block)
 
     def _image(self, block: Image) -> JSON:
         if block.detail not in ("", "auto"):
@@ -2273,11 +2703,11 @@ class BlockWriter:
         return None
 
     def _call(self, block: ToolCall) -> JSON:
-        return {"type": "tool_use", "id": legal_id(block.id), "name": self.tool_name(block.name),
-                "input": {"input": block.input} if block.is_custom else block.arguments}
+        return {"type": "tool_use", "id": self.call_id(block.id),
+                "name": self.tool_name(block.name), "input": call_arguments(block)}
 
     def _result(self, block: ToolResult) -> JSON:
-        return {"type": "tool_result", "tool_use_id": legal_id(block.id),
+        return {"type": "tool_result", "tool_use_id": self.call_id(block.id),
                 "content": plain_content(self.blocks(block.content)) or "",
                 **({"is_error": True} if block.is_error else {})}
 
@@ -2292,48 +2722,13 @@ class BlockWriter:
         ToolCall: _call, ToolResult: _result, Opaque: _opaque}
 
 
-class MessagesRequest(BlockWriter):
-    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
-        super().__init__(losses)
-        self.chat = chat
-        self.target = target
-        self.caps = target.caps
-        self.choice = chat.choice or ToolChoice("auto")
-        self.wire: JSON = {"model": target.model}
-
-    def render(self) -> JSON:
-        chat, wire = self.chat, self.wire
-        if chat.logprobs is not None:
-            raise unsupported("logprobs")
-        self._add_turns()
-        self._add_tools()
-        self._add_choice()
-        self._add_format()
-        self._add_thinking()
-        self._add_sampling()
-        stops = [stop for stop in chat.stop if stop.strip()]
-        if len(stops) < len(chat.stop):
-            self.losses.drop("stop")
-        user = chat.user
-        if user and (CONTACT.fullmatch(user) or len(user) > MAX_USER_CHARACTERS):
-            self.losses.hint("user")  # ids that look like addresses are refused
-            user = None
-        wire.update(without_none(stop_sequences=stops, metadata=user and {"user_id": user},
-                                 stream=chat.stream or None))
-        self._add_options()
-        return wire
-
     def _add_turns(self) -> None:
         """Later system turns stay where the model takes them, so that what is cached before them
         holds."""
         system: List[JSON] = []
         messages: List[JSON] = []
-        calls: List[str] = []
-        for turn in self._ordered_turns():
-            check_turn(turn, calls)
-            if turn.role != "system":
-                calls = call_ids(turn)
-            content = self.blocks(turn.blocks)
+        for turn in self.turns():
+            content = self.blocks(thoughts_first(turn))
             if turn.role == "system" and not (messages and self.caps.mid_system):
                 system += content
             elif content:
@@ -2350,38 +2745,18 @@ class MessagesRequest(BlockWriter):
             self.wire["system"] = plain_content(system)
         self.wire["messages"] = messages
 
-    def _ordered_turns(self) -> List[Turn]:
-        turns = self.chat.turns
-        if not self.caps.mid_system:
-            turns = canonical(sorted(turns, key=lambda turn: turn.role != "system"))
-        return [Turn(turn.role, sorted(turn.blocks, key=lambda block: not isinstance(
-            block, Thinking))) if turn.role == "assistant" else turn for turn in turns]
-
     def _add_tools(self) -> None:
-        chat, choice = self.chat, self.choice
-        names = [tool.name for tool in chat.tools]
-        for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
-            if name not in names:
-                raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
-                                        "does not have.", "tool_choice")
-        tools = [self._tool(tool) for tool in chat.tools
-                 if choice.allowed is None or tool.name in choice.allowed]
-        if chat.web_search is not None:
-            options = Fields(chat.web_search, "web_search_options.")
+        tools = list(map(self._tool, self.offered_tools()))
+        if self.chat.web_search is not None:
+            options = Fields(self.chat.web_search, "web_search_options.")
             tools.append(render_web_search(options, self.losses))
         if tools:
             self.wire["tools"] = tools
 
     def _tool(self, tool: Tool) -> JSON:
-        wire: JSON = {"name": self.tool_name(tool.name)}
-        description, schema = tool.description, tool.schema or {"properties": {}}
-        if tool.is_custom:
-            self.rewrites.custom.add(wire["name"])
-            schema = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
-        if tool.grammar:
-            description = (f"{description}\nThe input follows this {tool.grammar['syntax']} "
-                           f"grammar:\n{tool.grammar['definition']}").strip()
-        wire.update(without_none(description=description), input_schema=typed_object(schema))
+        description, schema = self.as_function(tool)
+        wire: JSON = {"name": self.tool_name(tool.name), **without_none(description=description),
+                      "input_schema": typed_object(schema)}
         if tool.strict and is_closed(schema):
             wire["strict"] = True
         elif tool.strict:
@@ -2392,8 +2767,6 @@ class MessagesRequest(BlockWriter):
         """A history with calls needs their tools, though none is offered."""
         chat, mode = self.chat, self.choice.mode
         if "tools" not in self.wire:
-            if mode in ("required", "tool"):
-                raise GatewayError(400, "'tool_choice' needs 'tools'.", "tool_choice")
             calls = [call for turn in chat.turns for call in blocks_of(turn.blocks, ToolCall)]
             if calls:
                 names = dict.fromkeys(self.tool_name(call.name) for call in calls)
@@ -2436,7 +2809,7 @@ class MessagesRequest(BlockWriter):
         chat, wire = self.chat, self.wire
         param = "reasoning_effort" if chat.thinking is None else "thinking"
         thinking = chat.thinking or self._thinking_by_effort()
-        if chat.thinking and chat.effort not in (None, "none"):
+        if chat.thinking and chat.effort and self.asked_effort() != "none":
             self._add_effort(chat.effort)
         if thinking and thinking.get("type") != "disabled":
             if wire.get("tool_choice", {}).get("type") in ("any", "tool"):
@@ -2461,12 +2834,9 @@ class MessagesRequest(BlockWriter):
             wire["thinking"] = thinking
 
     def _thinking_by_effort(self) -> JSON | None:
-        caps, effort = self.caps, self.chat.effort
+        caps, effort = self.caps, self.asked_effort()
         if effort is None:
             return None
-        if effort not in EFFORTS:
-            raise GatewayError(400, f"'reasoning_effort' must be one of: {', '.join(EFFORTS)}.",
-                               "reasoning_effort")
         if effort == "none":
             if caps.can_disable_thinking:
                 return {"type": "disabled"}
@@ -2482,15 +2852,8 @@ class MessagesRequest(BlockWriter):
         self._add_effort(effort)
         return {"type": "adaptive", "display": "summarized"}
 
-    def _add_effort(self, effort: str | None) -> None:
-        """The level, or the nearest that the model has, the higher first."""
-        levels = [level for level in EFFORTS if level in self.caps.efforts]
-        level = "low" if effort == "minimal" else effort or ""
-        if level not in levels:
-            self.losses.drop("reasoning_effort")
-            above = levels if level not in EFFORTS else [
-                each for each in levels if EFFORTS.index(each) > EFFORTS.index(level)]
-            level = (above or levels[-1:] or [""])[0]
+    def _add_effort(self, effort: str) -> None:
+        level = self.nearest_effort("low" if effort == "minimal" else effort)
         if level:
             self.wire.setdefault("output_config", {})["effort"] = level
 
@@ -2520,36 +2883,14 @@ class MessagesRequest(BlockWriter):
                 self.losses.drop(name)
                 self.wire[name] = 1
 
-    def _add_options(self) -> None:
-        for name, value in self.chat.options.items():
-            if name == "service_tier" and value in SERVICE_TIERS:
-                self.wire[name] = SERVICE_TIERS[value]
-            elif value != OPTIONS[name].default:
-                (self.losses.hint if OPTIONS[name].is_hint else self.losses.drop)(name)
+
+def thoughts_first(turn: Turn) -> List[Block]:
+    return sorted(turn.blocks, key=lambda block: turn.role == "assistant" and not isinstance(
+        block, Thinking))
 
 
 def is_signed(block: Thinking) -> bool:
     return block.issuer == "anthropic" and block.signature != ""
-
-
-# What a turn may hold, where not all.
-TURN_BLOCKS: Dict[str, Any] = {"system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
-
-
-def check_turn(turn: Turn, calls: List[str]) -> None:
-    if not all(isinstance(block, TURN_BLOCKS.get(turn.role, Block)) for block in turn.blocks):
-        raise unsupported(
-            "messages", f"The {turn.role}'s messages can hold text only for this model.")
-    if turn.role == "system":
-        return
-    results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
-    for ids, others, said in (
-            (results, calls, "result {!r} answers no tool call of the message before it."),
-            (calls, results, "call {!r} has no result in the message after it.")):
-        alone = [id_ for id_ in ids if id_ not in others]
-        if alone and (ids is results or turn.role == "user"):
-            raise GatewayError(
-                400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
 
 
 def trim_prefill(content: List[JSON]) -> List[JSON]:
@@ -2561,10 +2902,6 @@ def trim_prefill(content: List[JSON]) -> List[JSON]:
     return content
 
 
-def typed_object(schema: JSON) -> JSON:
-    return {"type": "object", **{key: value for key, value in schema.items() if key != "type"}}
-
-
 def render_web_search(options: Fields, losses: Losses) -> JSON:
     location = options.child("user_location", {}).child("approximate", {})
     place = without_none(**{
@@ -2573,17 +2910,6 @@ def render_web_search(options: Fields, losses: Losses) -> JSON:
         losses.drop("search_context_size")
     return {"type": "web_search_20250305", "name": "web_search",
             **({"user_location": {"type": "approximate", **place}} if place else {})}
-
-
-def is_closed(schema: object) -> bool:
-    """Whether all its objects are closed, as `strict` wants it."""
-    if isinstance(schema, list):
-        return all(map(is_closed, schema))
-    if not isinstance(schema, dict):
-        return True
-    is_object = schema.get("type") == "object" or "properties" in schema
-    return (not is_object or schema.get("additionalProperties") is False) and all(
-        is_closed(value) for value in schema.values())
 
 
 # What structured output does not take; the SDK moves it into the description too.
@@ -2654,16 +2980,25 @@ def render_messages_usage(usage: Usage) -> JSON:
     return wire
 
 
+def render_answer_block(block: Block, chat: Chat) -> Iterator[JSON]:
+    """Of thoughts that were not asked for only what must come back."""
+    if isinstance(block, Text):
+        yield render_text_block(block)
+    elif isinstance(block, Thinking) and (chat.shows_thinking or block.signature):
+        yield render_thinking_block(
+            block if chat.shows_thinking else dataclasses.replace(block, text=""))
+    elif isinstance(block, ToolCall):
+        yield {"type": "tool_use", "id": carried_id(block), "name": block.name,
+               "input": call_arguments(block)}
+
+
+def render_text_block(block: Text) -> JSON:
+    return {"type": "text", "text": block.text,
+            **without_none(citations=list(map(render_citation, block.citations)))}
+
+
 def render_citation(citation: JSON) -> JSON:
     return {"type": CITATION, "cited_text": "", "encrypted_index": "", **citation}
-
-
-def unwrap_custom(arguments: str) -> str:
-    try:
-        value = parse_arguments(arguments).get("input")
-    except ValueError:
-        value = None
-    return value if isinstance(value, str) else arguments
 
 
 class MessagesParser(Parser):
@@ -2672,7 +3007,6 @@ class MessagesParser(Parser):
     def __init__(self, dialect: Messages, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
         self._usage: JSON = {}
-        self._arguments: List[str] | None = None  # of a call that cannot be told piece by piece
         self._input: JSON = {}  # of a call, where it came at once
         self._refusal = ""
 
@@ -2715,23 +3049,20 @@ class MessagesParser(Parser):
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
         closed = self.block_stop({})
-        self._open = self._arguments = None
         if kind == "text" or kind == "tool_use" and name == self.rewrites.json_tool != "":
-            self._open = Text()
+            made: Block = Text()
         elif kind in ("thinking", "redacted_thinking"):
-            self._open = Thinking(signature=text_of(block, "data"), issuer="anthropic",
-                                  is_redacted=kind != "thinking")
+            made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
+                            is_redacted=kind != "thinking")
         elif kind != "tool_use":
             return closed
         else:
-            self._open = call = self.make_call(text_of(block, "id"), name)
-            self._arguments = [] if call.is_custom else None
-        self._block_count += 1
+            made = self.make_call(text_of(block, "id"), name)
         self._input = part_of(block, "input")
         deltas = [{"type": f"{key}_delta", key: block.get(key)}
                   for key in ("thinking", "signature", "text")]
         deltas += [{"citation": citation} for citation in list_of_objects(block, "citations")]
-        return [*closed, BlockStart(self._open), *(
+        return [*closed, *self.open(made), *(
             event for delta in deltas for event in self.block_delta({"delta": delta}))]
 
     def block_delta(self, wire: JSON) -> Events:
@@ -2745,23 +3076,14 @@ class MessagesParser(Parser):
             return [cited] if isinstance(block, Text) else []
         if kind == "signature_delta":
             return [SignatureDelta(text)] if text and isinstance(block, Thinking) else []
-        self.content_bytes += len(text)
         if kind == "input_json_delta" and text:
             self._input = {}
-        if self._arguments is None:
-            return self.say(text, block)
-        self._arguments.append(text)
-        return []
+        return self.say(text)
 
     def block_stop(self, wire: JSON) -> Events:
-        if self._open is None:
-            return []
-        delta = {"type": "input_json_delta", "partial_json": encode_json(self._input)}
-        events = self.block_delta({"delta": delta}) if self._input else []
-        if self._arguments is not None:
-            events = [ArgumentsDelta(unwrap_custom("".join(self._arguments)))]
-        self._open = None
-        return [*events, BlockStop()]
+        said = encode_json(self._input) if self._input and self._open else ""
+        self._input = {}
+        return [*(self.say(said) if said else []), *self.close()]
 
     def finish(self, wire: JSON) -> Events:
         self.ended = True
@@ -2840,8 +3162,9 @@ class MessagesWatch(Watch):
 
 
 class MessagesRenderer(Renderer):
-    def __init__(self) -> None:
+    def __init__(self, chat: Chat) -> None:
         super().__init__()
+        self._chat = chat
         self._index = -1
         self._is_open = self._has_calls = False
 
@@ -2855,14 +3178,20 @@ class MessagesRenderer(Renderer):
     def _start(self, event: Start) -> bytes:
         return self._event("message_start", message={
             **message_head(event.id, event.model), "content": [], "stop_reason": None,
-            "stop_sequence": None, "usage": render_messages_usage(event.usage or Usage())})
+            "stop_sequence": None,
+            "usage": render_messages_usage(event.usage or Usage(self._chat.estimate))})
 
     def _block_start(self, event: BlockStart) -> bytes:
-        self._index += 1
         block = self._open = event.block
+        if isinstance(block, Thinking) and not (self._chat.shows_thinking or block.is_redacted):
+            self._say = lambda text: b""  # its signature may follow
+            return b""
+        return self._open_block(block)
+
+    def _open_block(self, block: Block) -> bytes:
+        self._index += 1
         self._is_open = True
-        wire = BlockWriter(Losses()).block(block) or {}
-        kind = "text_delta"
+        kind, wire = "text_delta", next(render_answer_block(block, self._chat), {})
         if isinstance(block, Thinking):
             kind = "thinking_delta"
             if not block.is_redacted:
@@ -2886,6 +3215,8 @@ class MessagesRenderer(Renderer):
         return self._delta("citations_delta", citation=render_citation(event.citation))
 
     def _block_stop(self, event: BlockStop) -> bytes:
+        if not self._is_open:
+            return b""
         self._is_open = False
         is_custom = isinstance(self._open, ToolCall) and self._open.is_custom
         out = self._delta("input_json_delta", partial_json='"}') if is_custom else b""
@@ -2897,7 +3228,9 @@ class MessagesRenderer(Renderer):
             usage=render_messages_usage(event.usage)) + self._event("message_stop")
 
     def _signature(self, event: SignatureDelta) -> bytes:
-        return self._delta("signature_delta", signature=event.signature)
+        signed = Block(None, event.signature, self._open.issuer)
+        opened = b"" if self._is_open else self._open_block(self._open)
+        return opened + self._delta("signature_delta", signature=seal(signed, "anthropic"))
 
     events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
@@ -2935,9 +3268,12 @@ MESSAGES = {"messages": "/messages", "/messages/count_tokens": "/messages/count_
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
 
 ALL_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+GPT_EFFORTS = ("none", "low", "medium", "high")
+OPENAI_CAPS = Caps(
+    mid_system=True, max_tokens_field="max_completion_tokens", custom_tools=True)
 
 KINDS: Dict[str, Kind] = {
-    "openai": Kind("https://api.openai.com/v1", "/v1", CHAT, BEARER),
+    "openai": Kind("https://api.openai.com/v1", "/v1", CHAT, BEARER, caps=OPENAI_CAPS),
     "openai-compatible": Kind(None, "", CHAT, BEARER, needs_key=False,
                               has_list_prices=False),
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
@@ -2947,8 +3283,11 @@ KINDS: Dict[str, Kind] = {
 
 # What the models of a family take, from a version on; later rows override earlier ones. Versions
 # are read off the provider's name for a model; one without is taken as the newest of its family.
-FAMILY = re.compile(r"claude-(?:(\d+)-(?:(\d)-)?)?(opus|sonnet|haiku|fable|mythos)"
-                    r"(?:-(\d+))?(?:-(\d{1,2}))?(?!\d)")
+FAMILIES = tuple(map(re.compile, (
+    r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>opus|sonnet|haiku|fable|mythos)"
+    r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
+    r"(?P<family>gpt)-(?P<major>\d+)(?:\.(?P<minor>\d+))?",
+    r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?")))
 ANY = ("opus", "sonnet", "haiku", "fable", "mythos")
 MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (ANY, 0, {"sampling": "both", "thinking": "none", "efforts": (), "mid_system": False,
@@ -2967,18 +3306,31 @@ MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (("opus", "sonnet"), 5.5, {"can_disable_thinking": False, "forced_tools": "refused"}),
     (("haiku",), 5.5, {"can_disable_thinking": True}),
     (("fable", "mythos"), 5.1, {"forced_tools": "refused"}),
+    (("gpt", "o"), 0, {"max_tokens_field": "max_completion_tokens"}),
+    (("o",), 1, {"sampling": "none", "thinking": "effort", "efforts": GPT_EFFORTS[1:],
+                 "default_effort": "medium"}),
+    (("o",), 3, {"max_stops": 0}),
+    (("gpt",), 5, {"sampling": "none", "thinking": "effort", "default_effort": "medium",
+                   "efforts": ("minimal", *GPT_EFFORTS[1:])}),
+    (("gpt",), 5.1, {"sampling": "idle", "efforts": GPT_EFFORTS, "default_effort": "none"}),
+    (("gpt",), 5.2, {"efforts": (*GPT_EFFORTS, "xhigh")}),
+    (("gpt",), 5.4, {"chat_tools": "idle"}),
+    (("gpt",), 5.5, {"default_effort": "medium"}),
+    (("gpt",), 6, {"efforts": (*GPT_EFFORTS, "xhigh", "max")}),
 )
 
 
 def find_caps(kind: Kind, model: str) -> Caps:
-    found = FAMILY.search(model)
+    found = next(filter(None, (pattern.search(model) for pattern in FAMILIES)), None)
     if not found:
         return kind.caps
-    major, minor, family = found[1] or found[4], found[2] or found[5], found[3]
-    version = float(f"{major}.{minor or 0}") if major and len(major) < 3 else 99.0
+    about = found.groupdict()
+    major = about.get("first") or about["major"]
+    minor = about.get("then") or about["minor"] or 0
+    version = float(f"{major}.{minor}") if major and len(major) < 3 else 99.0
     caps = kind.caps
     for families, since, changes in MODEL_CAPS:
-        if family in families and version >= since:
+        if about["family"] in families and version >= since:
             caps = dataclasses.replace(caps, **changes)
     return caps
 
@@ -3062,6 +3414,7 @@ HEADER_TEXT = scalar("a string of ASCII without control characters",
                      lambda value: is_clean(value) and value.isascii())
 FLAG = scalar("true or false", lambda value: isinstance(value, bool))
 SIZE = scalar("a whole number above 0", lambda value: count(value) > 0)
+COUNT = scalar("a whole number, 0 or more", lambda value: value == 0 or count(value) > 0)
 SECONDS = scalar("a number of seconds above 0", lambda value: is_number(value) and value > 0, float)
 OPTIONAL_SECONDS = scalar(
     "a number of seconds, 0 for none", lambda value: is_number(value) and value >= 0, float)
@@ -3193,10 +3546,13 @@ class Tuning:
     default_max_tokens: int | None = setting(SIZE)
     max_output_tokens: int | None = setting(SIZE)
     caps: JSON = setting(some_of({
-        "sampling": one_of("both", "one", "none"),
-        "thinking": one_of("budget", "both", "adaptive", "none"), "can_disable_thinking": FLAG,
-        "efforts": list_of(one_of(*ALL_EFFORTS)), "forced_tools": one_of("yes", "refused", "auto"),
-        "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE}), {})
+        "sampling": one_of("both", "one", "none", "idle"),
+        "thinking": one_of("budget", "both", "adaptive", "effort", "none"),
+        "can_disable_thinking": FLAG, "efforts": list_of(one_of(*EFFORTS)),
+        "default_effort": one_of(*EFFORTS), "forced_tools": one_of("yes", "refused", "auto"),
+        "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE,
+        "max_tokens_field": one_of("max_tokens", "max_completion_tokens"), "custom_tools": FLAG,
+        "chat_tools": one_of("yes", "idle"), "max_stops": COUNT}), {})
     set: JSON = setting(read_json_object, {})
     drop: Tuple[str, ...] = setting(list_of(TEXT), ())
     rename: Dict[str, str] = setting(map_of(TEXT), {})
@@ -5344,9 +5700,6 @@ class Gateway:
         name, paths = exchange.dialect.name, route.provider.row.paths
         if name in paths:
             return await self.pass_through(exchange, request, route, body, name)
-        if (name, next(iter(paths))) not in TRANSLATED:
-            raise GatewayError(400, "The requested model does not speak this dialect.", "model",
-                               "unsupported_dialect")
         is_strict = app.is_strict or route.is_strict
         return await self.translate(exchange, request, route, body, is_strict)
 
@@ -5541,6 +5894,10 @@ class Gateway:
         _, body, route = await self.admit(exchange, request)
         path = request.head.path[len("/v1"):]
         if path not in route.provider.row.paths:
+            estimate = path in COUNTS and exchange.dialect.render_estimate(body.tree())
+            if estimate:
+                fields = [JSON_TYPE, ("x-gateway-estimate", next(iter(estimate)))]
+                return Response(200, fields, dump_json(estimate))
             raise GatewayError(
                 404, f"The provider of the requested model has no {path}.", "model", "not_found")
         return await self.pass_through(exchange, request, route, body, path)
@@ -5741,7 +6098,7 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
     "/v1/models": ("", {"GET": Gateway.list_models}),
     "/v1/models/": ("", {"GET": Gateway.show_model}),
 }
-TRANSLATED = frozenset([("chat", "messages")])  # from a client's dialect to a provider's
+COUNTS = frozenset(["/messages/count_tokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
