@@ -451,6 +451,7 @@ class Tool:
     is_custom: bool = False
     grammar: JSON | None = None
     cache: JSON | None = None
+    namespace: str = ""  # which its name begins with, as NAMESPACE__NAME
 
 
 @dataclass
@@ -498,6 +499,7 @@ class Chat:
     options: JSON = field(default_factory=dict)
     shows_thinking: bool = field(default=True, compare=False)  # else only what must come back
     estimate: int = field(default=0, compare=False)  # of the prompt's tokens
+    echo: JSON = field(default_factory=dict, compare=False)  # what an answer repeats, as it came
 
 
 @dataclass
@@ -520,7 +522,7 @@ class Caps:
 
     # temperature and top_p: "both" together, "one" of them, "none", or "idle": while effort is none
     sampling: str = "both"
-    thinking: str = "none"  # "budget", "both", "adaptive", "effort" or "none"
+    thinking: str = "none"  # "budget", "both", "adaptive", "effort", "level" or "none"
     can_disable_thinking: bool = False
     efforts: Tuple[str, ...] = ()
     forced_tools: str = "yes"  # "refused" is passed on all the same; "auto" asks for no more
@@ -689,7 +691,10 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
             reply.blocks.append(dataclasses.replace(event.block))
             said = []
         elif isinstance(event, BlockStop):
-            close_block(reply.blocks[-1], "".join(said))
+            try:
+                close_block(reply.blocks[-1], "".join(said))
+            except GatewayError:
+                pass  # arguments that were cut off; of others the parser told
         elif isinstance(event, SignatureDelta):
             reply.blocks[-1].signature = event.signature
         elif isinstance(event, CitationDelta):
@@ -701,6 +706,23 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
         else:
             reply.finish, reply.usage, reply.refusal, reply.service_tier = event
     return reply
+
+
+def events_of(reply: Reply) -> Iterator[StreamEvent]:
+    """The stream that spells a reply."""
+    yield Start(reply.id, reply.model)
+    for i, block in enumerate(reply.blocks):
+        yield BlockStart(block)
+        if isinstance(block, Text):
+            yield TextDelta(block.text)
+            yield from (CitationDelta(i, citation) for citation in block.citations)
+        elif isinstance(block, Thinking):
+            yield ThinkingDelta(block.text)
+            yield SignatureDelta(block.signature)
+        elif isinstance(block, ToolCall):
+            yield ArgumentsDelta(block.input if block.is_custom else encode_json(block.arguments))
+        yield BlockStop()
+    yield Finish(reply.finish, reply.usage, reply.refusal, reply.service_tier)
 
 
 def close_block(block: Block, said: str) -> None:
@@ -776,7 +798,7 @@ class Fields:
         value = self.get(key, dict)
         if value is None:
             value = self.need(key, dict) if default is None else default
-        return Fields(value, f"{self.place}{key}.", self._all)
+        return type(self)(value, f"{self.place}{key}.", self._all)
 
     def items(self, key: str, kind: type) -> Iterator[Tuple[str, Any]]:
         for i, item in enumerate(self.get(key, list) or ()):
@@ -785,7 +807,7 @@ class Fields:
             yield f"{self.place}{key}[{i}].", item
 
     def children(self, key: str) -> Iterator[Fields]:
-        return (Fields(item, place, self._all) for place, item in self.items(key, dict))
+        return (type(self)(item, place, self._all) for place, item in self.items(key, dict))
 
     def strings(self, key: str) -> List[str]:
         return [item for _, item in self.items(key, str)]
@@ -971,11 +993,13 @@ RIDER = "__ts_"
 TO_URL_SAFE, FROM_URL_SAFE = str.maketrans("+/", "-_", "="), str.maketrans("-_", "+/")
 
 
-def seal(block: Block, native: str) -> str:
+def seal(block: Block, native: str, keeps_text: bool = False) -> str:
     """A signature as the `native` issuer's dialect carries it."""
     if block.issuer == native or not block.signature:
         return block.signature
-    packed = encode_json([block.issuer, block.signature, getattr(block, "is_redacted", False)])
+    is_redacted = isinstance(block, Thinking) and block.is_redacted
+    text = block.text if isinstance(block, Thinking) and keeps_text else ""
+    packed = encode_json([block.issuer, block.signature, is_redacted, text])
     return ENVELOPE + base64.urlsafe_b64encode(utf8(packed)).decode()
 
 
@@ -986,12 +1010,16 @@ def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
         return thinking
     try:
         packed = DECODER.decode(base64.urlsafe_b64decode(signature[len(ENVELOPE):]).decode())
-        issuer, signature, is_redacted = packed
-        thinking.issuer, thinking.signature = f"{issuer}", f"{signature}"
-        thinking.is_redacted = is_redacted is True
+        issuer, proof, is_redacted, text = packed
+        thinking.issuer, thinking.signature = f"{issuer}", f"{proof}"
+        thinking.is_redacted, thinking.text = is_redacted is True, f"{text}" or thinking.text
     except (ValueError, TypeError, RecursionError):
         pass
     return thinking
+
+
+def own_id(prefix: str, id_: str) -> str:
+    return id_ if id_.startswith(prefix) else prefix + id_
 
 
 def carried_id(call: ToolCall) -> str:
@@ -1048,6 +1076,51 @@ class Watch:
         return 0
 
 
+class MarkedWatch(Watch):
+    """Looks only into the events that hold one of `marks`: those that begin and end an answer, and
+    what may be an error."""
+
+    content_mark = b""
+    marks: Tuple[bytes, ...] = ()
+
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__()
+        self._dialect = dialect
+        self._usage: JSON = {}
+        self._is_complete = False
+
+    def feed(self, block: bytes) -> bytes:
+        self._look_for_content(block)
+        end = 0
+        while not (self.ended or self.failure):
+            found = [block.find(mark, end) for mark in self.marks]
+            at = min([place for place in found if place >= 0], default=-1)
+            if at < 0:
+                return block
+            start, end = event_span(block, at)
+            self.look_at(parse_chunk(block[start:end]))
+        return block[:end]
+
+    def _look_for_content(self, block: bytes) -> None:
+        at = block.find(self.content_mark)
+        if at >= 0:
+            self.has_content = True
+            start, end = event_span(block, at)
+            self._first = self._first or block[start:end]
+            self._bytes += len(block) - start
+            self._events += block.count(self.content_mark, at)
+
+    def envelope(self, event: bytes) -> int:
+        return len(event) - len(dump_json(self.said_in(parse_chunk(event)))) + 2
+
+    def look_at(self, wire: JSON) -> None:
+        raise NotImplementedError
+
+    def said_in(self, wire: JSON) -> str:
+        """The content that an event brings."""
+        raise NotImplementedError
+
+
 def cut_stream() -> GatewayError:
     return upstream_error(502, "The provider cut the stream before its end.", "stream_error")
 
@@ -1076,6 +1149,8 @@ class Parser:
         self._dialect = dialect
         self._open: Block | None = None
         self._wrapped: List[str] | None = None  # what an open custom call's function is given
+        self._arguments: List[str] = []  # of an open call
+        self._broken: GatewayError | None = None
         self._block_count = 0
         self._finish = self._service_tier = ""
 
@@ -1102,7 +1177,7 @@ class Parser:
 
     def open(self, block: Block) -> Events:
         events = [*self.close(), BlockStart(block)]
-        self._open, self._block_count = block, self._block_count + 1
+        self._open, self._block_count, self._arguments = block, self._block_count + 1, []
         if isinstance(block, ToolCall) and block.name in self.rewrites.custom:
             self._wrapped = []
         return events
@@ -1112,7 +1187,9 @@ class Parser:
         if self._wrapped is not None:
             self._wrapped.append(text)
             return []
-        return [DELTAS[type(self._open)](text)] if text else []
+        if isinstance(self._open, ToolCall):
+            self._arguments.append(text)
+        return [DELTAS[type(self._open)](text)] if text and self._open else []
 
     def close(self) -> Events:
         if self._open is None:
@@ -1120,8 +1197,20 @@ class Parser:
         events: Events = [BlockStop()]
         if self._wrapped is not None:
             events.insert(0, ArgumentsDelta(unwrap_custom("".join(self._wrapped))))
+        elif self._arguments:
+            try:
+                close_block(dataclasses.replace(self._open), "".join(self._arguments))
+            except GatewayError as error:
+                self._broken = error
         self._open = self._wrapped = None
         return events
+
+    def finished(self, finish: str, refusal: str = "", tier: str = "") -> Events:
+        """The last events. Arguments that are no JSON are an error, unless they were cut off."""
+        events = self.close()
+        if self._broken and finish != "length":
+            raise self._broken
+        return [*events, Finish(finish, self.usage or Usage(), refusal, tier)]
 
 
 def unwrap_custom(arguments: str) -> str:
@@ -1149,6 +1238,13 @@ class Renderer:
             self._said += len(event.text)
             return self._say(event.text) if event.text else b""
         return self.events[event.__class__](self, event)
+
+    def fail(self, error: GatewayError) -> bytes:
+        """What says that the stream failed; nothing where the dialect's own word for it does."""
+        return b""
+
+
+TOO_LONG = "prompt is too long"
 
 
 class Dialect(Protocol):
@@ -1186,7 +1282,20 @@ class Dialect(Protocol):
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
         return self.error_event(self.render_error(error, request_id))
 
-    def is_spoken_in(self, headers: Headers) -> bool:
+    def read_call(self, body: Body, path: str) -> Tuple[str, bool]:
+        """The model's name, and whether a stream is asked for."""
+        model, stream = body.get("model"), body.get("stream")
+        if not isinstance(model, str) or not model:
+            raise GatewayError(400, "'model' must be a non-empty string.", "model")
+        if stream is not None and not isinstance(stream, bool):
+            raise GatewayError(400, "'stream' must be true or false.", "stream")
+        return model, bool(stream)
+
+    def suits(self, chat: Chat, caps: Caps) -> bool:
+        """Whether a provider that speaks several dialects is to be asked in this one."""
+        return True
+
+    def is_spoken_in(self, headers: Headers, query: str) -> bool:
         """Whether a request for what all dialects ask for alike is in this one."""
         return False
 
@@ -1205,7 +1314,7 @@ class Dialect(Protocol):
         if status == 200:
             status = ERROR_STATUSES.get(type_) or ERROR_STATUSES.get(text_of(detail, "code"), 502)
             status = code if isinstance(code, int) and 400 <= code < 600 else status
-        if "prompt is too long" in message:
+        if TOO_LONG in message:
             code = "context_length_exceeded"  # agents key on it
         elif status == 404 and type_ == "not_found_error":
             code = code or "model_not_found"
@@ -1216,6 +1325,9 @@ class Dialect(Protocol):
 
     def parse_usage(self, wire: object) -> Usage | None:
         """None where it is no object."""
+
+    def usage_in(self, reply: JSON) -> Usage | None:
+        return self.parse_usage(reply.get("usage"))
 
     def count_content(self, reply: JSON) -> int:
         return 0
@@ -1249,6 +1361,11 @@ class Dialect(Protocol):
                 wire[key] = value
 
 
+def render_openai_error(error: GatewayError) -> bytes:
+    return dump_json({"error": {"message": error.message, "type": error.type,
+                                "param": error.param, "code": error.code}})
+
+
 def parse_content(
         holder: Fields, key: str, parts: Mapping[str, Callable[[Fields], Block]]) -> List[Block]:
     """A string, or a list of parts read by their type ("" for any other); empty text is none."""
@@ -1259,6 +1376,9 @@ def parse_content(
     for part in holder.children(key):
         block = parts.get(part.need("type"), parts[""])(part)
         block.cache = parse_cache(part)
+        context = isinstance(block, Document) and part.get("context")
+        if context:
+            blocks.append(Text(text=context))
         if not isinstance(block, Text) or block.text:
             blocks.append(block)
     return blocks
@@ -1276,7 +1396,7 @@ def parse_cache(part: Fields) -> JSON | None:
 
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-MAX_USER_CHARACTERS = 128
+MAX_USER_CHARACTERS = 64
 # What a turn may hold, where not all.
 TURN_BLOCKS: Dict[str, Any] = {"system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
 
@@ -1503,10 +1623,10 @@ class ChatCompletions(Dialect):
             if is_asked:
                 raise unsupported(key, "This model answers in text only.")
         self.parse_plain_fields(root, chat)
-        chat.tools = [parse_chat_tool(item.child(kind), kind, parse_cache(item))
+        chat.tools = [parse_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
                       for kind in [item.one_of("type", TOOL_KINDS)]]
-        functions = [parse_chat_tool(item, "function", None) for item in root.children("functions")]
+        functions = [parse_tool(item, "function", None) for item in root.children("functions")]
         chat.legacy_functions = bool(functions) and not chat.tools
         chat.tools += functions
         alternatives = root.get("top_logprobs", int)
@@ -1528,7 +1648,7 @@ class ChatCompletions(Dialect):
         return request.render(), request.rewrites
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
-        if not list_of_objects(wire, "choices"):
+        if not list_of_objects(wire, "choices") and not wire.get("error"):
             raise bad_answer("The provider's answer has no choices.")
         parser = ChatParser(self, rewrites)
         return collect([*parser.read(wire, "message"), *parser.finish()])
@@ -1567,8 +1687,7 @@ class ChatCompletions(Dialect):
         return ChatWatch(self, hide_usage, needs_done)
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        return dump_json({"error": {"message": error.message, "type": error.type,
-                                    "param": error.param, "code": error.code}})
+        return render_openai_error(error)
 
     def render_model(self, name: str, owner: str) -> JSON:
         return {"id": name, "object": "model", "created": 0, "owned_by": owner}
@@ -1651,8 +1770,7 @@ def parse_image_part(part: Fields) -> Block:
     return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
 
 
-def parse_file_part(part: Fields) -> Block:
-    file = part.child("file")
+def parse_file(file: Fields) -> Block:
     if file.get("file_id") is not None:
         raise file.unsupported("file_id", "names a file in another vendor's store")
     uri = parse_data_uri(file.need("file_data"))
@@ -1681,8 +1799,8 @@ def parse_audio_part(part: Fields) -> Block:
 CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
     "text": lambda part: Text(text=part.need("text")),
     "refusal": lambda part: Text(text=part.need("refusal"), is_refusal=True),
-    "image_url": parse_image_part, "file": parse_file_part, "input_audio": parse_audio_part,
-    "": refuse_part,
+    "image_url": parse_image_part, "file": lambda part: parse_file(part.child("file")),
+    "input_audio": parse_audio_part, "": refuse_part,
 }
 
 
@@ -1734,7 +1852,7 @@ def parse_function(function: Fields, id_: str = "") -> ToolCall:
     return carrying_call(id_, function.need("name"), arguments=arguments)
 
 
-def parse_chat_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
+def parse_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
     tool = Tool(about.need("name"), about.get("description") or "",
                 is_custom=kind == "custom", cache=cache or parse_cache(about))
     if not tool.is_custom:
@@ -1742,7 +1860,7 @@ def parse_chat_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
         return tool
     form = about.child("format", {"type": "text"})
     if form.one_of("type", ("text", "grammar")) == "grammar":
-        grammar = form.child("grammar")
+        grammar = form if form.wire.get("grammar") is None else form.child("grammar")
         tool.grammar = {key: grammar.need(key) for key in ("syntax", "definition")}
     return tool
 
@@ -1775,7 +1893,10 @@ def parse_chat_format(root: Fields) -> Format | None:
     kind = form.one_of("type", ("text", "json_object", "json_schema"))
     if kind != "json_schema":
         return None if kind == "text" else Format()
-    about = form.child("json_schema")
+    return parse_schema_format(form.child("json_schema"))
+
+
+def parse_schema_format(about: Fields) -> Format:
     return Format(about.get("schema", dict) or {"type": "object"}, about.need("name"),
                   about.get("description") or "", about.get("strict", bool))
 
@@ -1896,8 +2017,8 @@ class ChatRequest(RequestWriter):
                 description=tool.description, format=grammar)}}
         description, schema = self.as_function(tool)
         return {"type": "function", "function": {
-            "name": name, **without_none(description=description), "parameters": typed_object(
-                schema), **self.strictness(tool)}}
+            "name": name, **without_none(description=description),
+            "parameters": {"properties": {}, **typed_object(schema)}, **self.strictness(tool)}}
 
     def _choice(self) -> Any:
         def named(name: str) -> JSON:
@@ -2006,16 +2127,12 @@ def parse_citation(about: JSON) -> JSON:
 
 
 def chat_head(kind: str, id_: str, model: str, created: int) -> JSON:
-    return {"id": chat_id(id_), "object": kind, "created": created, "model": model,
+    return {"id": own_id("chatcmpl-", id_), "object": kind, "created": created, "model": model,
             "system_fingerprint": None}
 
 
 def chat_choice(part: str, said: JSON, finish: str | None) -> JSON:
     return {"index": 0, part: said, "logprobs": None, "finish_reason": finish}
-
-
-def chat_id(id_: str) -> str:
-    return id_ if id_.startswith("chatcmpl-") else f"chatcmpl-{id_}"
 
 
 CHAT_FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls",
@@ -2073,9 +2190,10 @@ class ChatParser(Parser):
     def _read_delta(self, delta: JSON) -> Events:
         events: Events = []
         thought = text_of(delta, "reasoning_content") or text_of(delta, "reasoning")
-        for key, block, text in (("reasoning", Thinking(), thought),
-                                 ("content", Text(), text_of(delta, "content")),
-                                 ("refusal", Text(is_refusal=True), text_of(delta, "refusal"))):
+        said = [("reasoning", thought), ("content", text_of(delta, "content")),
+                *listed_content(delta), ("refusal", text_of(delta, "refusal"))]
+        for key, text in said:
+            block = Thinking() if key == "reasoning" else Text(is_refusal=key == "refusal")
             events += self._say(key, block, text) if text else []
         for item in list_of_objects(delta, "annotations"):
             about = part_of(item, "url_citation")
@@ -2102,7 +2220,9 @@ class ChatParser(Parser):
                                   call.get("type") == "custom")
             known = self._calls[index] = (self._call_count, made)
             self._call_count += 1
-        return self._say(known[0], known[1], text_of(about, "arguments") or text_of(about, "input"))
+        arguments = part_of(about, "arguments")  # some servers' are no string
+        said = encode_json(arguments) if arguments else text_of(about, "arguments")
+        return self._say(known[0], known[1], said or text_of(about, "input"))
 
     def _say(self, key: object, block: Block, text: str) -> Events:
         events: Events = []
@@ -2124,8 +2244,17 @@ class ChatParser(Parser):
             finish = "tool_calls"
         elif finish in ("stop", "filter") and self._has_refused:
             finish = "refusal"
-        return [*events, *self.close(),
-                Finish(finish, self.usage or Usage(), service_tier=self._service_tier)]
+        return events + self.finished(finish, "", self._service_tier)
+
+
+def listed_content(delta: JSON) -> Iterator[Tuple[str, str]]:
+    """Mistral's models that reason answer in parts."""
+    for part in list_of_objects(delta, "content"):
+        if part.get("type") == "thinking":
+            for thought in list_of_objects(part, "thinking"):
+                yield "reasoning", text_of(thought, "text")
+        else:
+            yield "content", text_of(part, "text")
 
 
 class ChatRenderer(Renderer):
@@ -2146,7 +2275,7 @@ class ChatRenderer(Renderer):
         return sse(dump_json(chunk))
 
     def _start(self, event: Start) -> bytes:
-        self._base["id"] = chat_id(event.id)
+        self._base["id"] = own_id("chatcmpl-", event.id)
         return self._chunk({"role": "assistant", "content": ""})
 
     def _block_start(self, event: BlockStart) -> bytes:
@@ -2447,10 +2576,14 @@ class Messages(Dialect):
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         fallback = "invalid_request_error" if error.status < 500 else "api_error"
-        kind = (error.type if error.is_quoted and error.type in MESSAGES_ERRORS.values() else
-                MESSAGES_ERRORS.get(error.status, fallback))
+        kind, message = MESSAGES_ERRORS.get(error.status, fallback), error.message
+        if error.is_quoted and error.type in MESSAGES_ERRORS.values() and (
+                error.type != "invalid_request_error"):
+            kind = error.type
+        if error.code == "context_length_exceeded" and TOO_LONG not in message:
+            message = f"{TOO_LONG}: {message}"  # agents that speak this dialect key on it
         return dump_json({"type": "error", "request_id": request_id, "error": {
-            "type": kind, "message": error.message}})
+            "type": kind, "message": message}})
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
@@ -2458,7 +2591,7 @@ class Messages(Dialect):
     def watch(self, hide_usage: bool, needs_done: bool) -> MessagesWatch:
         return MessagesWatch(self)
 
-    def is_spoken_in(self, headers: Headers) -> bool:
+    def is_spoken_in(self, headers: Headers, query: str) -> bool:
         return "anthropic-version" in headers
 
     def render_model(self, name: str, owner: str) -> JSON:
@@ -2513,7 +2646,13 @@ ERROR_STATUSES = {
 # ---- from the wire ----
 
 
-def parse_opaque(block: Fields) -> Block:
+TRACES = re.compile("server_tool_use|mcp_tool_use|.+_tool_result|container_upload|compaction")
+
+
+def parse_trace(block: Fields) -> Block:
+    """Of a tool that ran at the provider."""
+    if not TRACES.fullmatch(block.need("type")):
+        raise block.unsupported("type", "cannot be sent to this model")
     block.skip(*block.wire)
     return Opaque(dialect="messages", wire={
         key: value for key, value in block.wire.items() if key != "cache_control"})
@@ -2534,7 +2673,7 @@ def parse_source(block: Fields, kinds: Iterable[str]) -> JSON:
 
 
 def parse_document_block(block: Fields) -> Block:
-    block.skip("citations", "context")
+    block.skip("citations")
     return Document(
         title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
 
@@ -2546,23 +2685,27 @@ def parse_search_result(block: Fields) -> Block:
     return Text(text="\n".join([block.need("title"), block.need("source"), *texts]))
 
 
-def refuse_block(block: Fields) -> Block:
-    raise block.unsupported("type", "cannot be sent to this model")
+def parse_tool_use(block: Fields) -> Block:
+    block.skip("caller")
+    return carrying_call(
+        block.need("id"), block.need("name"), arguments=block.get("input", dict) or {})
+
+
+def parse_tool_result(block: Fields) -> Block:
+    block.skip("toolset_name")
+    return ToolResult(
+        id=plain_id(block.need("tool_use_id")), is_error=bool(block.get("is_error", bool)),
+        content=parse_content(block, "content", MESSAGES_PARTS))
 
 
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
-    "browser_state": refuse_block,
     "text": parse_text_block, "document": parse_document_block,
     "image": lambda block: Image(**parse_source(block, ("base64", "url"))),
     "thinking": parse_thinking, "redacted_thinking": parse_thinking,
     "search_result": parse_search_result,
     "tool_reference": lambda block: Text(text=f"Tool {block.need('tool_name')} loaded."),
-    "tool_use": lambda block: carrying_call(
-        block.need("id"), block.need("name"), arguments=block.get("input", dict) or {}),
-    "tool_result": lambda block: ToolResult(
-        id=plain_id(block.need("tool_use_id")), is_error=bool(block.get("is_error", bool)),
-        content=parse_content(block, "content", MESSAGES_PARTS)),
-    "": parse_opaque,
+    "tool_use": parse_tool_use, "tool_result": parse_tool_result,
+    "": parse_trace,
 }
 
 
@@ -2956,7 +3099,7 @@ CITATION = "web_search_result_location"  # those of documents have no counterpar
 
 
 def message_head(id_: str, model: str) -> JSON:
-    return {"id": id_, "type": "message", "role": "assistant", "model": model}
+    return {"id": own_id("msg_", id_), "type": "message", "role": "assistant", "model": model}
 
 
 def messages_end(finish: str, has_calls: bool, refusal: str) -> JSON:
@@ -3091,7 +3234,7 @@ class MessagesParser(Parser):
         if self.rewrites.json_tool and finish == "tool_calls":
             finish = "stop"
         tier = {"standard": "default", "batch": ""}.get(self._service_tier, self._service_tier)
-        return [*self.block_stop({}), Finish(finish, self.usage or Usage(), self._refusal, tier)]
+        return self.block_stop({}) + self.finished(finish, self._refusal, tier)
 
     def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error"), 200)
@@ -3111,40 +3254,13 @@ scan_string: Callable[[str, int], Tuple[str, int]] = (
     json.decoder.scanstring)  # type: ignore[attr-defined]  # in C; the stubs leave it out
 
 
-CONTENT_MARK = b'"content_block_delta"'
+class MessagesWatch(MarkedWatch):
+    """Usage is cumulative here too."""
 
+    content_mark = b'"content_block_delta"'
+    marks = (b'"message_', b'"error"')
 
-class MessagesWatch(Watch):
-    """Usage is cumulative here too. Only the events that begin and end a message are looked into,
-    and what may be an error."""
-
-    def __init__(self, dialect: Messages) -> None:
-        super().__init__()
-        self._dialect = dialect
-        self._usage: JSON = {}
-
-    def feed(self, block: bytes) -> bytes:
-        self._look_for_content(block)
-        end = 0
-        while not (self.ended or self.failure):
-            marks = [block.find(mark, end) for mark in (b'"message_', b'"error"')]
-            at = min([mark for mark in marks if mark >= 0], default=-1)
-            if at < 0:
-                return block
-            start, end = event_span(block, at)
-            self._look_at(parse_chunk(block[start:end]))
-        return block[:end]
-
-    def _look_for_content(self, block: bytes) -> None:
-        at = block.find(CONTENT_MARK)
-        if at >= 0:
-            self.has_content = True
-            start, end = event_span(block, at)
-            self._first = self._first or block[start:end]
-            self._bytes += len(block) - start
-            self._events += block.count(CONTENT_MARK, at)
-
-    def _look_at(self, wire: JSON) -> None:
+    def look_at(self, wire: JSON) -> None:
         kind = wire.get("type")
         told = part_of(wire.get("message") if kind == "message_start" else wire, "usage")
         if kind in ("message_start", "message_delta") and told:
@@ -3155,10 +3271,9 @@ class MessagesWatch(Watch):
         if kind == "error":
             self.failure = self._dialect.parse_error(wire.get("error"), 200)
 
-    def envelope(self, event: bytes) -> int:
-        delta = part_of(parse_chunk(event), "delta")
-        said = text_of(delta, MESSAGES_DELTAS.get(text_of(delta, "type"), ""))
-        return len(event) - len(dump_json(said)) + 2
+    def said_in(self, wire: JSON) -> str:
+        delta = part_of(wire, "delta")
+        return text_of(delta, MESSAGES_DELTAS.get(text_of(delta, "type"), ""))
 
 
 class MessagesRenderer(Renderer):
@@ -3177,7 +3292,7 @@ class MessagesRenderer(Renderer):
 
     def _start(self, event: Start) -> bytes:
         return self._event("message_start", message={
-            **message_head(event.id, event.model), "content": [], "stop_reason": None,
+            **message_head(event.id, self._chat.model), "content": [], "stop_reason": None,
             "stop_sequence": None,
             "usage": render_messages_usage(event.usage or Usage(self._chat.estimate))})
 
@@ -3236,7 +3351,1574 @@ class MessagesRenderer(Renderer):
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
-DIALECTS: Dict[str, Dialect] = {"chat": ChatCompletions(), "messages": Messages()}
+class Responses(Dialect):
+    """OpenAI's Responses (platform.openai.com/docs/api-reference/responses)."""
+
+    name = "responses"
+    keepalive = b": keep-alive\n\n"
+    plain_fields = (
+        ("max_output_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
+        ("top_p", "top_p", NUMBER), ("user", "user", str), ("safety_identifier", "user", str))
+
+    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
+        root = Fields(wire)
+        for key, advice in RESPONSES_STATE.items():
+            if root.skip(key) and wire[key] not in (False, "disabled"):
+                raise root.unsupported(key, f"needs a provider that keeps conversations; {advice}")
+        reasoning, text = root.child("reasoning", {}), root.child("text", {})
+        chat = Chat(root.need("model"), [], effort=reasoning.get("effort"),
+                    parallel=root.get("parallel_tool_calls", bool),
+                    stream=bool(root.get("stream", bool)), format=parse_responses_format(text))
+        instructions = root.get("instructions")
+        turns = [Turn("system", [Text(text=instructions)])] if instructions else []
+        turns += parse_items(root, chat, losses)
+        chat.turns = canonical(turns)
+        for item in root.children("tools"):
+            parse_responses_tool(item, chat, losses)
+        chat.choice = parse_responses_choice(root, chat)
+        self.parse_plain_fields(root, chat)
+        include = root.strings("include")
+        alternatives = root.get("top_logprobs", int)
+        if alternatives or "message.output_text.logprobs" in include:
+            raise unsupported("top_logprobs")
+        told = {**{key: root.get(key, OPTIONS[key].kind) for key in wire if key in OPTIONS},
+                "verbosity": text.get("verbosity")}
+        chat.options = {key: value for key, value in told.items() if value is not None}
+        root.hint(losses, RESPONSES_HINTS)
+        if set(include) - {"reasoning.encrypted_content"}:
+            losses.hint("include")
+        reasoning.hint(losses, ("generate_summary", "context", "mode"))
+        reasoning.skip("summary")
+        root.child("stream_options", {}).skip("include_obfuscation")
+        root.name_unknown(losses)
+        chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
+        return chat
+
+    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
+        request = ResponsesRequest(chat, target, losses)
+        return request.render(), request.rewrites
+
+    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
+        """Read as the end of the stream that it could have been."""
+        if not isinstance(wire.get("output"), list):
+            raise bad_answer("The provider's answer has no output.")
+        parser = ResponsesParser(self, rewrites)
+        events = parser.created({"response": wire})
+        for item in list_of_objects(wire, "output"):
+            events += parser.item_added({"item": item}) + parser.item_done({"item": item})
+        kind = {"incomplete": "response.incomplete", "failed": "response.failed"}
+        ended = {"type": kind.get(text_of(wire, "status"), "response.completed"), "response": wire}
+        return collect([*events, *parser.finish(ended)])
+
+    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
+        renderer = ResponsesRenderer(chat, created)
+        for event in events_of(reply):
+            renderer.feed(event)
+        return renderer.response
+
+    def parser(self, rewrites: Rewrites) -> ResponsesParser:
+        return ResponsesParser(self, rewrites)
+
+    def renderer(self, chat: Chat, created: int) -> ResponsesRenderer:
+        return ResponsesRenderer(chat, created)
+
+    def watch(self, hide_usage: bool, needs_done: bool) -> ResponsesWatch:
+        return ResponsesWatch(self)
+
+    def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        return render_openai_error(error)
+
+    def error_event(self, body: bytes) -> bytes:
+        error = self.parse_error(parse_chunk(sse(body)).get("error"), 500)
+        return self.render_stream_error(error, "")
+
+    def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
+        renderer = ResponsesRenderer(Chat("", []), 0)
+        renderer.response["id"] = own_id("resp_", request_id)
+        return renderer.fail(error)
+
+    def suits(self, chat: Chat, caps: Caps) -> bool:
+        """Models that reason; what it cannot say goes by Chat Completions."""
+        return (caps.thinking == "effort" and not chat.stop and chat.logprobs is None
+                and not ONLY_IN_CHAT.intersection(chat.options))
+
+    def is_spoken_in(self, headers: Headers, query: str) -> bool:
+        return "client_version=" in query  # Codex asks so
+
+    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+        return {"models": [self.render_model(*model) for model in models]}
+
+    def render_model(self, name: str, owner: str) -> JSON:
+        return {"slug": name, "display_name": name, **CODEX_MODEL}
+
+    def count_content(self, reply: JSON) -> int:
+        return len(dump_json(reply.get("output")))
+
+    def parse_usage(self, wire: object) -> Usage | None:
+        if not isinstance(wire, dict):
+            return None
+        read = part_of(wire, "input_tokens_details")
+        written = part_of(wire, "output_tokens_details")
+        return Usage(count(wire.get("input_tokens")), count(wire.get("output_tokens")),
+                     count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
+                     0, count(written.get("reasoning_tokens")))
+
+
+STATELESS = "send the whole conversation as 'input', with store: false"
+# What needs a provider's memory, and what to do instead.
+RESPONSES_STATE = {
+    "previous_response_id": STATELESS, "conversation": STATELESS,
+    "prompt": "send the prompt itself as 'instructions'", "background": "leave it out",
+    "background_options": "leave it out", "truncation": "leave it out"}
+RESPONSES_HINTS = ("max_tool_calls", "context_management", "client_metadata", "access_programs",
+                   "image")
+ONLY_IN_CHAT = frozenset(["seed", "logit_bias", "frequency_penalty", "presence_penalty"])
+# What Codex's list of models needs of each.
+CODEX_MODEL = {
+    "supported_reasoning_levels": [], "shell_type": "default", "visibility": "list",
+    "supported_in_api": True, "priority": 0, "base_instructions": "",
+    "supports_reasoning_summaries": True, "support_verbosity": False,
+    "truncation_policy": {"mode": "tokens", "limit": 10_000},
+    "supports_parallel_tool_calls": True, "experimental_supported_tools": []}
+# An answer repeats of its request:
+RESPONSES_ECHO: JSON = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+    "reasoning": {"effort": None, "summary": None}, "temperature": None,
+    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None}
+
+
+# ---- from the wire ----
+
+
+def parse_items(root: Fields, chat: Chat, losses: Losses) -> Iterator[Turn]:
+    items = root.need("input", TEXT_OR_LIST)
+    if isinstance(items, str):
+        yield Turn("user", [Text(text=items)])
+        return
+    for item in root.children("input"):
+        kind = item.get("type") or "message"
+        item.skip("id", "status")
+        item.hint(losses, ["phase"])
+        if kind == "message":
+            role = ITEM_ROLES[item.one_of("role", ITEM_ROLES)]
+            yield Turn(role, parse_content(item, "content", RESPONSES_PARTS))
+        elif kind == "additional_tools":
+            item.skip("role")
+            for tool in item.children("tools"):
+                parse_responses_tool(tool, chat, losses)
+        elif kind in ITEMS:
+            role, parse = ITEMS[kind]
+            yield Turn(role, [parse(item)])
+        elif kind == "item_reference":
+            raise item.unsupported("type", f"needs a provider that keeps items; {STATELESS}")
+        elif kind.endswith("_call") and kind not in CLIENT_CALLS:
+            losses.hint("hosted_calls")  # that are done
+            item.skip(*item.wire)
+        else:
+            raise item.unsupported("type", "cannot be sent to this model")
+
+
+ITEM_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+CLIENT_CALLS = ("computer_call", "local_shell_call", "shell_call", "apply_patch_call")
+
+
+def parse_reasoning(item: Fields) -> Block:
+    item.skip("content")
+    parts = [part.get("text") or "" for part in item.children("summary") if part.skip("type")]
+    signature, id_ = item.get("encrypted_content") or "", text_of(item.wire, "id")
+    if signature and not signature.startswith(ENVELOPE):
+        signature = f"{id_}:{signature}"
+    return unseal(Thinking(text="\n\n".join(parts)), signature, "openai")
+
+
+def flat_name(holder: Fields) -> str:
+    """With its namespace, for those who know none."""
+    space, name = holder.get("namespace"), holder.need("name")
+    return f"{space}__{name}" if space else name
+
+
+def parse_item_call(item: Fields) -> Block:
+    try:
+        arguments = parse_arguments(item.get("arguments") or "")
+    except ValueError as error:
+        raise item.wrong("arguments", str(error)) from error
+    return carrying_call(item.need("call_id"), flat_name(item), arguments=arguments)
+
+
+def parse_custom_call(item: Fields) -> Block:
+    return carrying_call(item.need("call_id"), flat_name(item), is_custom=True,
+                         input=item.need("input"))
+
+
+def parse_output(item: Fields) -> Block:
+    item.skip("name", "namespace")
+    return ToolResult(id=plain_id(item.need("call_id")),
+                      content=parse_content(item, "output", RESPONSES_PARTS))
+
+
+ITEMS: Dict[str, Tuple[str, Callable[[Fields], Block]]] = {
+    "reasoning": ("assistant", parse_reasoning), "function_call": ("assistant", parse_item_call),
+    "custom_tool_call": ("assistant", parse_custom_call),
+    "function_call_output": ("user", parse_output),
+    "custom_tool_call_output": ("user", parse_output)}
+
+
+def parse_input_text(part: Fields) -> Block:
+    part.skip("annotations", "logprobs")
+    return Text(text=part.need("text"))
+
+
+def parse_input_image(part: Fields) -> Block:
+    if part.get("file_id") is not None:
+        raise part.unsupported("file_id", "names a file in another vendor's store")
+    url, detail = part.need("image_url"), part.get("detail") or ""
+    media_type, data = parse_data_uri(url) or ("", "")
+    return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
+
+
+def parse_input_file(part: Fields) -> Block:
+    part.skip("detail")
+    url = part.get("file_url")
+    if url is not None:
+        return Document(url=url, title=part.get("filename") or "")
+    return parse_file(part)
+
+
+RESPONSES_PARTS: Dict[str, Callable[[Fields], Block]] = {
+    "input_text": parse_input_text, "output_text": parse_input_text, "text": parse_input_text,
+    "refusal": lambda part: Text(text=part.need("refusal"), is_refusal=True),
+    "input_image": parse_input_image, "input_file": parse_input_file,
+    "input_audio": parse_audio_part, "": refuse_part}
+
+
+def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = "") -> None:
+    kind = item.need("type")
+    if kind in TOOL_KINDS:
+        item.hint(losses, RESPONSES_TOOL_HINTS)
+        tool = parse_tool(item, kind, None)
+        if space:
+            tool.namespace, tool.name = space, f"{space}__{tool.name}"
+        chat.tools.append(tool)
+    elif kind == "namespace":
+        item.skip("description")
+        for child in item.children("tools"):
+            parse_responses_tool(child, chat, losses, item.need("name"))
+    else:
+        item.skip(*item.wire)
+        if kind.startswith("web_search"):
+            place = part_of(item.wire, "user_location")
+            chat.web_search = {"user_location": {"type": "approximate", "approximate": {
+                key: value for key, value in place.items() if key != "type"}}} if place else {}
+        else:
+            losses.drop(kind if kind in RESPONSES_TOOLS else "tools")
+
+
+RESPONSES_TOOL_HINTS = ("allowed_callers", "defer_loading", "output_schema")
+RESPONSES_TOOLS = frozenset([
+    "file_search", "code_interpreter", "computer", "computer_use_preview", "image_generation",
+    "mcp", "local_shell", "shell", "apply_patch", "tool_search", "programmatic_tool_calling"])
+
+
+def parse_responses_choice(root: Fields, chat: Chat) -> ToolChoice | None:
+    choice = root.get("tool_choice", TEXT_OR_OBJECT)
+    if choice is None or isinstance(choice, str):
+        mode = choice and root.one_of("tool_choice", ("auto", "required", "none"))
+        return ToolChoice(mode) if mode and (chat.tools or mode == "required") else None
+    about = root.child("tool_choice")
+    kind = about.need("type")
+    if kind == "allowed_tools":
+        about.need("tools", list)
+        mode, names = about.one_of("mode", ("auto", "required")), []
+        for item in about.children("tools"):
+            if item.need("type") in TOOL_KINDS:
+                names.append(flat_name(item))
+            item.skip(*item.wire)
+        return ToolChoice(mode, allowed=names)
+    if kind not in TOOL_KINDS:
+        raise about.unsupported("type", f"forces the tool {clipped(kind, 40)!r}, which the model's "
+                                        "provider does not have")
+    return ToolChoice("tool", flat_name(about))
+
+
+def parse_responses_format(text: Fields) -> Format | None:
+    form = text.child("format", {"type": "text"})
+    kind = form.one_of("type", ("text", "json_object", "json_schema"))
+    return parse_schema_format(form) if kind == "json_schema" else (
+        None if kind == "text" else Format())
+
+
+# ---- to the wire ----
+
+
+class ResponsesRequest(RequestWriter):
+    legal_id = re.compile(".{1,64}", re.DOTALL)
+    effort_field = "reasoning.effort"
+
+    def render(self) -> JSON:
+        chat, wire = self.chat, self.wire
+        self._add_input()
+        self._add_tools()
+        self._add_reasoning()
+        if chat.stop:
+            self.losses.drop("stop")
+        if chat.logprobs is not None:
+            raise unsupported("logprobs")
+        if chat.max_tokens is not None:
+            wire["max_output_tokens"] = max(16, min(
+                chat.max_tokens, self.target.max_output_tokens or chat.max_tokens))
+        self.add_openai_sampling(part_of(wire, "reasoning").get("effort"))
+        options = {name: value for name, value in chat.options.items() if name in SAID_IN_RESPONSES}
+        text = without_none(
+            verbosity=options.pop("verbosity", None),
+            format=chat.format and render_responses_format(chat.format))
+        wire.update(options, **without_none(user=self.checked_user(), text=text or None,
+                                            stream=chat.stream or None), store=False)
+        self.lose_options(SAID_IN_RESPONSES)
+        return wire
+
+    def _add_input(self) -> None:
+        items: List[JSON] = []
+        custom: Set[str] = set()
+        for turn in self.turns():
+            parts: List[JSON] = []
+            if turn.role == "system" and not items and "instructions" not in self.wire:
+                self.wire["instructions"] = "\n\n".join(
+                    block.text for block in blocks_of(turn.blocks, Text))
+                continue
+            for block in turn.blocks:
+                if isinstance(block, ToolCall) and block.is_custom:
+                    custom.add(block.id)
+                item = self._item(block, turn.role, custom)
+                if item is not None:
+                    items.append(item)
+                elif not isinstance(block, (Thinking, Opaque)):
+                    parts += self._parts([block])
+            if parts:
+                role = {"system": "developer"}.get(turn.role, turn.role)
+                items.append({"role": role, "content": parts})
+        self.wire["input"] = items
+
+    def _item(self, block: Block, role: str, custom: Set[str]) -> JSON | None:
+        """What stands by itself; None for a part of a message."""
+        if isinstance(block, ToolCall):
+            kind = ("custom_tool_call", "input", block.input) if block.is_custom else (
+                "function_call", "arguments", encode_json(block.arguments))
+            return {"type": kind[0], "call_id": self.call_id(block.id),
+                    "name": self.tool_name(block.name), kind[1]: kind[2]}
+        if isinstance(block, ToolResult):
+            kind_ = "custom_tool_call" if block.id in custom else "function_call"
+            return {"type": f"{kind_}_output", "call_id": self.call_id(block.id),
+                    "output": self._output(block)}
+        if isinstance(block, Thinking):
+            id_, _, encrypted = block.signature.partition(":")
+            if block.issuer == "openai" and encrypted:
+                summary = [{"type": "summary_text", "text": block.text}] if block.text else []
+                return {"type": "reasoning", "id": id_, "summary": summary,
+                        "encrypted_content": encrypted}
+            self.losses.hint("thinking")
+        elif isinstance(block, Opaque):
+            self.losses.hint("content")
+        elif isinstance(block, Text) and role == "assistant":
+            return {"role": "assistant", "content": block.text}
+        return None
+
+    def _output(self, block: ToolResult) -> Any:
+        content: List[Block] = [Text(text="Error:")] * block.is_error + block.content
+        parts = self._parts(content)
+        if block.cache:
+            self.losses.hint("cache_control")
+        if all(part["type"] == "input_text" for part in parts):
+            return "\n".join(part["text"] for part in parts)
+        return parts
+
+    def _parts(self, blocks: List[Block]) -> List[JSON]:
+        if any(block.cache for block in blocks):
+            self.losses.hint("cache_control")
+        return [self._part(block) for block in blocks]
+
+    def _part(self, block: Block) -> JSON:
+        if isinstance(block, Text):
+            return {"type": "input_text", "text": block.text}
+        if isinstance(block, Image):
+            return {"type": "input_image", "image_url": image_url(block),
+                    "detail": block.detail or "auto"}
+        if isinstance(block, Document) and block.text:
+            return {"type": "input_text", "text": titled_text(block)}
+        if isinstance(block, Document) and block.url:
+            return {"type": "input_file", "file_url": block.url}
+        if isinstance(block, Document):
+            return {"type": "input_file", "filename": block.title or "document.pdf",
+                    "file_data": f"data:{block.media_type};base64,{block.data}"}
+        raise unsupported("input_audio", "This model does not take audio.")
+
+    def _add_tools(self) -> None:
+        chat, choice = self.chat, self.choice
+        self.offered_tools()
+        tools = list(map(self._tool, chat.tools))
+        if chat.web_search is not None:
+            place = part_of(part_of(chat.web_search, "user_location"), "approximate")
+            tools.append({"type": "web_search", **without_none(
+                user_location=place and {"type": "approximate", **place})})
+        if not tools:
+            return
+        self.wire["tools"] = tools
+        if chat.choice:
+            allowed = list(map(self._named, choice.allowed or []))
+            self.wire["tool_choice"] = {
+                "type": "allowed_tools", "mode": choice.mode, "tools": allowed} if allowed else (
+                self._named(choice.name) if choice.mode == "tool" else choice.mode)
+        if chat.parallel is not None:
+            self.wire["parallel_tool_calls"] = chat.parallel
+
+    def _named(self, name: str) -> JSON:
+        is_custom = any(tool.is_custom for tool in self.chat.tools if tool.name == name)
+        return {"type": TOOL_KINDS[is_custom], "name": self.tool_name(name)}
+
+    def _tool(self, tool: Tool) -> JSON:
+        wire = {"type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(tool.name),
+                **without_none(description=tool.description)}
+        if tool.cache:
+            self.losses.hint("cache_control")
+        if tool.is_custom:
+            grammar = tool.grammar and {"type": "grammar", **tool.grammar}
+            return {**wire, **without_none(format=grammar)}
+        return {**wire, "parameters": {"properties": {}, **typed_object(tool.schema or {})},
+                "strict": False, **self.strictness(tool)}
+
+    def _add_reasoning(self) -> None:
+        asked, caps = self.asked_effort(), self.caps
+        if caps.thinking != "effort":
+            if asked not in (None, "none"):
+                self.losses.drop("reasoning.effort")
+            return
+        reasoning = without_none(effort=asked and self.nearest_effort(asked))
+        if asked != "none" and self.chat.shows_thinking:
+            reasoning["summary"] = "auto"
+        if reasoning:
+            self.wire["reasoning"] = reasoning
+        self.wire["include"] = ["reasoning.encrypted_content"]
+
+
+SAID_IN_RESPONSES = frozenset([
+    "metadata", "service_tier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "moderation", "verbosity", "store"])
+
+
+def render_responses_format(form: Format) -> JSON:
+    if form.schema is None:
+        return {"type": "json_object"}
+    return {"type": "json_schema", **render_schema_format(form)}
+
+
+# ---- answers ----
+
+
+class ResponsesParser(Parser):
+    """Items come one after another. Where only the `done` events come, they tell all."""
+
+    def __init__(self, dialect: Responses, rewrites: Rewrites) -> None:
+        super().__init__(dialect, rewrites)
+        self._has_begun = self._has_called = self._has_refused = False
+        self._is_told = False  # whether the item came in pieces
+        self._text_block = -1
+
+    def feed(self, event: Event) -> Events:
+        wire = self.parse(event)
+        kind = text_of(wire, "type")
+        if self.ended:
+            return []
+        if kind in RESPONSES_DELTAS and self._open is not None:
+            return self._tell(text_of(wire, "delta"))
+        read = self.events.get(kind)
+        return read(self, wire) if read else []  # new kinds may appear
+
+    def _tell(self, text: str) -> Events:
+        self._is_told = self._is_told or bool(text)
+        return self.say(text)
+
+    def created(self, wire: JSON) -> Events:
+        if self._has_begun:
+            return []
+        self._has_begun, about = True, part_of(wire, "response")
+        return [Start(text_of(about, "id"), text_of(about, "model"))]
+
+    def item_added(self, wire: JSON) -> Events:
+        item, self._is_told = part_of(wire, "item"), False
+        kind = text_of(item, "type")
+        if kind == "reasoning":
+            return self.open(Thinking())
+        if kind not in ("function_call", "custom_tool_call"):
+            return self.close()
+        self._has_called = True
+        call = self.make_call(text_of(item, "call_id"), text_of(item, "name"),
+                              kind == "custom_tool_call")
+        return self.open(call)
+
+    def part_added(self, wire: JSON) -> Events:
+        kind = text_of(part_of(wire, "part"), "type")
+        if kind == "refusal":
+            self._has_refused = True
+        elif kind != "output_text":
+            return []
+        self._is_told = True
+        events = self.open(Text(is_refusal=kind == "refusal"))
+        self._text_block = self._block_count - 1
+        return events
+
+    def summary_added(self, wire: JSON) -> Events:
+        return self._tell("\n\n") if self._open is not None and wire.get("summary_index") else []
+
+    def annotation_added(self, wire: JSON) -> Events:
+        about = part_of(wire, "annotation")
+        if about.get("type") != "url_citation" or self._text_block < 0:
+            return []
+        return [CitationDelta(self._text_block, parse_citation(about))]
+
+    def item_done(self, wire: JSON) -> Events:
+        item, events = part_of(wire, "item"), []  # type: JSON, Events
+        kind, is_told = text_of(item, "type"), self._is_told
+        if kind == "message" and not is_told:
+            for part in list_of_objects(item, "content"):
+                said = text_of(part, "text") or text_of(part, "refusal")
+                events += self.part_added({"part": part}) if said else []
+                events += self.say(said) if said else []
+                for each in list_of_objects(part, "annotations"):
+                    events += self.annotation_added({"annotation": each})
+        elif kind == "reasoning" and isinstance(self._open, Thinking):
+            texts = [text_of(part, "text") for key in ("summary", "content")
+                     for part in list_of_objects(item, key)]
+            events += [] if is_told else self.say("\n\n".join(texts))
+            encrypted = text_of(item, "encrypted_content")
+            if encrypted:
+                self._open.issuer = "openai"
+                events.append(SignatureDelta(f"{text_of(item, 'id')}:{encrypted}"))
+        elif isinstance(self._open, ToolCall) and not is_told:
+            events += self.say(text_of(item, "arguments") or text_of(item, "input"))
+        return [*events, *self.close()]
+
+    def finish(self, wire: JSON) -> Events:
+        about = part_of(wire, "response")
+        self.usage = self._dialect.parse_usage(about.get("usage")) or self.usage
+        if wire.get("type") == "response.failed":
+            raise self._dialect.parse_error(about.get("error"), 200)
+        self.ended = True
+        reason = text_of(part_of(about, "incomplete_details"), "reason")
+        finish = "tool_calls" if self._has_called else "refusal" if self._has_refused else "stop"
+        if wire.get("type") == "response.incomplete":
+            finish = {"content_filter": "filter", "steered": "stop"}.get(reason, "length")
+        return self.finished(finish, "", text_of(about, "service_tier"))
+
+    def fail(self, wire: JSON) -> Events:
+        raise self._dialect.parse_error(wire.get("error") or wire, 200)
+
+    events: Mapping[str, Callable[[Any, JSON], Events]] = {
+        "response.created": created, "response.output_item.added": item_added,
+        "response.content_part.added": part_added, "response.output_item.done": item_done,
+        "response.reasoning_summary_part.added": summary_added,
+        "response.output_text.annotation.added": annotation_added, "error": fail,
+        "response.completed": finish, "response.incomplete": finish, "response.failed": finish}
+
+
+RESPONSES_DELTAS = frozenset(f"response.{name}.delta" for name in (
+    "output_text", "refusal", "function_call_arguments", "custom_tool_call_input",
+    "reasoning_summary_text", "reasoning_text"))
+
+
+class ResponsesRenderer(Renderer):
+    """Every item is announced, told and repeated whole; the last event repeats all of them."""
+
+    def __init__(self, chat: Chat, created: int) -> None:
+        super().__init__()
+        self._chat = chat
+        self._sequence = 0
+        self._output: List[JSON] = []
+        self._pieces: List[str] = []
+        self._cited: List[JSON] = []
+        self.response: JSON = {
+            "id": "", "object": "response", "created_at": created, "status": "in_progress",
+            "background": False, "error": None, "incomplete_details": None, "model": chat.model,
+            "output": [], "previous_response_id": None, "store": False, "truncation": "disabled",
+            "usage": None, **RESPONSES_ECHO, **chat.echo}
+
+    def _event(self, name: str, /, **data: object) -> bytes:
+        kind = f"response.{name}"
+        self._sequence += 1
+        return sse(dump_json({"type": kind, **data, "sequence_number": self._sequence - 1}), kind)
+
+    def _start(self, event: Start) -> bytes:
+        self.response["id"] = own_id("resp_", event.id)
+        return (self._event("created", response=self.response)
+                + self._event("in_progress", response=self.response))
+
+    def _block_start(self, event: BlockStart) -> bytes:
+        block = self._open = dataclasses.replace(event.block)
+        self._pieces, self._cited = [], []
+        item = self._item(block)
+        item.update({key: empty for key, empty in (
+            ("content", []), ("summary", []), ("arguments", ""), ("input", "")) if key in item})
+        if "status" in item:
+            item["status"] = "in_progress"
+        item.pop("encrypted_content", None)
+        place: JSON = {"item_id": item["id"], "output_index": len(self._output)}
+        out = self._event("output_item.added", output_index=len(self._output), item=item)
+        name, more = self._grammar(block)
+        self._place = {**place, **more}
+        part = self._part(block, "")
+        if part is not None and not isinstance(block, Thinking):
+            out += self._event("content_part.added", **self._place, part=part)
+        head = encode_json({"type": f"response.{name}.delta", **self._place})[:-1]
+        tail = ',"logprobs":[]' if name == "output_text" else ""
+
+        def say(text: str) -> bytes:
+            self._pieces.append(text)
+            self._sequence += 1
+            return utf8(f"event: response.{name}.delta\ndata: {head},\"delta\":"
+                        f"{encode_string(text)}{tail},\"sequence_number\":{self._sequence - 1}}}"
+                        "\n\n")
+
+        self._say = say
+        if isinstance(block, Thinking):
+            self._say = lambda text: self._open_summary(say, text)
+        return out
+
+    def _open_summary(self, say: Callable[[str], bytes], text: str) -> bytes:
+        """Of a thought that says something."""
+        self._say = say
+        return self._event("reasoning_summary_part.added", **self._place,
+                           part={"type": "summary_text", "text": ""}) + say(text)
+
+    @staticmethod
+    def _grammar(block: Block) -> Tuple[str, JSON]:
+        """The name of its events, and how they say where they belong."""
+        if isinstance(block, Thinking):
+            return "reasoning_summary_text", {"summary_index": 0}
+        if isinstance(block, ToolCall):
+            return ("custom_tool_call_input" if block.is_custom else "function_call_arguments"), {}
+        is_refusal = isinstance(block, Text) and block.is_refusal
+        return "refusal" if is_refusal else "output_text", {"content_index": 0}
+
+    def _part(self, block: Block, text: str) -> JSON | None:
+        if isinstance(block, Thinking):
+            return {"type": "summary_text", "text": text}
+        if not isinstance(block, Text):
+            return None
+        if block.is_refusal:
+            return {"type": "refusal", "refusal": text}
+        notes = [{"type": "url_citation", **each, "start_index": 0, "end_index": len(text)}
+                 for each in self._cited]
+        return {"type": "output_text", "text": text, "annotations": notes, "logprobs": []}
+
+    def _item(self, block: Block) -> JSON:
+        n = f"{self.response['id'][len('resp_'):]}_{len(self._output)}"
+        if isinstance(block, Thinking):
+            item: JSON = {"type": "reasoning", "id": f"rs_{n}", "summary": [
+                self._part(block, block.text)] if block.text else []}
+            if block.issuer == "openai":
+                item["id"] = block.signature.partition(":")[0]
+            sealed = seal(block, "openai").partition(":")
+            return {**item, **without_none(encrypted_content=sealed[2] or sealed[0])}
+        if isinstance(block, ToolCall):
+            return self._call(block, n)
+        text = block.text if isinstance(block, Text) else ""
+        return {"type": "message", "id": f"msg_{n}", "role": "assistant", "status": "completed",
+                "content": [self._part(block, text)]}
+
+    def _call(self, call: ToolCall, n: str) -> JSON:
+        space = next((tool.namespace for tool in self._chat.tools if tool.name == call.name), "")
+        about: JSON = {"call_id": carried_id(call), "name": call.name}
+        if space:
+            about.update(namespace=space, name=call.name[len(space) + 2:])
+        if call.is_custom:
+            return {"type": "custom_tool_call", "id": f"ctc_{n}", **about, "input": call.input}
+        return {"type": "function_call", "id": f"fc_{n}", **about, "status": "completed",
+                "arguments": encode_json(call.arguments)}
+
+    def _signature(self, event: SignatureDelta) -> bytes:
+        self._open.signature = event.signature
+        return b""
+
+    def _citation(self, event: CitationDelta) -> bytes:
+        """One that comes after the end of its text has no place any more."""
+        if event.block != len(self._output):
+            return b""
+        self._cited.append(event.citation)
+        note = {"type": "url_citation", **event.citation, "start_index": 0,
+                "end_index": len("".join(self._pieces))}
+        return self._event("output_text.annotation.added", **self._place, annotation=note,
+                           annotation_index=len(self._cited) - 1)
+
+    def _block_stop(self, event: BlockStop) -> bytes:
+        block, said = self._open, "".join(self._pieces)
+        out = self._say("{}") if isinstance(block, ToolCall) and not (
+            said or block.is_custom) else b""
+        close_block(block, said)
+        if isinstance(block, ToolCall):
+            said = said or "" if block.is_custom else said or "{}"
+        name, _ = self._grammar(block)
+        part, key = self._part(block, said), GRAMMAR_KEYS.get(name, "text")
+        if said or not isinstance(block, Thinking):
+            more: JSON = {"logprobs": []} if name == "output_text" else {}
+            if name == "function_call_arguments":
+                more = {"name": block.name} if isinstance(block, ToolCall) else {}
+            out += self._event(f"{name}.done", **self._place, **{key: said}, **more)
+        if isinstance(block, Thinking) and said:
+            out += self._event("reasoning_summary_part.done", **self._place, part=part)
+        elif part is not None and isinstance(block, Text):
+            out += self._event("content_part.done", **self._place, part=part)
+        item = self._item(block)
+        if isinstance(block, ToolCall) and not block.is_custom:
+            item["arguments"] = said
+        self._output.append(item)
+        return out + self._event("output_item.done", output_index=len(self._output) - 1, item=item)
+
+    def _finish(self, event: Finish) -> bytes:
+        reason = {"length": "max_output_tokens", "context": "max_output_tokens",
+                  "filter": "content_filter"}.get(event.finish)
+        out = b""
+        if event.refusal:
+            said: Events = [BlockStart(Text(is_refusal=True)), TextDelta(event.refusal),
+                            BlockStop()]
+            out = b"".join(map(self.feed, said))
+        elif event.finish == "refusal" and not self._output:
+            reason = "content_filter"
+        status = "incomplete" if reason else "completed"
+        self.response.update(
+            status=status, incomplete_details={"reason": reason} if reason else None,
+            output=self._output, usage=render_responses_usage(event.usage),
+            **without_none(service_tier=event.service_tier))
+        return out + self._event(status, response=self.response)
+
+    def fail(self, error: GatewayError) -> bytes:
+        told = {"code": failure_code(error), "message": error.message}
+        self.response.update(status="failed", error=told, output=self._output)
+        return self._event("failed", response=self.response)
+
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
+
+
+GRAMMAR_KEYS = {"refusal": "refusal", "function_call_arguments": "arguments",
+                "custom_tool_call_input": "input"}
+
+
+def failure_code(error: GatewayError) -> str:
+    """Of the few words that this wire has."""
+    if error.code == "context_length_exceeded":
+        return error.code
+    return {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(error.status, "server_error")
+
+
+def render_responses_usage(usage: Usage) -> JSON:
+    return {"input_tokens": usage.input, "output_tokens": usage.output,
+            "total_tokens": usage.input + usage.output,
+            "input_tokens_details": {"cached_tokens": usage.cache_read,
+                                     "cache_write_tokens": usage.cache_write},
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning}}
+
+
+class ResponsesWatch(MarkedWatch):
+    """Only its last event tells the usage."""
+
+    content_mark = b'.delta"'
+    marks = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
+
+    def look_at(self, wire: JSON) -> None:
+        kind, about = text_of(wire, "type"), part_of(wire, "response")
+        if kind in ("response.completed", "response.incomplete"):
+            self.ended = self.has_content = True
+            self.usage = self._dialect.parse_usage(about.get("usage"))
+        elif kind in ("response.failed", "error"):
+            told = about.get("error") or wire.get("error") or wire
+            self.failure = self._dialect.parse_error(told, 200)
+
+    def said_in(self, wire: JSON) -> str:
+        return text_of(wire, "delta")
+
+
+class GenerateContent(Dialect):
+    """Gemini's generateContent (ai.google.dev/api/generate-content). The model's name and whether
+    it streams stand in the path; for `parse_request` they are put into the body."""
+
+    name = "gemini"
+    keepalive = b"\n"  # its SDKs take neither comments nor names of events
+    plain_fields = (
+        ("maxOutputTokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
+        ("topP", "top_p", NUMBER), ("topK", "top_k", int))
+
+    def parse_request(self, wire: JSON, losses: Losses) -> Chat:
+        root = CamelFields(wire)
+        root.need("contents", list)
+        chat = Chat(root.need("model"), canonical(GeminiContents().turns(root, losses)),
+                    stream=bool(root.get("stream", bool)))
+        for item in root.children("tools"):
+            parse_gemini_tools(item, chat, losses)
+        chat.choice = parse_gemini_choice(root.child("toolConfig", {}))
+        config = root.child("generationConfig", {})
+        self.parse_plain_fields(config, chat)
+        chat.stop, chat.format = config.strings("stopSequences"), parse_gemini_format(config)
+        if config.get("candidateCount", int) not in (None, 1):
+            raise config.unsupported("candidateCount", "must be 1 for this model")
+        if set(map(str.upper, config.strings("responseModalities"))) - {"TEXT"}:
+            raise config.unsupported("responseModalities", "can be TEXT only for this model")
+        for holder, keys in ((config, ("speechConfig", "responseLogprobs", "logprobs")),
+                             (root, ("cachedContent", "continuationToken"))):
+            for key in keys:
+                if holder.skip(key) and holder.wire[key]:
+                    raise holder.unsupported(key, "is not supported by the model's provider")
+        for key, name in GEMINI_OPTIONS.items():
+            value = config.get(key, OPTIONS[name].kind)
+            if value is not None:
+                chat.options[name] = value
+        self._parse_thinking(config.child("thinkingConfig", {}), chat)
+        if root.skip("safetySettings"):
+            losses.drop("safetySettings")
+        root.hint(losses, ("labels", "store", "serviceTier"))
+        config.hint(losses, ("mediaResolution",))
+        root.name_unknown(losses)
+        return chat
+
+    @staticmethod
+    def _parse_thinking(about: Fields, chat: Chat) -> None:
+        chat.shows_thinking = bool(about.get("includeThoughts", bool))
+        level, budget = about.get("thinkingLevel"), about.get("thinkingBudget", int)
+        if level is not None:
+            chat.effort = None if level.endswith("UNSPECIFIED") else level.lower()
+        elif budget == 0:
+            chat.thinking = {"type": "disabled"}
+        elif budget is not None and budget > 0:
+            chat.thinking = {"type": "enabled", "budget_tokens": budget}
+
+    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
+        request = GeminiRequest(chat, target, losses)
+        return request.render(), request.rewrites
+
+    def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
+        parser = GeminiParser(self, rewrites)
+        events = parser.read(wire)
+        return collect([*events, *parser.finish()])
+
+    def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
+        parts = list(answer_parts(reply.blocks, chat.shows_thinking))
+        cited = [citation for text in blocks_of(reply.blocks, Text) for citation in text.citations]
+        return gemini_end(parts, reply.finish, reply.usage, cited, bool(reply.blocks),
+                          gemini_head(reply.id, reply.model))
+
+    def parser(self, rewrites: Rewrites) -> GeminiParser:
+        return GeminiParser(self, rewrites)
+
+    def renderer(self, chat: Chat, created: int) -> GeminiRenderer:
+        return GeminiRenderer(chat)
+
+    def watch(self, hide_usage: bool, needs_done: bool) -> GeminiWatch:
+        return GeminiWatch(self)
+
+    def render_error(self, error: GatewayError, request_id: str) -> bytes:
+        status = GEMINI_ERRORS.get(error.status, (error.status, "INTERNAL"))
+        return dump_json({"error": {"code": status[0], "message": error.message,
+                                    "status": status[1]}})
+
+    def read_call(self, body: Body, path: str) -> Tuple[str, bool]:
+        name, _, action = path.partition("/models/")[2].rpartition(":")
+        return name, action == "streamGenerateContent"
+
+    def is_spoken_in(self, headers: Headers, query: str) -> bool:
+        return "x-goog-api-key" in headers or query.startswith("key=") or "&key=" in query
+
+    def render_model(self, name: str, owner: str) -> JSON:
+        return {"name": f"models/{name}", "version": "1", "displayName": name,
+                "supportedGenerationMethods": ["generateContent", "countTokens"]}
+
+    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+        return {"models": [self.render_model(*model) for model in models]}
+
+    def count_content(self, reply: JSON) -> int:
+        return len(dump_json(reply.get("candidates", [])))
+
+    def render_estimate(self, wire: JSON) -> JSON:
+        asked = wire.get("generateContentRequest", wire)
+        chat = self.parse_request({"model": "m", **asked}, Losses())
+        return {"totalTokens": estimate_tokens(chat)}
+
+    def usage_in(self, reply: JSON) -> Usage | None:
+        return self.parse_usage(reply.get("usageMetadata"))
+
+    def parse_usage(self, wire: object) -> Usage | None:
+        """Thoughts are not among the candidates' tokens, but in some answers of Vertex AI."""
+        if not isinstance(wire, dict):
+            return None
+        said, thoughts, asked = (count(wire.get(f"{name}TokenCount")) for name in (
+            "candidates", "thoughts", "prompt"))
+        asked += count(wire.get("toolUsePromptTokenCount"))
+        if asked + said != count(wire.get("totalTokenCount")):
+            said += thoughts
+        return Usage(asked, said, count(wire.get("cachedContentTokenCount")), reasoning=thoughts)
+
+
+class CamelFields(Fields):
+    """Protobuf's JSON: names in two spellings, whole numbers also as floats and strings."""
+
+    def __init__(self, wire: JSON, place: str = "", read: List[Fields] | None = None) -> None:
+        super().__init__({camel(key): value for key, value in wire.items()}, place, read)
+
+    def get(self, key: str, kind: Any = str) -> Any:
+        value = self.wire.get(key)
+        if kind is int and isinstance(value, (float, str)):
+            self.wire[key] = whole_number(value)
+        return super().get(key, kind)
+
+
+def camel(name: str) -> str:
+    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
+
+
+def whole_number(value: Any) -> Any:
+    """An integer that is spelled otherwise; another value as it is."""
+    try:
+        return int(value) if float(value).is_integer() else value
+    except (ValueError, OverflowError):
+        return value
+
+
+GEMINI_OPTIONS = {"seed": "seed", "frequencyPenalty": "frequency_penalty",
+                  "presencePenalty": "presence_penalty"}
+GEMINI_TIERS = {"default": "standard", "flex": "flex", "priority": "priority"}
+GEMINI_ERRORS = {  # status at the client -> code and status in the body
+    400: (400, "INVALID_ARGUMENT"), 413: (413, "INVALID_ARGUMENT"), 422: (422, "INVALID_ARGUMENT"),
+    401: (401, "UNAUTHENTICATED"), 403: (403, "PERMISSION_DENIED"), 404: (404, "NOT_FOUND"),
+    409: (409, "ABORTED"), 429: (429, "RESOURCE_EXHAUSTED"), 502: (502, "UNAVAILABLE"),
+    503: (503, "UNAVAILABLE"), 529: (503, "UNAVAILABLE"), 504: (504, "DEADLINE_EXCEEDED")}
+GEMINI_MODES = {"AUTO": "auto", "VALIDATED": "auto", "MODE_UNSPECIFIED": "auto",
+                "ANY": "required", "NONE": "none"}
+
+
+# ---- from the wire ----
+
+
+class GeminiContents:
+    """Calls without ids get them, and results find their calls: by id, else by name in order."""
+
+    def __init__(self) -> None:
+        self._made = 0
+        self._open: Dict[str, List[str]] = {}  # by name, the ids of the calls without result
+
+    def turns(self, root: Fields, losses: Losses) -> Iterator[Turn]:
+        for content, role in ((root.child("systemInstruction", {}), "system"),
+                              *((each, "") for each in root.children("contents"))):
+            said = (content.get("role") or "user").lower()
+            blocks = [block for part in content.children("parts")
+                      for block in self._part(part, losses)]
+            yield Turn(role or {"model": "assistant"}.get(said, "user"), blocks)
+
+    def _part(self, part: Fields, losses: Losses) -> List[Block]:
+        signature, is_thought = part.get("thoughtSignature") or "", part.get("thought", bool)
+        part.hint(losses, ("videoMetadata", "mediaResolution"))
+        text = part.get("text")
+        if text is not None and not is_thought:
+            said: List[Block] = [Text(text=text)] if text else []
+            return said + signed_thinking("", signature)
+        if text is not None:
+            return signed_thinking(text, signature)
+        if part.get("functionCall", dict) is not None:
+            call = self._call(part.child("functionCall"))
+            thoughts = signed_thinking("", signature)
+            if thoughts and thoughts[0].issuer == "gemini":
+                call.signature, call.issuer = signature, "gemini"
+                return [call]
+            return [*thoughts, call]
+        if part.get("functionResponse", dict) is not None:
+            return [self._result(part.child("functionResponse"))]
+        media = parse_gemini_media(part)
+        if media is None:
+            losses.hint("parts")  # what code was run, and the like
+            part.skip(*part.wire)
+        return [media] if media else []
+
+    def _call(self, call: Fields) -> ToolCall:
+        name = call.need("name")
+        self._made += 1
+        id_ = call.get("id") or f"call_{self._made}_{hashed(name, 8)}"
+        self._open.setdefault(name, []).append(id_)
+        return ToolCall(id=id_, name=name, arguments=call.get("args", dict) or {})
+
+    def _result(self, about: Fields) -> ToolResult:
+        name, response = about.need("name"), about.get("response", dict) or {}
+        waiting = self._open.get(name, [])
+        id_ = about.get("id") or (waiting[0] if waiting else name)
+        if id_ in waiting:
+            waiting.remove(id_)
+        is_error = list(response) == ["error"]
+        said = next(iter(response.values())) if is_error or list(response) == ["output"] else (
+            response or "")
+        text = said if isinstance(said, str) else encode_json(said)
+        media = [each for part in about.children("parts")
+                 for each in [parse_gemini_media(part)] if each]
+        about.skip("willContinue", "scheduling")
+        return ToolResult(id=id_, is_error=is_error,
+                          content=[*([Text(text=text)] if text else []), *media])
+
+
+def signed_thinking(text: str, signature: str) -> List[Block]:
+    """The signature is Gemini's own, or another's envelope, made to look like one."""
+    if not signature:
+        return []
+    try:
+        plain = base64.b64decode(signature.translate(FROM_URL_SAFE) + "==").decode()
+    except ValueError:
+        plain = ""
+    sealed = plain if plain.startswith(ENVELOPE) else signature
+    return [unseal(Thinking(text=text), sealed, "gemini")]
+
+
+def parse_gemini_media(part: Fields) -> Block | None:
+    is_inline = part.get("inlineData", dict) is not None
+    if not is_inline and part.get("fileData", dict) is None:
+        return None
+    about = part.child("inlineData" if is_inline else "fileData")
+    title = about.get("displayName") or ""
+    kind, url = (about.get("mimeType") or "").lower(), "" if is_inline else about.need("fileUri")
+    if url and (not url.startswith(("http://", "https://")) or GOOGLE_FILES.match(url)):
+        raise about.unsupported("fileUri", "names a file in another vendor's store")
+    data = "" if url else about.need("data").translate(FROM_URL_SAFE)
+    data += "=" * (-len(data) % 4)
+    family = kind.partition("/")[0]
+    if family == "image":
+        return Image(url=url, media_type=kind, data=data)
+    if kind == "application/pdf":
+        return Document(url=url, media_type=kind, data=data, title=title)
+    if family == "audio" and not url:
+        return Audio(data=data, format=AUDIO_FORMATS.get(kind, kind[len("audio/"):]))
+    if family != "text" or url:
+        raise about.unsupported("mimeType", "cannot be sent to this model")
+    try:
+        text = base64.b64decode(data, validate=True).decode()
+    except ValueError as error:
+        raise about.wrong("data", "must be UTF-8 text in base64") from error
+    return Document(media_type=kind, text=text, title=title)
+
+
+GOOGLE_FILES = re.compile(
+    r"https?://(?:generativelanguage\.googleapis\.com/|(?:www\.)?youtube\.com/|youtu\.be/)")
+AUDIO_FORMATS = {"audio/mpeg": "mp3", "audio/x-wav": "wav", "audio/wave": "wav"}
+
+
+def parse_gemini_tools(item: Fields, chat: Chat, losses: Losses) -> None:
+    for about in item.children("functionDeclarations"):
+        schema = about.get("parametersJsonSchema", dict)
+        if schema is None and about.get("parameters", dict) is not None:
+            schema = json_schema(about.wire["parameters"])
+        about.skip("response", "responseJsonSchema", "behavior")
+        chat.tools.append(Tool(about.need("name"), about.get("description") or "", schema))
+    for key in item.wire:
+        if key == "googleSearch":
+            chat.web_search = {}
+        elif key != "functionDeclarations":
+            losses.drop(key if key in GEMINI_TOOLS else "tools")
+        item.skip(key)
+
+
+GEMINI_TOOLS = ("codeExecution", "urlContext", "fileSearch", "computerUse", "googleMaps",
+                "mcpServers", "googleSearchRetrieval", "enterpriseWebSearch")
+NUMERIC_KEYWORDS = frozenset(["minItems", "maxItems", "minLength", "maxLength", "minProperties",
+                              "maxProperties", "minimum", "maximum"])
+
+
+def json_schema(schema: Any) -> Any:
+    """The JSON Schema of what Gemini's own schema dialect says."""
+    if not isinstance(schema, dict):
+        return schema
+    about = {camel(key): value for key, value in schema.items()}
+    made: JSON = {}
+    for key, value in about.items():
+        if key == "type" and isinstance(value, str):
+            made[key] = value.lower()
+        elif key == "properties" and isinstance(value, dict):
+            made[key] = {name: json_schema(item) for name, item in value.items()}
+        elif key == "items":
+            made[key] = json_schema(value)
+        elif key == "anyOf" and isinstance(value, list):
+            made[key] = [json_schema(item) for item in value]
+        elif key in NUMERIC_KEYWORDS:
+            made[key] = whole_number(value)
+        elif key not in ("nullable", "example", "propertyOrdering") and (key, value) != (
+                "format", "enum"):
+            made[key] = value
+    if about.get("nullable") is True and "type" in made:
+        made["type"] = [made["type"], "null"]
+    return made
+
+
+def parse_gemini_choice(config: Fields) -> ToolChoice | None:
+    config.skip("retrievalConfig", "includeServerSideToolInvocations")
+    if config.get("functionCallingConfig", dict) is None:
+        return None
+    about = config.child("functionCallingConfig")
+    about.skip("streamFunctionCallArguments")
+    mode, names = (about.get("mode") or "AUTO").upper(), about.strings("allowedFunctionNames")
+    if mode not in GEMINI_MODES:
+        raise about.wrong("mode", f"must be one of: {', '.join(GEMINI_MODES)}")
+    if mode == "ANY" and len(names) == 1:
+        return ToolChoice("tool", names[0])
+    return ToolChoice(GEMINI_MODES[mode], allowed=names or None)
+
+
+def parse_gemini_format(config: Fields) -> Format | None:
+    kind = (config.get("responseMimeType") or "text/plain").lower()
+    schema = config.get("responseJsonSchema", dict)
+    if config.get("responseSchema", dict) is not None:
+        schema = json_schema(config.wire["responseSchema"])
+    if kind not in ("text/plain", "application/json"):
+        raise config.unsupported("responseMimeType", "is not supported by the model's provider")
+    return Format(schema) if kind == "application/json" else None
+
+
+# ---- to the wire ----
+
+
+class GeminiRequest(RequestWriter):
+    """From Gemini 3 on (thinking by "level") calls have ids, the first of a step is signed, results
+    hold media, and penalties are refused."""
+
+    legal_name = re.compile("[A-Za-z_][A-Za-z0-9_.:-]{0,127}")
+
+    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
+        super().__init__(chat, target, losses)
+        self.is_new = self.caps.thinking == "level"
+        self.config: JSON = {}
+
+    def render(self) -> JSON:
+        if self.chat.logprobs is not None:
+            raise unsupported("logprobs")
+        self.wire = {}  # its name stands in the path
+        self._add_contents()
+        self._add_tools()
+        self._add_config()
+        self._add_thinking()
+        if self.config:
+            self.wire["generationConfig"] = self.config
+        return self.wire
+
+    def _add_contents(self) -> None:
+        turns, names = list(self.turns()), {}  # type: List[Turn], Dict[str, str]
+        asked = max([i for i, turn in enumerate(turns) if turn.role == "user" and not all(
+            isinstance(block, ToolResult) for block in turn.blocks)], default=-1)
+        contents, system = [], []
+        for i, turn in enumerate(turns):
+            names.update({call.id: call.name for call in blocks_of(turn.blocks, ToolCall)})
+            results = [part for block in blocks_of(turn.blocks, ToolResult)
+                       for part in self._result(block, names[block.id])]
+            parts = [part for block in turn.blocks for part in self._part(block)]
+            if turn.role == "system":
+                system += parts
+            if turn.role == "assistant" and i > asked and self.is_new:
+                sign_first_call(parts)
+            role = "model" if turn.role == "assistant" else "user"
+            contents += [{"role": role, "parts": each} for each in (results, parts)
+                         if each and turn.role != "system"]
+        if system:
+            self.wire["systemInstruction"] = {"parts": system}
+        self.wire["contents"] = contents
+
+    def _part(self, block: Block) -> List[JSON]:
+        if block.cache:
+            self.losses.hint("cache_control")
+        if isinstance(block, Text):
+            return [{"text": block.text}]
+        if isinstance(block, Thinking):
+            if block.issuer == "gemini" and block.signature:
+                return [{"text": block.text, "thoughtSignature": block.signature,
+                         **({"thought": True} if block.text else {})}]
+            self.losses.hint("thinking")
+        elif isinstance(block, ToolCall):
+            call: JSON = {"name": self.tool_name(block.name), "args": call_arguments(block)}
+            if self.is_new:
+                call["id"] = block.id
+            signature = block.signature if block.issuer == "gemini" else ""
+            return [{"functionCall": call, **without_none(thoughtSignature=signature)}]
+        elif isinstance(block, Opaque):
+            self.losses.hint("content")
+        elif not isinstance(block, ToolResult):
+            return [render_gemini_media(block)]
+        return []
+
+    def _result(self, block: ToolResult, name: str) -> List[JSON]:
+        text = "\n".join(part.text for part in blocks_of(block.content, Text))
+        media = [part for each in block.content if not isinstance(each, Text)
+                 for part in self._part(each)]
+        about: JSON = {"name": self.tool_name(name),
+                       "response": {"error" if block.is_error else "output": text}}
+        if self.is_new:
+            about.update(id=block.id, **without_none(parts=media))
+        if block.cache:
+            self.losses.hint("cache_control")
+        return [{"functionResponse": about}, *([] if self.is_new else media)]
+
+    def _add_tools(self) -> None:
+        choice, tools = self.choice, [self._tool(tool) for tool in self.offered_tools()]
+        made: List[JSON] = [{"functionDeclarations": tools}] if tools else []
+        if self.chat.web_search is not None:
+            made.append({"googleSearch": {}})
+        if made:
+            self.wire["tools"] = made
+        if tools and self.chat.choice:
+            mode = {"auto": "AUTO", "none": "NONE"}.get(choice.mode, "ANY")
+            names = [choice.name] if choice.mode == "tool" else choice.allowed or []
+            names = list(map(self.tool_name, names)) if mode == "ANY" else []
+            self.wire["toolConfig"] = {"functionCallingConfig": {
+                "mode": mode, **without_none(allowedFunctionNames=names)}}
+        if self.chat.parallel is False and tools:
+            self.losses.drop("parallel_tool_calls")
+
+    def _tool(self, tool: Tool) -> JSON:
+        description, schema = self.as_function(tool)
+        if tool.cache:
+            self.losses.hint("cache_control")
+        if tool.strict:
+            self.losses.drop("strict")
+        has_any = bool(schema.get("properties")) or len(schema) > 2
+        return {"name": self.tool_name(tool.name), **without_none(
+            description=description,
+            parametersJsonSchema=typed_object(schema) if has_any else None)}
+
+    def _add_config(self) -> None:
+        chat, config = self.chat, self.config
+        tier = GEMINI_TIERS.get(chat.options.get("service_tier", ""))
+        if chat.max_tokens is not None:
+            config["maxOutputTokens"] = min(
+                chat.max_tokens, self.target.max_output_tokens or chat.max_tokens)
+        for key, name in (("temperature", "temperature"), ("topP", "top_p"), ("topK", "top_k")):
+            if getattr(chat, name) is not None:
+                config[key] = getattr(chat, name)
+        known = {name: key for key, name in GEMINI_OPTIONS.items()
+                 if name == "seed" or not self.is_new}
+        config.update({known[name]: value for name, value in chat.options.items() if name in known})
+        config.update(without_none(stopSequences=self.checked_stops()))
+        if chat.format is not None:
+            config["responseMimeType"] = "application/json"
+            if chat.format.schema is not None:
+                config["responseJsonSchema"] = gemini_schema(chat.format.schema)
+        if tier:
+            self.wire["serviceTier"] = tier
+        if chat.user:
+            self.losses.hint("user")
+        self.lose_options([*known, *(["service_tier"] if tier else [])])
+
+    def _add_thinking(self) -> None:
+        chat, asked = self.chat, self.asked_effort()
+        if asked is None:
+            if chat.thinking is not None and chat.shows_thinking:
+                self.config["thinkingConfig"] = {"includeThoughts": True}
+            return
+        about: JSON = {"includeThoughts": asked != "none" and chat.shows_thinking}
+        if self.is_new:
+            about["thinkingLevel"] = self.nearest_effort(asked).upper()
+        elif self.caps.thinking == "budget":
+            told = count((chat.thinking or {}).get("budget_tokens"))
+            budget = told or GEMINI_BUDGETS.get(asked, 24576)
+            least, most = (0, 24576) if self.caps.can_disable_thinking else (128, 32768)
+            about["thinkingBudget"] = max(least, min(budget, most))
+            if asked == "none" and least:
+                self.losses.drop("reasoning_effort")
+        else:
+            self.losses.drop("reasoning_effort")
+            return
+        self.config["thinkingConfig"] = about
+
+
+GEMINI_BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
+NO_SIGNATURE = "skip_thought_signature_validator"  # for calls whose own is lost
+
+
+def sign_first_call(parts: List[JSON]) -> None:
+    for part in parts:
+        if "functionCall" in part:
+            part.setdefault("thoughtSignature", NO_SIGNATURE)
+            return
+
+
+def render_gemini_media(block: Block) -> JSON:
+    if isinstance(block, Audio):
+        kind = {"mp3": "mpeg"}.get(block.format, block.format)
+        return {"inlineData": {"mimeType": f"audio/{kind}", "data": block.data}}
+    if isinstance(block, Document) and block.text:
+        return {"text": titled_text(block)}
+    if not isinstance(block, (Image, Document)):
+        return {"text": ""}
+    if not block.url:
+        return {"inlineData": {"mimeType": block.media_type, "data": block.data}}
+    ending = block.url.partition("?")[0].rpartition(".")[2].lower()
+    guessed = f"image/{ending}" if f"image/{ending}" in IMAGE_TYPES else "image/jpeg"
+    kind = block.media_type or (guessed if isinstance(block, Image) else "application/pdf")
+    return {"fileData": {"mimeType": kind, "fileUri": block.url}}
+
+
+GEMINI_KEYWORDS = frozenset([
+    "$id", "$defs", "$ref", "$anchor", "type", "format", "title", "description", "enum", "items",
+    "prefixItems", "minItems", "maxItems", "minimum", "maximum", "anyOf", "oneOf", "properties",
+    "additionalProperties", "required", "propertyOrdering"])
+
+
+def gemini_schema(schema: Any) -> Any:
+    """For `responseJsonSchema`, which refuses what it does not know."""
+    if isinstance(schema, list):
+        return [gemini_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    clean: JSON = {}
+    for key, value in schema.items():
+        if key == "const":
+            clean["enum"] = [value]
+        elif key in SCHEMA_MAPS and key in GEMINI_KEYWORDS and isinstance(value, dict):
+            clean[key] = {name: gemini_schema(item) for name, item in value.items()}
+        elif key in GEMINI_KEYWORDS:
+            clean[key] = value if key in SCHEMA_VALUES else gemini_schema(value)
+    return clean
+
+
+# ---- answers ----
+
+GEMINI_FILTERED = frozenset([
+    "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+    "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "ESCALATION", "PUP_LIMITED_DISABLED",
+    "MODEL_ARMOR"])
+GEMINI_BROKEN = frozenset(["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS",
+                           "MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE"])
+FINISHES_IN_GEMINI = {"length": "MAX_TOKENS", "context": "MAX_TOKENS", "filter": "SAFETY",
+                      "refusal": "SAFETY"}
+
+
+class GeminiParser(Parser):
+    """Each part comes whole; usage is cumulative; a stream ends when its connection does."""
+
+    def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
+        super().__init__(dialect, rewrites)
+        self._id = ""
+        self._has_begun = False
+        self._calls = 0
+        self._text_block = -1
+
+    def feed(self, event: Event) -> Events:
+        return self.read(self.parse(event))
+
+    def end(self) -> Events:
+        if not self._finish:
+            return super().end()
+        self.ended = True
+        return self.finish()
+
+    def read(self, wire: JSON) -> Events:
+        if wire.get("error"):
+            raise self._dialect.parse_error(wire["error"], 200)
+        self.usage = self._dialect.parse_usage(wire.get("usageMetadata")) or self.usage
+        events: Events = []
+        if not self._has_begun:
+            self._has_begun, self._id = True, text_of(wire, "responseId")
+            events.append(Start(self._id, text_of(wire, "modelVersion"), self.usage))
+        for candidate in list_of_objects(wire, "candidates")[:1]:
+            for part in list_of_objects(part_of(candidate, "content"), "parts"):
+                events += self._read_part(part)
+            self._finish = text_of(candidate, "finishReason") or self._finish
+            for chunk in list_of_objects(part_of(candidate, "groundingMetadata"),
+                                         "groundingChunks"):
+                web = part_of(chunk, "web")
+                if web and self._text_block >= 0:
+                    events.append(CitationDelta(self._text_block, {
+                        "url": text_of(web, "uri"), "title": text_of(web, "title")}))
+        if text_of(part_of(wire, "promptFeedback"), "blockReason"):
+            self._finish = "SAFETY"
+        return events
+
+    def _read_part(self, part: JSON) -> Events:
+        call, text = part_of(part, "functionCall"), text_of(part, "text")
+        signature = text_of(part, "thoughtSignature")
+        if call:
+            return self._read_call(call, signature)
+        kind, events = (Thinking if part.get("thought") is True else Text), []  # type: Any, Events
+        if text:
+            if type(self._open) is not kind:
+                events += self.open(kind())
+                if kind is Text:
+                    self._text_block = self._block_count - 1
+            events += self.say(text)
+        if signature and "text" in part:
+            if not isinstance(self._open, Thinking):
+                events += self.open(Thinking())
+            thinking = cast(Thinking, self._open)
+            thinking.issuer = "gemini"
+            events += [SignatureDelta(signature), *self.close()]
+        return events
+
+    def _read_call(self, about: JSON, signature: str) -> Events:
+        minted = f"call_{self._id[-24:]}_{self._calls}"
+        call = self.make_call(text_of(about, "id") or minted, text_of(about, "name"))
+        call.signature, call.issuer = signature, "gemini" if signature else ""
+        self._calls += 1
+        arguments = part_of(about, "args")
+        said = self.open(call) + (self.say(encode_json(arguments)) if arguments else [])
+        return said + self.close()
+
+    def finish(self) -> Events:
+        finish = "filter" if self._finish in GEMINI_FILTERED else "length" if self._finish in (
+            "MAX_TOKENS", "CONTINUATION") else "tool_calls" if self._calls else "stop"
+        if self._finish in GEMINI_BROKEN and not self._block_count:
+            raise bad_answer(f"The provider gave no answer: {self._finish}.")
+        if not self._finish and not self._block_count:
+            raise bad_answer("The provider's answer has no candidates.")
+        return self.finished(finish)
+
+
+def gemini_head(id_: str, model: str) -> JSON:
+    return {"modelVersion": model, "responseId": id_}
+
+
+def gemini_chunk(parts: List[JSON], head: JSON, **more: object) -> JSON:
+    return {"candidates": [{"content": {"role": "model", "parts": parts}, **more, "index": 0}],
+            **head}
+
+
+def gemini_end(parts: List[JSON], finish: str, usage: Usage, cited: List[JSON], has_said: bool,
+               head: JSON) -> JSON:
+    wire: JSON = {"promptFeedback": {"blockReason": "SAFETY"}, **head}
+    reason = FINISHES_IN_GEMINI.get(finish, "STOP")
+    if has_said or reason != "SAFETY":
+        grounding = {"groundingChunks": [{"web": {"uri": each["url"], "title": each["title"]}}
+                                         for each in cited]}
+        wire = gemini_chunk(parts, head, finishReason=reason,
+                            **({"groundingMetadata": grounding} if cited else {}))
+    return {**wire, "usageMetadata": {
+        "promptTokenCount": usage.input, "candidatesTokenCount": usage.output - usage.reasoning,
+        "totalTokenCount": usage.input + usage.output,
+        **without_zeros(cachedContentTokenCount=usage.cache_read,
+                        thoughtsTokenCount=usage.reasoning)}}
+
+
+def without_zeros(**counts: int) -> JSON:
+    return {key: value for key, value in counts.items() if value}
+
+
+def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON]:
+    """Of hidden thoughts only the signature goes out: with the next call, or in an empty text."""
+    held = ""
+    for block in blocks:
+        if isinstance(block, Thinking):
+            signature = gemini_signature(block, shows_thinking)
+            if held:
+                yield {"text": "", "thoughtSignature": held}
+            if shows_thinking:
+                yield {"text": block.text, "thought": True,
+                       **without_none(thoughtSignature=signature)}
+            held = "" if shows_thinking else signature
+        elif isinstance(block, ToolCall):
+            call = {"id": block.id, "name": block.name, "args": call_arguments(block)}
+            signature = block.signature or held
+            yield {"functionCall": call, **without_none(thoughtSignature=signature)}
+            held = held if block.signature else ""
+        elif isinstance(block, Text):
+            yield {"text": block.text}
+    if held:
+        yield {"text": "", "thoughtSignature": held}
+
+
+def gemini_signature(block: Thinking, shows_thinking: bool) -> str:
+    if block.issuer == "gemini" or not block.signature:
+        return block.signature
+    return base64.b64encode(seal(block, "gemini", keeps_text=not shows_thinking).encode()).decode()
+
+
+class GeminiRenderer(Renderer):
+    def __init__(self, chat: Chat) -> None:
+        super().__init__()
+        self._shows = chat.shows_thinking
+        self._head: JSON = {}
+        self._model = chat.model
+        self._pieces: List[str] = []
+        self._held: List[Block] = []  # hidden thoughts
+        self._cited: List[JSON] = []
+        self._has_spoken = False
+
+    def _chunk(self, parts: List[JSON]) -> bytes:
+        return sse(dump_json(gemini_chunk(parts, self._head)))
+
+    def _start(self, event: Start) -> bytes:
+        self._head = gemini_head(event.id, self._model)
+        return b""
+
+    def _block_start(self, event: BlockStart) -> bytes:
+        block = self._open = dataclasses.replace(event.block)
+        self._has_spoken = True
+        self._pieces = []
+        about = {"thought": True} if isinstance(block, Thinking) else {}
+        if isinstance(block, Text) or isinstance(block, Thinking) and self._shows:
+            self._say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
+        else:
+            self._say = self._keep
+        return b""
+
+    def _keep(self, piece: str) -> bytes:
+        self._pieces.append(piece)
+        return b""
+
+    def _signature(self, event: SignatureDelta) -> bytes:
+        self._open.signature = event.signature
+        return b""
+
+    def _citation(self, event: CitationDelta) -> bytes:
+        self._cited.append(event.citation)
+        return b""
+
+    def _block_stop(self, event: BlockStop) -> bytes:
+        """A call goes out whole."""
+        block = self._open
+        close_block(block, "".join(self._pieces))
+        if isinstance(block, Text) or isinstance(block, Thinking) and not block.signature:
+            return b""
+        self._held.append(block)
+        return b"" if isinstance(block, Thinking) and not self._shows else self._let_go()
+
+    def _let_go(self) -> bytes:
+        held, self._held = self._held, []
+        return b"".join(self._chunk([part]) for part in answer_parts(held, self._shows))
+
+    def _finish(self, event: Finish) -> bytes:
+        return self._let_go() + sse(dump_json(gemini_end(
+            [], event.finish, event.usage, self._cited, self._has_spoken, self._head)))
+
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
+
+
+class GeminiWatch(MarkedWatch):
+    """Usage is on every chunk, cumulative: the last counts."""
+
+    content_mark = b'"parts"'
+    marks = (b'"error"', b'"finishReason"', b'"promptFeedback"')
+
+    def feed(self, block: bytes) -> bytes:
+        at = block.rfind(b'"usageMetadata"')
+        if at >= 0:
+            start, end = event_span(block, at)
+            self.look_at(parse_chunk(block[start:end]))
+        return super().feed(block)
+
+    def look_at(self, wire: JSON) -> None:
+        self.usage = self._dialect.parse_usage(wire.get("usageMetadata")) or self.usage
+        reasons = [text_of(each, "finishReason") for each in list_of_objects(wire, "candidates")]
+        self._is_complete = self._is_complete or any(reasons) or "promptFeedback" in wire
+        self.has_content = self.has_content or self._is_complete
+        if wire.get("error"):
+            self.failure = self._dialect.parse_error(wire["error"], 200)
+
+    def end(self) -> bytes:
+        self.ended = self._is_complete
+        return super().end()
+
+    def said_in(self, wire: JSON) -> str:
+        texts = [text_of(part, "text") for each in list_of_objects(wire, "candidates")
+                 for part in list_of_objects(part_of(each, "content"), "parts")]
+        return "".join(texts)
+
+
+DIALECTS: Dict[str, Dialect] = {dialect.name: dialect for dialect in (
+    ChatCompletions(), Responses(), Messages(), GenerateContent())}
 
 
 # ==============================
@@ -3261,9 +4943,14 @@ class Kind(NamedTuple):
 BEARER = ("authorization", "Bearer {}")
 # With our key these choose whose account is charged, which is the config's to say.
 WHO_PAYS = frozenset(["openai-organization", "openai-project"])
+RESPONSES = {"responses": "/responses"}
 CHAT = {"chat": "/chat/completions", **{path: path for path in (
     "/completions", "/embeddings", "/images/generations", "/moderations", "/rerank")}}
 MESSAGES = {"messages": "/messages", "/messages/count_tokens": "/messages/count_tokens"}
+GEMINI = {"gemini": "/models/{model}:generateContent",
+          "gemini stream": "/models/{model}:streamGenerateContent?alt=sse",
+          **{name: f"/models/{{model}}{name}" for name in (
+              ":countTokens", ":embedContent", ":batchEmbedContents")}}
 # The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
 
@@ -3273,12 +4960,16 @@ OPENAI_CAPS = Caps(
     mid_system=True, max_tokens_field="max_completion_tokens", custom_tools=True)
 
 KINDS: Dict[str, Kind] = {
-    "openai": Kind("https://api.openai.com/v1", "/v1", CHAT, BEARER, caps=OPENAI_CAPS),
+    "openai": Kind("https://api.openai.com/v1", "/v1", {**RESPONSES, **CHAT}, BEARER,
+                   caps=OPENAI_CAPS),
     "openai-compatible": Kind(None, "", CHAT, BEARER, needs_key=False,
                               has_list_prices=False),
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
                       headers=(ANTHROPIC_VERSION,),
                       caps=Caps("none", "adaptive", efforts=ALL_EFFORTS, mid_system=True)),
+    "gemini": Kind("https://generativelanguage.googleapis.com/v1beta", "/v1beta", GEMINI,
+                   ("x-goog-api-key", "{}"),
+                   caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
 }
 
 # What the models of a family take, from a version on; later rows override earlier ones. Versions
@@ -3287,7 +4978,9 @@ FAMILIES = tuple(map(re.compile, (
     r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>opus|sonnet|haiku|fable|mythos)"
     r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
     r"(?P<family>gpt)-(?P<major>\d+)(?:\.(?P<minor>\d+))?",
-    r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?")))
+    r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?",
+    r"gemini-(?P<major>\d+)(?:\.(?P<minor>\d+))?-(?P<family>pro)",
+    r"(?P<family>gemini)(?:-(?P<major>\d+)(?:\.(?P<minor>\d+))?)?")))
 ANY = ("opus", "sonnet", "haiku", "fable", "mythos")
 MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (ANY, 0, {"sampling": "both", "thinking": "none", "efforts": (), "mid_system": False,
@@ -3317,6 +5010,13 @@ MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (("gpt",), 5.4, {"chat_tools": "idle"}),
     (("gpt",), 5.5, {"default_effort": "medium"}),
     (("gpt",), 6, {"efforts": (*GPT_EFFORTS, "xhigh", "max")}),
+    (("gemini", "pro"), 0, {"thinking": "none", "efforts": (), "max_stops": 5}),
+    (("gemini", "pro"), 2.5, {"thinking": "budget"}),
+    (("gemini",), 2.5, {"can_disable_thinking": True}),
+    (("gemini", "pro"), 3, {"thinking": "level", "can_disable_thinking": False,
+                            "efforts": GPT_EFFORTS[1:]}),
+    (("gemini",), 3, {"efforts": ("minimal", *GPT_EFFORTS[1:])}),
+    (("gemini",), 3.7, {"efforts": GPT_EFFORTS[1:]}),
 )
 
 
@@ -3547,12 +5247,13 @@ class Tuning:
     max_output_tokens: int | None = setting(SIZE)
     caps: JSON = setting(some_of({
         "sampling": one_of("both", "one", "none", "idle"),
-        "thinking": one_of("budget", "both", "adaptive", "effort", "none"),
+        "thinking": one_of("budget", "both", "adaptive", "effort", "level", "none"),
         "can_disable_thinking": FLAG, "efforts": list_of(one_of(*EFFORTS)),
         "default_effort": one_of(*EFFORTS), "forced_tools": one_of("yes", "refused", "auto"),
         "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE,
         "max_tokens_field": one_of("max_tokens", "max_completion_tokens"), "custom_tools": FLAG,
         "chat_tools": one_of("yes", "idle"), "max_stops": COUNT}), {})
+    wire: str | None = setting(one_of("chat", "responses"))
     set: JSON = setting(read_json_object, {})
     drop: Tuple[str, ...] = setting(list_of(TEXT), ())
     rename: Dict[str, str] = setting(map_of(TEXT), {})
@@ -3573,6 +5274,7 @@ class Provider(Tuning):
     kind: str = setting(one_of(*KINDS), "")
     headers: Tuple[Tuple[str, str], ...] = setting(read_headers, (), secret=True)
     done: bool = setting(FLAG, True)
+    responses: bool = setting(FLAG, False)
     name: str = ""
     deadlines: Timeouts = Timeouts()
 
@@ -3585,6 +5287,10 @@ class Provider(Tuning):
     @property
     def row(self) -> Kind:
         return KINDS[self.kind]
+
+    @functools.cached_property
+    def paths(self) -> Mapping[str, str]:
+        return {**self.row.paths, **(RESPONSES if self.responses else {})}
 
     @property
     def is_on(self) -> bool:
@@ -3907,9 +5613,9 @@ class Keyring:
     def __init__(self, keys: Iterable[ApiKey], parse_day: Callable[[str], float]) -> None:
         self._apps = {digest(entry.key): make_app(entry, parse_day) for entry in keys}
 
-    def authenticate(self, headers: Mapping[str, str], now: float) -> App:
+    def authenticate(self, headers: Mapping[str, str], now: float, query: str = "") -> App:
         """The app whose key the request carries; `now` in unix seconds. Raises 401."""
-        presented = presented_keys(headers)
+        presented = presented_keys(headers, query)
         for key in presented:
             app = self._apps.get(digest(key))
             if app is not None and now < app.expires:
@@ -3928,10 +5634,13 @@ def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
                0 if entry.disabled else expires)
 
 
-def presented_keys(headers: Mapping[str, str]) -> List[str]:
+def presented_keys(headers: Mapping[str, str], query: str) -> List[str]:
     """Every key that a request carries; x-gateway-key, where sent, is the only one judged."""
     if "x-gateway-key" in headers:
         return [headers["x-gateway-key"]]
+    if "key=" in query:
+        told = urllib.parse.parse_qs(query).get("key", [])
+        headers = {"x-goog-api-key": told[0] if told else "", **headers}
     found = [headers[name] for name in KEY_HEADERS if headers.get(name)]
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if token and scheme.lower() == "bearer":
@@ -3996,6 +5705,7 @@ class Route:
     target: Target
     edits: Edits
     is_strict: bool = False
+    wire: str | None = None  # the dialect that the provider is to be asked in, where one is told
 
 
 class Edits(NamedTuple):
@@ -4076,7 +5786,7 @@ class Router:
             price = override_price(price, alias)
             deadlines = dataclasses.replace(deadlines, **alias.timeouts)
         return Route(provider, model, name, price, deadlines, make_target(provider, model, alias),
-                     make_edits(provider, alias), alias.strict)
+                     make_edits(provider, alias), alias.strict, alias.wire or provider.wire)
 
     def resolve(self, model: str) -> Route:
         if model in self._aliases:
@@ -5471,7 +7181,7 @@ def unreachable(provider: Provider) -> GatewayError:
 # logs it and touches its metrics.
 # ==============================
 
-BAD_KEY = re.compile(rb"invalid_api_key|API_KEY_INVALID|authentication_error|unregistered caller"
+BAD_KEY = re.compile(rb"invalid_api_key|authentication_error|unregistered caller"
                      rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key not valid", re.IGNORECASE)
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
@@ -5606,6 +7316,7 @@ class Exchange(Record):
     is_generation = False
     error = ""
     upstream_id = ""
+    model = ""  # as the client names it
     answered = False  # the provider said 200
     bytes_in = 0
     bytes_out = 0
@@ -5647,7 +7358,7 @@ class Gateway:
         self._log_headers = [name.lower() for name in config.log_headers]
         self.events = Budget(config.limits.events)
         self._lines = {(provider.name, wire): provider_lines(provider, wire)
-                       for provider in config.providers.values() for wire in provider.row.paths}
+                       for provider in config.providers.values() for wire in provider.paths}
 
     # ---- one exchange ----
 
@@ -5657,12 +7368,11 @@ class Gateway:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
         try:
-            path = request.head.path
-            name, methods = ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path,
-                                       ("", {}))
-            exchange.dialect = DIALECTS[name] if name else asked_in(request.headers)
-            handler = find_handler(request.head, methods)
-            exchange.is_generation = handler in (Gateway.generate, Gateway.forward)
+            head = request.head
+            name, methods = find_route(head.path, head.method)
+            exchange.dialect = DIALECTS[name] if name else asked_in(request.headers, head.query)
+            handler = find_handler(head, methods)
+            exchange.is_generation = handler in GENERATIONS
             if exchange.is_generation:
                 self.metrics.in_flight.add((), 1)
             response = await handler(self, exchange, request)
@@ -5697,8 +7407,8 @@ class Gateway:
         if exchange.is_stream:
             exchange.keepalive = exchange.dialect.keepalive
             exchange.keepalive_seconds = self.config.sse_keepalive
-        name, paths = exchange.dialect.name, route.provider.row.paths
-        if name in paths:
+        name = exchange.dialect.name
+        if name in route.provider.paths and route.wire in (None, name):
             return await self.pass_through(exchange, request, route, body, name)
         is_strict = app.is_strict or route.is_strict
         return await self.translate(exchange, request, route, body, is_strict)
@@ -5708,9 +7418,10 @@ class Gateway:
         body = Body(await request.body())  # 400, 408, 413, 415, 503
         exchange.ready = exchange.sent = exchange.came = self.clock()
         exchange.bytes_in = len(body.body)
-        model, exchange.is_stream = read_call(body)  # 400
+        model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
         app.check_may_use(model)  # 403
         exchange.route = self.router.resolve(model)  # 404
+        exchange.model = model
         return app, body, exchange.route
 
     async def pass_through(self, exchange: Exchange, request: Request, route: Route, body: Body,
@@ -5720,7 +7431,7 @@ class Gateway:
         is_dialect = path == dialect.name
         hides_usage = exchange.is_stream and is_dialect and not dialect.asks_for_usage(body)
         values = dialect.values_for_usage(body) if hides_usage else {}
-        payload = self.render_passed(request, route, body, path, values, losses)
+        payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.count_losses(losses, route)
         body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
@@ -5733,7 +7444,7 @@ class Gateway:
             return await self.open_stream(exchange, stream, fields)
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
-        exchange.usage = dialect.parse_usage(reply.get("usage"))
+        exchange.usage = dialect.usage_in(reply)
         exchange.usage_from = "reported" if exchange.usage else "none"
         if is_dialect and not exchange.usage:
             self.estimate(exchange, dialect.count_content(reply))
@@ -5742,16 +7453,19 @@ class Gateway:
     async def translate(self, exchange: Exchange, request: Request, route: Route, body: Body,
                         is_strict: bool) -> Response:
         """The provider speaks another dialect: request and answer go through the model."""
-        dialect, losses = exchange.dialect, Losses()
-        wire = DIALECTS[next(iter(route.provider.row.paths))]
-        chat = dialect.parse_request(body.tree(), losses)  # 400
+        dialect, losses, caps = exchange.dialect, Losses(), route.target.caps
+        tree = {**body.tree(), "model": exchange.model, "stream": exchange.is_stream}
+        chat = dialect.parse_request(tree, losses)  # 400
         body.forget()
+        wires = [DIALECTS[name] for name in route.provider.paths if name in DIALECTS]
+        wire = next((each for each in wires if route.wire == each.name
+                     or route.wire is None and each.suits(chat, caps)), wires[-1])
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
         route.edits.apply(tree, losses)
         if is_strict or request.headers.get("x-gateway-strict") == "1":
             losses.refuse()  # 400
         self.count_losses(losses, route)
-        lines, _ = self._lines[route.provider.name, wire.name]
+        lines, _ = self.request_lines(exchange, route, wire.name)
         lines += field_lines(
             field for field in request.headers.items() if field[0] in TRANSLATED_FIELDS)
         payload = with_head(lines + default_lines(route.provider, ()), dump_json(tree))
@@ -5770,12 +7484,15 @@ class Gateway:
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
         reply = wire.parse_reply(told, rewrites)
         reply.model = chat.model
-        exchange.usage, exchange.usage_from = reply.usage, "reported"
+        exchange.usage, exchange.usage_from = wire.usage_in(told), "reported"
+        if not exchange.usage:
+            self.estimate(exchange, wire.count_content(told))
         answered = dump_json(dialect.render_reply(reply, chat, created))
         return Response(200, [JSON_TYPE, *fields], answered)
 
     def authenticate(self, exchange: Exchange, request: Request) -> App:
-        app = self.keyring.authenticate(request.headers, self.log.wall_clock())
+        app = self.keyring.authenticate(
+            request.headers, self.log.wall_clock(), request.head.query)
         exchange.app = app.name
         return app
 
@@ -5783,20 +7500,30 @@ class Gateway:
         for name in losses.names:
             self.metrics.dropped.add((name, route.provider.name))
 
-    def render_passed(self, request: Request, route: Route, body: Body, path: str,
-                      values: JSON, losses: Losses) -> List[bytes]:
+    def request_lines(
+            self, exchange: Exchange, route: Route, path: str) -> Tuple[str, FrozenSet[str]]:
+        """Where streams have a path of their own, it is named so."""
+        key = route.provider.name, f"{path} stream" if exchange.is_stream else path
+        lines, dropped = self._lines.get(key) or self._lines[key[0], path]
+        name = urllib.parse.quote(route.model, safe="/:@")
+        return lines.replace("{model}", name, 1) if "{model}" in lines else lines, dropped
+
+    def render_passed(self, exchange: Exchange, request: Request, route: Route, body: Body,
+                      path: str, values: JSON, losses: Losses) -> List[bytes]:
         """The request to the provider: the client's own bytes, but for what must differ."""
         head, provider = request.head, route.provider
-        if body.get("model") != route.model:
+        lines, dropped = self.request_lines(exchange, route, path)
+        if "{model}" not in provider.paths[path] and body.get("model") != route.model:
             values = {**values, "model": route.model}
         gone: Set[str] = set()
         if any(route.edits):
             changed, gone = route.edits.of_passed(body, losses)
             values = {**values, **changed}
         content = body.with_values(values, gone)
-        lines, dropped = self._lines[provider.name, path]
-        if head.query:
-            lines = lines.replace(" HTTP/1.1", f"?{head.query} HTTP/1.1", 1)
+        query = passing_query(head.query)
+        if query:
+            start = "&" if "?" in provider.paths[path] else "?"
+            lines = lines.replace(" HTTP/1.1", f"{start}{query} HTTP/1.1", 1)
         lines += passing_fields(head, dropped)
         if provider.row.headers:
             lines += default_lines(provider, head.headers)
@@ -5874,7 +7601,8 @@ class Gateway:
         if not 400 <= answer.status < 600:
             raise upstream_error(502, f"The provider answered {answer.status}; only 200 is an "
                                       "answer.", "bad_answer")
-        if answer.status in (401, 402) or (answer.status == 403 and BAD_KEY.search(body)):
+        if (answer.status in (401, 402) or answer.status == 403 and BAD_KEY.search(body)
+                or b"API_KEY_INVALID" in body):
             raise key_refused(answer.status)
         return mask(body, route.provider)
 
@@ -5892,15 +7620,21 @@ class Gateway:
     async def forward(self, exchange: Exchange, request: Request) -> Response:
         """An endpoint that no dialect is read for: bytes pass to where the body's model lives."""
         _, body, route = await self.admit(exchange, request)
-        path = request.head.path[len("/v1"):]
-        if path not in route.provider.row.paths:
-            estimate = path in COUNTS and exchange.dialect.render_estimate(body.tree())
-            if estimate:
-                fields = [JSON_TYPE, ("x-gateway-estimate", next(iter(estimate)))]
-                return Response(200, fields, dump_json(estimate))
+        path = endpoint_of(request.head.path)
+        if path in route.provider.paths:
+            return await self.pass_through(exchange, request, route, body, path)
+        estimate = path in COUNTS and exchange.dialect.render_estimate(body.tree())
+        if not estimate:
             raise GatewayError(
                 404, f"The provider of the requested model has no {path}.", "model", "not_found")
-        return await self.pass_through(exchange, request, route, body, path)
+        fields = [JSON_TYPE, ("x-gateway-estimate", next(iter(estimate)))]
+        return Response(200, fields, dump_json(estimate))
+
+    async def call_model(self, exchange: Exchange, request: Request) -> Response:
+        """What is to be done stands behind the model's name."""
+        action = endpoint_of(request.head.path)
+        is_chat = action in (":generateContent", ":streamGenerateContent")
+        return await (self.generate if is_chat else self.forward)(exchange, request)
 
     async def list_models(self, exchange: Exchange, request: Request) -> Response:
         models = self.router.aliases(self.authenticate(exchange, request))
@@ -5909,7 +7643,7 @@ class Gateway:
 
     async def show_model(self, exchange: Exchange, request: Request) -> Response:
         app = self.authenticate(exchange, request)
-        asked = request.head.path[len("/v1/models/"):]
+        asked = request.head.path.partition("/models/")[2]
         app.check_may_use(asked)
         owner = self.router.resolve(asked).provider.name
         return Response(200, [JSON_TYPE], dump_json(exchange.dialect.render_model(asked, owner)))
@@ -6051,13 +7785,21 @@ class TranslatedStream(ProviderStream[Parser]):
         self._has_spoken = False
 
     def feed(self, piece: bytes) -> bytes:
-        return self._translate(self._decoder.feed(piece))
+        return self._translate(self._tally.feed, self._decoder.feed(piece))
 
-    def _translate(self, events: List[Event]) -> bytes:
+    def end(self) -> bytes:
+        out = self._translate(self._tally.feed, self._decoder.end())
+        return out if self.ended else out + self._translate(lambda end: self._tally.end(), [None])
+
+    def fail(self, error: GatewayError) -> bytes:
+        said = super().fail(error)
+        return self._renderer.fail(error) or said
+
+    def _translate(self, read: Callable[[Any], Events], events: Sequence[Event | None]) -> bytes:
         out: List[bytes] = []
         try:
             for event in events:
-                for said in self._tally.feed(event):
+                for said in read(event):
                     if isinstance(said, CONTENT_EVENTS) and self._exchange.ttft is None:
                         self.note_first_content()
                     out.append(self._renderer.feed(said))
@@ -6069,12 +7811,6 @@ class TranslatedStream(ProviderStream[Parser]):
         self.ended = self._tally.ended or self.ended
         self._has_spoken = self._has_spoken or any(out)
         return b"".join(out)
-
-    def end(self) -> bytes:
-        out = self._translate(self._decoder.end())
-        if not self.ended:
-            self._tally.end()  # raises
-        return out
 
     def close(self) -> None:
         self._decoder.end()
@@ -6093,13 +7829,37 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
     "/metrics": ("", {"GET": Gateway.show_metrics}),
     "/v1/chat/completions": ("chat", {"POST": Gateway.generate}),
     **{f"/v1{path}": ("chat", {"POST": Gateway.forward}) for path in CHAT if path != "chat"},
+    "/v1/responses": ("responses", {"POST": Gateway.generate}),
     "/v1/messages": ("messages", {"POST": Gateway.generate}),
     "/v1/messages/count_tokens": ("messages", {"POST": Gateway.forward}),
     "/v1/models": ("", {"GET": Gateway.list_models}),
     "/v1/models/": ("", {"GET": Gateway.show_model}),
+    "/v1beta/models": ("gemini", {"GET": Gateway.list_models}),
+    "/v1beta/models/": ("gemini", {"GET": Gateway.show_model, "POST": Gateway.call_model}),
 }
-COUNTS = frozenset(["/messages/count_tokens"])
+GENERATIONS = (Gateway.generate, Gateway.forward, Gateway.call_model)
+COUNTS = frozenset(["/messages/count_tokens", ":countTokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
+
+
+def find_route(path: str, method: str) -> Tuple[str, Dict[str, Handler]]:
+    if path.startswith(("/v1/models/", "/v1beta/models/")):
+        version = path.split("/")[1] if method != "POST" else "v1beta"
+        path = f"/{version}/models/"
+    return ROUTES.get(path, ("", {}))
+
+
+def endpoint_of(path: str) -> str:
+    """Below the version, or behind a model's name."""
+    if "/models/" in path:
+        return ":" + path.rpartition(":")[2]
+    return path[len("/v1"):]
+
+
+def passing_query(query: str) -> str:
+    """Without a key, and without the form of a stream, which is ours to choose."""
+    return "&".join(part for part in query.split("&")
+                    if part.partition("=")[0] not in ("key", "alt", ""))
 
 
 def find_handler(head: RequestHead, methods: Mapping[str, Handler]) -> Handler:
@@ -6116,31 +7876,23 @@ def find_handler(head: RequestHead, methods: Mapping[str, Handler]) -> Handler:
     return methods[method]
 
 
-def asked_in(headers: Headers) -> Dialect:
-    spoken = [dialect for dialect in DIALECTS.values() if dialect.is_spoken_in(headers)]
+def asked_in(headers: Headers, query: str) -> Dialect:
+    spoken = [dialect for dialect in DIALECTS.values() if dialect.is_spoken_in(headers, query)]
     return spoken[0] if spoken else DIALECTS["chat"]
-
-
-def read_call(body: Body) -> Tuple[str, bool]:
-    model, stream = body.get("model"), body.get("stream")
-    if not isinstance(model, str) or not model:
-        raise GatewayError(400, "'model' must be a non-empty string.", "model")
-    if stream is not None and not isinstance(stream, bool):
-        raise GatewayError(400, "'stream' must be true or false.", "stream")
-    return model, bool(stream)
 
 
 def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
     """The request line and the fields that are the same in every request to a provider, and the
     names of a client's fields that do not go to it."""
-    url = urllib.parse.urlsplit(provider.base_url + provider.row.paths[wire])
+    url = urllib.parse.urlsplit(provider.base_url + provider.paths[wire])
     name, form = provider.row.auth
     fields = {"host": url.netloc, "accept-encoding": "identity", "content-type": "application/json"}
     if provider.api_key:
         fields[name] = form.format(provider.api_key)
     fields.update(provider.headers)
     lines = field_lines(fields.items())
-    return f"POST {url.path} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
+    target = f"{url.path}?{url.query}" if url.query else url.path
+    return f"POST {target} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
 
 
 def default_lines(provider: Provider, sent: Container[str]) -> str:
@@ -6777,7 +8529,8 @@ class DemoUpstream:
         """The gateway in front of it keeps the records."""
 
 
-DEMO_PATHS = {"/v1/chat/completions": DIALECTS["chat"], "/v1/messages": DIALECTS["messages"]}
+DEMO_PATHS = {f"/v1/{path}": DIALECTS[name] for path, name in (
+    ("chat/completions", "chat"), ("messages", "messages"), ("responses", "responses"))}
 
 
 def demo_reply(chat: Chat) -> Reply:

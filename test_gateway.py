@@ -251,7 +251,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 9000 and len(SOURCE.encode()) < 380 << 10
+    assert len(lines) < 9000 and len(SOURCE.encode()) < 400 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -820,7 +820,8 @@ def test_a_kind_is_complete(name: str) -> None:
     kind = gateway.KINDS[name]
     first, *others = kind.paths
     assert first in gateway.DIALECTS
-    assert all(name == "count_tokens" or f"/v1{name}" in gateway.ROUTES for name in others)
+    assert all(f"/v1{other}" in gateway.ROUTES or other.startswith(":") or other.partition(" ")[0]
+               in gateway.DIALECTS for other in others)
     assert all(path.startswith("/") for path in kind.paths.values())
     if kind.base_url is not None:
         assert gateway.settle_base_url(kind.base_url, kind.version) == kind.base_url
@@ -1998,11 +1999,13 @@ TRANSLATED = list(gateway.DIALECTS)
 WORDS = ["a", "Grüße", "日本", "\u2028", "\u2029", "\x85", "👩‍👩‍👧", "\U0001f99c", '"', "\\", "\n",
          "\r\n", "\t", "\0", "data: [DONE]", "\x1c", " ", "{}", "é", "'", "</x>", "event: x"]
 ALL_CAPS = Caps("both", "adaptive", True, gateway.ALL_EFFORTS, mid_system=True)
-CAPS_OF = {"chat": Caps(thinking="effort", efforts=gateway.EFFORTS, mid_system=True,
-                        custom_tools=True), "messages": ALL_CAPS}
+REASONS = Caps(thinking="effort", efforts=gateway.EFFORTS, mid_system=True, custom_tools=True)
+CAPS_OF = {"chat": REASONS, "responses": REASONS, "messages": ALL_CAPS,
+           "gemini": Caps(thinking="level", efforts=gateway.EFFORTS)}
 CHAT_SHAPE = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"],
           "additionalProperties": False}
 PDF = "JVBERi0xLjQK"
+ISSUERS = {"chat": "", "responses": "openai", "messages": "anthropic", "gemini": "gemini"}
 
 
 class Making:
@@ -2010,7 +2013,10 @@ class Making:
 
     def __init__(self, dialect: str, seed: int) -> None:
         self.random = random.Random(f"{dialect} {seed}")
+        self.dialect = dialect
         self.is_chat = dialect == "chat"
+        self.is_openai = dialect in ("chat", "responses")
+        self.is_messages = dialect == "messages"
         self.count = 0
 
     def maybe(self, *values: Any) -> Any:
@@ -2036,7 +2042,7 @@ class Making:
         return {self.text(2): self.value() for _ in range(self.random.randint(0, 3))}
 
     def cache(self) -> Any:
-        if self.is_chat or not self.chance(0.2):
+        if not self.is_messages or not self.chance(0.2):
             return None
         return self.maybe({"type": "ephemeral"})
 
@@ -2047,25 +2053,41 @@ class Making:
             lambda: Image(cache, url="https://example.com/a.png"),
             lambda: Image(cache, media_type="image/png", data="aGk="),
             lambda: Document(cache, media_type="application/pdf", data=PDF, title=self.text())]
-        if not self.is_chat:
+        if self.is_messages:
             makers.append(lambda: Document(cache, media_type="text/plain", text=self.text()))
+        if self.dialect == "responses":
+            return self.random.choice([
+                Text(text=self.text()), Image(url="https://example.com/b", detail="low"),
+                Document(media_type="application/pdf", data=PDF, title=self.text()),
+                Document(url="https://example.com/a.pdf")])
+        if self.dialect == "gemini":
+            return self.random.choice([
+                Text(text=self.text()), Image(media_type="image/png", data="aGk="),
+                Image(url="https://example.com/a.png", media_type="image/png"),
+                Document(media_type="application/pdf", data=PDF),
+                Audio(data="aGk=", format="wav")])
         if self.is_chat:
             makers += [lambda: Audio(cache, data="aGk=", format="wav"),
                        lambda: Image(url="https://example.com/b", detail="low")]
         return self.random.choice(makers)()
 
     def thinking(self) -> list[Block]:
-        if self.is_chat:
+        issuer = ISSUERS[self.dialect]
+        if not issuer or self.chance():
             return []
-        return self.random.choice([[], [], [
-            Thinking(signature=self.name("sig"), issuer="anthropic", text=self.text())], [
-            Thinking(signature=self.name("red"), issuer="anthropic", is_redacted=True)]])
+        if self.is_messages and self.chance():
+            return [Thinking(signature=self.name("red"), issuer=issuer, is_redacted=True)]
+        signature = self.name("rs") + (":Zm9v" if issuer == "openai" else "")
+        return [Thinking(signature=signature, issuer=issuer, text=self.text())]
 
     def call(self) -> ToolCall:
-        if self.is_chat and self.chance(0.2):
+        if self.is_openai and self.chance(0.2):
             return ToolCall(id=self.name("call"), name="shell", is_custom=True, input=self.text())
-        return ToolCall(id=self.name("call"), name=self.random.choice(["f", "g"]),
+        call = ToolCall(id=self.name("call"), name=self.random.choice(["f", "g"]),
                         arguments=self.arguments())
+        if self.dialect == "gemini":
+            call.signature, call.issuer = self.name("c2ln"), "gemini"
+        return call
 
     def turns(self) -> Iterator[Turn]:
         if self.chance():
@@ -2078,23 +2100,25 @@ class Making:
             results = [self.result(call) for call in calls]
             more = [self.content()] if self.chance() or not calls else []
             yield Turn("user", [*results, *more])
-            if self.chance(0.1):
+            if self.dialect != "gemini" and self.chance(0.1):
                 yield Turn("system", [Text(text=self.text())])
                 yield Turn("user", [Text(text=self.text())])
 
     def result(self, call: ToolCall) -> Block:
-        most = 1 if self.is_chat else 2
+        most = 2 if self.is_messages else 1
         content: list[Block] = [Text(text=self.text()) for _ in range(self.random.randint(0, most))]
         if not self.is_chat and self.chance(0.2):
-            content.append(Image(media_type="image/png", data="aGk="))
+            detail = "low" if self.is_openai else ""
+            content.append(Image(media_type="image/png", data="aGk=", detail=detail))
         return ToolResult(self.cache(), id=call.id, content=content,
-                          is_error=not self.is_chat and self.chance(0.2))
+                          is_error=not self.is_openai and self.chance(0.2))
 
     def tools(self) -> list[Tool]:
-        tools = [Tool("f", self.text(), CHAT_SHAPE, self.maybe(True), cache=self.cache()),
+        strict = None if self.dialect == "gemini" else self.maybe(True)
+        tools = [Tool("f", self.text(), CHAT_SHAPE, strict, cache=self.cache()),
                  Tool("g", schema={"type": "object", "properties": {}})]
         grammar = {"syntax": "lark", "definition": self.text()}
-        return tools + [Tool("shell", is_custom=True, grammar=self.maybe(grammar))] * self.is_chat
+        return tools + [Tool("shell", is_custom=True, grammar=self.maybe(grammar))] * self.is_openai
 
     def chat(self) -> Chat:
         turns = gateway.canonical(self.turns())
@@ -2102,19 +2126,29 @@ class Making:
         for block in (block for turn in turns for block in turn.blocks):
             marks -= block.cache is not None
             block.cache = block.cache if marks >= 0 else None
-        chat = Chat("m", turns, max_tokens=self.random.randint(1, 9999), user=self.maybe("u-1"),
-                    stop=self.random.choice([[], ["END", "\n\nx"]]), stream=self.chance())
+        chat = Chat("m", turns, max_tokens=self.random.randint(16, 9999), stream=self.chance())
+        if self.dialect != "responses":
+            chat.stop = self.random.choice([[], ["END", "\n\nx"]])
+        chat.user = None if self.dialect == "gemini" else self.maybe("u-1")
         has_calls = any(isinstance(block, ToolCall) for turn in turns for block in turn.blocks)
         if has_calls or self.chance():
             chat.tools = self.tools() if marks > 0 else [Tool("g", schema={"type": "object"})]
             chat.choice = self.maybe(ToolChoice("auto"), ToolChoice("none"), ToolChoice("required"),
                                      ToolChoice("tool", "g"))
-            if chat.choice and chat.choice.mode != "none":
+            if chat.choice and chat.choice.mode != "none" and self.dialect != "gemini":
                 chat.parallel = self.maybe(False)
         chat.format = self.maybe(Format({**CHAT_SHAPE, "description": self.text()}))
-        if self.is_chat:
-            self.only_in_chat(chat)
-        elif self.chance() and not (chat.choice and chat.choice.mode in ("required", "tool")):
+        if self.is_openai:
+            self.only_of_openai(chat)
+            return chat
+        if self.dialect == "gemini":
+            chat.temperature, chat.top_p, chat.top_k = self.maybe(0.7), self.maybe(0.5), 40
+            chat.effort = self.maybe("low", "high")
+            chat.options = self.random.choice([{}, {"seed": 7}])
+            for tool in chat.tools:
+                tool.schema = tool.schema if tool.name == "f" else None
+            return chat
+        if self.chance() and not (chat.choice and chat.choice.mode in ("required", "tool")):
             chat.thinking = {"type": "adaptive"}
             chat.effort = self.maybe(*gateway.ALL_EFFORTS)
         else:
@@ -2123,12 +2157,15 @@ class Making:
         chat.options.update({} if self.chance() else {"service_tier": "default"})
         return chat
 
-    def only_in_chat(self, chat: Chat) -> None:
-        chat.include_usage = chat.stream
+    def only_of_openai(self, chat: Chat) -> None:
+        chat.include_usage = self.is_chat and chat.stream
         chat.temperature, chat.top_p = self.maybe(0, 1.5), self.maybe(0.5)
         chat.effort = self.maybe("none", "high")
-        chat.logprobs = self.maybe(0, 3)
-        chat.options = {"seed": 7, "store": False, "logit_bias": {"1": 2}} if self.chance() else {}
+        chat.logprobs = self.maybe(0, 3) if self.is_chat else None
+        some = {"seed": 7, "logit_bias": {"1": 2}} if self.is_chat else {"verbosity": "low"}
+        chat.options = {"service_tier": "flex", **some} if self.chance() else {}
+        if not self.is_chat:
+            chat.options["store"] = False
         if chat.tools and self.chance(0.2):
             chat.choice = ToolChoice(self.random.choice(["auto", "required"]),
                                      allowed=["g", chat.tools[-1].name])
@@ -2137,21 +2174,23 @@ class Making:
                 CHAT_SHAPE, "out", self.text(), self.maybe(True, False))])
         for tool in chat.tools:  # what is left out is written as the empty one
             tool.schema = None if tool.is_custom else {"type": "object", **(tool.schema or {})}
+            if self.dialect == "responses" and not tool.is_custom and tool.strict is None:
+                tool.strict = False
 
     def reply(self) -> Reply:
         """A whole answer; a Chat Completions message holds thoughts, a text, calls."""
         blocks: list[Block] = []
         if self.chance():
-            thought = Thinking(text=self.text())
+            thought = Thinking(text=self.text(), issuer=ISSUERS[self.dialect])
             if not self.is_chat:
-                thought.issuer, thought.signature = "anthropic", self.name("sig")
+                thought.signature = self.name("sig") + (":Zm9v" if self.is_openai else "")
             blocks.append(thought)
-        if not self.is_chat and self.chance(0.3):
+        if self.is_messages and self.chance(0.3):
             blocks.append(Thinking(signature="red", issuer="anthropic", is_redacted=True))
         if self.chance(0.8):
             cited = [{"url": "https://example.com", "title": self.text()}] if self.chance() else []
             blocks.append(Text(text=self.text(40), citations=cited))
-        if self.is_chat and self.chance(0.1):
+        if self.is_openai and self.chance(0.1):
             blocks.append(Text(text=self.text(), is_refusal=True))
         calls = [self.call() for _ in range(self.random.choice([0, 0, 1, 3]))]
         finish = self.random.choice(["stop", "length"])
@@ -2159,13 +2198,17 @@ class Making:
             finish = "tool_calls"
         elif any(isinstance(block, Text) and block.is_refusal for block in blocks):
             finish = "refusal"
-        elif not self.is_chat:
+        elif self.is_messages:
             finish = self.random.choice(["stop", "stop_sequence", "length", "context", "pause",
                                          "refusal"])
-        usage = Usage(30, 9, 10, 5, 0 if self.is_chat else 2, 4)
-        tier = self.random.choice(["", "default"]) if self.is_chat else ""
-        why = self.text() if finish == "refusal" and not self.is_chat else ""
-        id_ = "chatcmpl-1" if self.is_chat else "msg_1"
+        elif self.dialect == "gemini" and not blocks:
+            finish = "filter"
+        usage = Usage(30, 9, 10, 5, 2 if self.is_messages else 0, 4)
+        if self.dialect == "gemini":
+            usage.cache_write = 0
+        tier = self.random.choice(["", "default"]) if self.is_openai else ""
+        why = self.text() if finish == "refusal" and self.is_messages else ""
+        id_ = {"chat": "chatcmpl-1", "responses": "resp_1"}.get(self.dialect, "msg_1")
         return Reply(id_, "m", [*blocks, *calls], finish, usage, why, tier)
 
 
@@ -2177,7 +2220,8 @@ def test_what_was_rendered_is_parsed_back(name: str) -> None:
         wire, rewrites = dialect.render_request(chat, target, losses)
         assert not losses.names and not rewrites.names, (seed, losses.names)
         body = gateway.dump_json(wire)
-        again = dialect.parse_request(gateway.Body(body).tree(), losses)
+        told = {"model": "m", "stream": chat.stream}  # which Gemini has in its path
+        again = dialect.parse_request({**told, **gateway.Body(body).tree()}, losses)
         assert (again, losses.names) == (chat, {}), seed
         assert dialect.render_request(again, target, losses)[0] == json.loads(body)
 
@@ -2204,7 +2248,7 @@ def spell(reply: Reply, rng: random.Random) -> Iterator[StreamEvent]:
             if block.signature and not block.is_redacted:
                 yield SignatureDelta(block.signature)
         elif isinstance(block, ToolCall):
-            yield BlockStart(ToolCall(id=block.id, name=block.name, is_custom=block.is_custom))
+            yield BlockStart(dataclasses.replace(block, arguments={}, input=""))
             said = block.input if block.is_custom else json.dumps(block.arguments)
             yield from map(ArgumentsDelta, pieces(rng, said) if said != "{}" else [])
         yield BlockStop()
@@ -2246,7 +2290,8 @@ def test_a_stream_without_its_end_is_an_error(name: str) -> None:
     making = Making(name, 1)
     events = [renderer.feed(event) for event in spell(making.reply(), making.random)]
     stream = b"".join(events)
-    last = stream.rindex(b"event: message_stop") if name == "messages" else stream.rindex(b"data:")
+    last = stream.rindex({"messages": b"event: message_stop", "responses": b"event: "}.get(
+        name, b"data:"))
     for end in (0, len(events[0]), last):
         with pytest.raises(GatewayError, match="cut the stream") as caught:
             chat_parsed(name, [stream[:end]])
@@ -3211,6 +3256,65 @@ BIG: dict[str, JSON] = {
             {"role": "assistant", "content": [*THOUGHTS, *SEARCH, text("T"), use("c", x=1)]},
             user([{**result("c", [text("ok")]), "is_error": True}]),
             {"role": "system", "content": "S"}]},
+    "responses": {
+        "model": "m", "instructions": "S", "max_output_tokens": 99, "temperature": 0.5,
+        "top_p": 0.5, "stream": True, "store": False, "parallel_tool_calls": False,
+        "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "summary": "auto"}, "user": "u", "safety_identifier": "s",
+        "include": ["reasoning.encrypted_content"], "max_tool_calls": 3, "top_logprobs": 0,
+        "text": {"verbosity": "low", "format": {
+            "type": "json_schema", "name": "out", "schema": CHAT_SHAPE, "strict": True}},
+        "tools": [
+            {"type": "function", "name": "f", "description": "D", "parameters": CHAT_SHAPE,
+             "strict": True}, {"type": "function", "name": "h", "parameters": CHAT_SHAPE},
+            {"type": "custom", "name": "sh", "format": {
+                "type": "grammar", "syntax": "lark", "definition": "x"}},
+            {"type": "namespace", "name": "ns", "tools": [
+                {"type": "function", "name": "g", "parameters": CHAT_SHAPE}]}],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "function", "name": "f"}]},
+        "input": [
+            {"role": "developer", "content": "D"},
+            {"type": "message", "role": "user", "id": "msg_1", "content": [
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": "https://a", "detail": "low"},
+                {"type": "input_file", "filename": "a.pdf",
+                 "file_data": "data:application/pdf;base64," + PDF}]},
+            {"type": "reasoning", "id": "rs_1", "encrypted_content": "Zm9v", "summary": [
+                {"type": "summary_text", "text": "Hm"}]},
+            {"type": "message", "role": "assistant", "id": "msg_2", "status": "completed",
+             "content": [{"type": "output_text", "text": "T", "annotations": []}]},
+            {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f",
+             "arguments": "{}", "status": "completed"},
+            {"type": "custom_tool_call", "id": "ctc_1", "call_id": "d", "name": "sh",
+             "input": "ls"},
+            {"type": "function_call_output", "call_id": "c", "output": [
+                {"type": "input_text", "text": "ok"}]},
+            {"type": "custom_tool_call_output", "call_id": "d", "output": "ok"}]},
+    "gemini": {
+        "model": "m", "stream": True,
+        "systemInstruction": {"parts": [{"text": "S"}]},
+        "generationConfig": {
+            "maxOutputTokens": 99, "temperature": 0.5, "topP": 0.5, "topK": 4,
+            "stopSequences": ["a"], "seed": 1, "candidateCount": 1,
+            "responseMimeType": "application/json", "responseJsonSchema": CHAT_SHAPE,
+            "thinkingConfig": {"includeThoughts": True, "thinkingLevel": "LOW"}},
+        "tools": [{"functionDeclarations": [
+            {"name": "f", "description": "D", "parametersJsonSchema": CHAT_SHAPE},
+            {"name": "g", "parameters": {"type": "OBJECT", "properties": {
+                "x": {"type": "STRING", "nullable": True}}}}]}],
+        "toolConfig": {"functionCallingConfig": {
+            "mode": "ANY", "allowedFunctionNames": ["f", "g"]}},
+        "contents": [
+            {"role": "user", "parts": [
+                {"text": "a"}, {"inlineData": {"mimeType": "image/png", "data": "aGk="}},
+                {"fileData": {"mimeType": "image/png", "fileUri": "https://a"}}]},
+            {"role": "model", "parts": [
+                {"text": "Hm", "thought": True, "thoughtSignature": "c2ln"}, {"text": "T"},
+                {"functionCall": {"id": "c", "name": "f", "args": {"x": 1}},
+                 "thoughtSignature": "c2ln"}]},
+            {"role": "user", "parts": [{"functionResponse": {
+                "id": "c", "name": "f", "response": {"output": "ok"}}}]}]},
 }
 VALUES: list[Any] = [None, True, False, 0, -1, 1.5, 1e400, "", "x", "\ud800", [], ["x"], [None],
                      [[]], [{}], {}, {"x": 1}, {"type": "x"}]
@@ -3250,8 +3354,10 @@ def test_wrong_types_are_refused_and_named(name: str) -> None:
     for path in list(nodes(BIG[name]))[1:]:
         for value in VALUES:
             translated(name, replaced(BIG[name], path, value))
-    free = {"parameters", "schema", "input_schema", "metadata", "logit_bias", "moderation",
-            "prediction", "prompt_cache_options", "thinking", "annotations", "cache_control",
+    free = {"args", "response", "responseJsonSchema", "parametersJsonSchema", "reasoning",
+            "thoughtSignature", "summary", "max_tool_calls", "parameters", "schema",
+            "input_schema", "metadata", "logit_bias", "moderation", "prediction",
+            "prompt_cache_options", "thinking", "annotations", "cache_control",
             "input", "citations", "input_examples"}
     for path in list(nodes(BIG[name]))[1:]:
         keys = [key for key in path if isinstance(key, str)]
@@ -3266,7 +3372,7 @@ def assert_named(name: str, path: tuple[Any, ...]) -> None:
     if path[-1] == "type" and path[-2] in ("user_location", "prediction"):
         return
     wrong = 1.5 if not isinstance(path[-1], str) or path[-1] not in (
-        "temperature", "top_p", "frequency_penalty", "presence_penalty") else "x"
+        "temperature", "top_p", "topP", "frequency_penalty", "presence_penalty") else "x"
     param = translated(name, replaced(BIG[name], path, wrong))
     if path[-1] in ("mode", "type") and param is None:
         return
