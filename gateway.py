@@ -320,6 +320,51 @@ class Body:
         return b"".join([*pieces, body[at:]])
 
 
+class Form:
+    """A multipart/form-data body, read as far as a route needs it (RFC 7578). Raises
+    GatewayError(400) where it is cut short."""
+
+    def __init__(self, body: bytes, content_type: str) -> None:
+        self.body = body
+        found = re.search(r'boundary="?([^";,\s]{1,70})', content_type)
+        if not found:
+            raise GatewayError(400, "The form's content-type names no boundary.")
+        self._boundary = b"\r\n--" + found[1].encode("latin-1")
+        if b"\r\n" + body[:len(self._boundary) - 2] != self._boundary or (
+                body.rfind(self._boundary + b"--") < 0):
+            raise GatewayError(400, "The form is malformed or cut short.")
+
+    def _find(self, name: str) -> Tuple[int, int] | None:
+        """Where a field's value starts and ends."""
+        at, wanted = 0, f'; name="{name}"'.encode()
+        while at >= 0:
+            start = self.body.find(b"\r\n\r\n", at) + 4
+            end = self.body.find(self._boundary, start)
+            if start < 4 or end < 0:
+                return None
+            if wanted in self.body[at:start] and b"filename" not in self.body[at:start]:
+                return start, end
+            at = end + 2
+        return None
+
+    def get(self, key: str) -> Any:
+        span = self._find(key)
+        value = self.body[span[0]:span[1]].decode("utf-8", "replace") if span else None
+        return value == "true" if key == "stream" and value in ("true", "false") else value
+
+    def forget(self) -> None:
+        self.body = b""
+
+    def with_values(
+            self, values: Mapping[str, object], dropped: AbstractSet[str] = frozenset()) -> bytes:
+        body = self.body
+        for key, value in values.items():
+            span = self._find(key)
+            if span:
+                body = body[:span[0]] + f"{value}".encode() + body[span[1]:]
+        return body
+
+
 Spans = Dict[str, Tuple[int, int]]  # where an object's members' values start and end
 SPACE = r"[ \t\n\r]*"
 KEY = rf'"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"{SPACE}:'
@@ -1040,6 +1085,31 @@ def carrying_call(id_: str, name: str, **about: Any) -> ToolCall:
     return ToolCall(None, rider, "gemini" if rider else "", plain, name, **about)
 
 
+# Where a passed body holds any of these, another vendor's answer may have left them there.
+MARKS = (ENVELOPE.encode(), RIDER.encode(), b"thinking_blocks", b"extra_content", b"Z3cxL")
+ID_FIELDS = frozenset(["id", "tool_call_id", "call_id", "tool_use_id"])
+SIGNATURE_FIELDS = ("signature", "encrypted_content", "thoughtSignature", "thought_signature")
+
+
+def without_marks(value: Any) -> Any:
+    """A conversation for the vendor whose dialect it is in, as its own answers would have left it:
+    ids cut back, signatures of others left out with what they stand on."""
+    if isinstance(value, list):
+        return [without_marks(item) for item in value
+                if not (isinstance(item, dict) and is_marked(item) and "functionCall" not in item)]
+    if not isinstance(value, dict):
+        return value
+    return {key: plain_id(item) if key in ID_FIELDS and isinstance(item, str) else
+            without_marks(item) for key, item in value.items()
+            if key not in ("thinking_blocks", "extra_content")
+            and not (key in SIGNATURE_FIELDS and is_marked({key: item}))}
+
+
+def is_marked(item: JSON) -> bool:
+    """Base64 of the envelope's first bytes is Z3cxL."""
+    return any(text_of(item, key).startswith((ENVELOPE, "Z3cxL")) for key in SIGNATURE_FIELDS)
+
+
 # ------------------------------
 # What the dialects have in common
 # ------------------------------
@@ -1251,6 +1321,8 @@ class Dialect(Protocol):
     name: str = ""
     keepalive: bytes = b""  # what says no more than that a stream is alive
     id_fields: Tuple[str, ...] = ("x-request-id",)  # of an answer, where its SDKs look for the id
+    streams_arrays: bool = False  # where a stream is not asked for as server-sent events
+    history: str = ""  # the field of a request that holds the conversation
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
@@ -1282,7 +1354,7 @@ class Dialect(Protocol):
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
         return self.error_event(self.render_error(error, request_id))
 
-    def read_call(self, body: Body, path: str) -> Tuple[str, bool]:
+    def read_call(self, body: Body | Form, path: str) -> Tuple[str, bool]:
         """The model's name, and whether a stream is asked for."""
         model, stream = body.get("model"), body.get("stream")
         if not isinstance(model, str) or not model:
@@ -1302,7 +1374,7 @@ class Dialect(Protocol):
     def render_model(self, name: str, owner: str) -> JSON:
         """In a list."""
 
-    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
         """Names and owners."""
 
     def parse_error(self, wire: object, status: int) -> GatewayError:
@@ -1599,7 +1671,7 @@ def error_label(status: int) -> str:
 class ChatCompletions(Dialect):
     """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
 
-    name = "chat"
+    name, history = "chat", "messages"
     keepalive = b": keep-alive\n\n"
     plain_fields = (
         ("max_completion_tokens", "max_tokens", int), ("max_tokens", "max_tokens", int),
@@ -1692,7 +1764,7 @@ class ChatCompletions(Dialect):
     def render_model(self, name: str, owner: str) -> JSON:
         return {"id": name, "object": "model", "created": 0, "owned_by": owner}
 
-    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
         return {"object": "list", "data": [self.render_model(*model) for model in models]}
 
     def parse_usage(self, wire: object) -> Usage | None:
@@ -2494,7 +2566,7 @@ def parse_chunk(raw: bytes) -> JSON:
 class Messages(Dialect):
     """Anthropic's Messages (docs.claude.com/en/api/messages)."""
 
-    name = "messages"
+    name, history = "messages", "messages"
     keepalive = sse(b'{"type":"ping"}', "ping")
     id_fields = ("x-request-id", "request-id")
     plain_fields = (
@@ -2598,10 +2670,16 @@ class Messages(Dialect):
         return {"type": "model", "id": name, "display_name": name, "lifecycle": "active",
                 "created_at": "1970-01-01T00:00:00Z"}
 
-    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
-        ids: List[str | None] = [name for name, _ in models] or [None]
-        return {"data": [self.render_model(*model) for model in models], "has_more": False,
-                "first_id": ids[0], "last_id": ids[-1]}
+    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
+        asked = {key: told[0] for key, told in urllib.parse.parse_qs(query).items()}
+        names = [name for name, _ in models]
+        start = names.index(asked["after_id"]) + 1 if asked.get("after_id") in names else 0
+        told = asked.get("limit", "")
+        limit = int(told) if re.fullmatch("[1-9][0-9]{0,3}", told) else 20
+        page = models[start:start + limit]
+        ids: List[str | None] = [name for name, _ in page] or [None]
+        return {"data": [self.render_model(*model) for model in page],
+                "has_more": start + limit < len(models), "first_id": ids[0], "last_id": ids[-1]}
 
     def count_content(self, reply: JSON) -> int:
         return len(dump_json(reply.get("content")))
@@ -3354,7 +3432,7 @@ class MessagesRenderer(Renderer):
 class Responses(Dialect):
     """OpenAI's Responses (platform.openai.com/docs/api-reference/responses)."""
 
-    name = "responses"
+    name, history = "responses", "input"
     keepalive = b": keep-alive\n\n"
     plain_fields = (
         ("max_output_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
@@ -3445,7 +3523,7 @@ class Responses(Dialect):
     def is_spoken_in(self, headers: Headers, query: str) -> bool:
         return "client_version=" in query  # Codex asks so
 
-    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
         return {"models": [self.render_model(*model) for model in models]}
 
     def render_model(self, name: str, owner: str) -> JSON:
@@ -4139,7 +4217,7 @@ class GenerateContent(Dialect):
     """Gemini's generateContent (ai.google.dev/api/generate-content). The model's name and whether
     it streams stand in the path; for `parse_request` they are put into the body."""
 
-    name = "gemini"
+    name, history, streams_arrays = "gemini", "contents", True
     keepalive = b"\n"  # its SDKs take neither comments nor names of events
     plain_fields = (
         ("maxOutputTokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
@@ -4217,7 +4295,7 @@ class GenerateContent(Dialect):
         return dump_json({"error": {"code": status[0], "message": error.message,
                                     "status": status[1]}})
 
-    def read_call(self, body: Body, path: str) -> Tuple[str, bool]:
+    def read_call(self, body: Body | Form, path: str) -> Tuple[str, bool]:
         name, _, action = path.partition("/models/")[2].rpartition(":")
         return name, action == "streamGenerateContent"
 
@@ -4228,7 +4306,7 @@ class GenerateContent(Dialect):
         return {"name": f"models/{name}", "version": "1", "displayName": name,
                 "supportedGenerationMethods": ["generateContent", "countTokens"]}
 
-    def render_models(self, models: List[Tuple[str, str]]) -> JSON:
+    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
         return {"models": [self.render_model(*model) for model in models]}
 
     def count_content(self, reply: JSON) -> int:
@@ -4938,19 +5016,28 @@ class Kind(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()  # where a client sends none of that name
     has_list_prices: bool = True  # else its models cost what the config says
     caps: Caps = Caps()  # of models of no known family
+    drop: Tuple[str, ...] = ()  # fields of the body that it refuses
+    rename: Tuple[Tuple[str, str], ...] = ()
+    keeps: Tuple[str, ...] = ()  # what it keeps for its clients: endpoints that name no model
 
 
 BEARER = ("authorization", "Bearer {}")
 # With our key these choose whose account is charged, which is the config's to say.
 WHO_PAYS = frozenset(["openai-organization", "openai-project"])
-RESPONSES = {"responses": "/responses"}
+RESPONSES = {"responses": "/responses", **{path: path for path in (
+    "/responses/compact", "/responses/input_tokens")}}
 CHAT = {"chat": "/chat/completions", **{path: path for path in (
-    "/completions", "/embeddings", "/images/generations", "/moderations", "/rerank")}}
+    "/completions", "/embeddings", "/moderations", "/rerank", "/images/generations",
+    "/images/edits", "/images/variations", "/audio/speech", "/audio/transcriptions",
+    "/audio/translations")}}
+AZURE = {name: f"/openai/deployments/{{model}}{path}?api-version=2024-10-21"
+         for name, path in CHAT.items()}
 MESSAGES = {"messages": "/messages", "/messages/count_tokens": "/messages/count_tokens"}
 GEMINI = {"gemini": "/models/{model}:generateContent",
           "gemini stream": "/models/{model}:streamGenerateContent?alt=sse",
           **{name: f"/models/{{model}}{name}" for name in (
               ":countTokens", ":embedContent", ":batchEmbedContents")}}
+AZURE_PATH = re.compile("/openai/deployments/([^/]+)(/.+)")  # as Azure's clients ask
 # The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
 
@@ -4959,17 +5046,56 @@ GPT_EFFORTS = ("none", "low", "medium", "high")
 OPENAI_CAPS = Caps(
     mid_system=True, max_tokens_field="max_completion_tokens", custom_tools=True)
 
+LOCAL = Kind(None, "", CHAT, BEARER, needs_key=False, has_list_prices=False)
+
+
+def like_openai(base_url: str, version: str = "/v1", **known: Any) -> Kind:
+    return Kind(base_url, version, CHAT, BEARER, **known)
+
+
+OLD_FIELD = (("max_completion_tokens", "max_tokens"),)
+
 KINDS: Dict[str, Kind] = {
     "openai": Kind("https://api.openai.com/v1", "/v1", {**RESPONSES, **CHAT}, BEARER,
-                   caps=OPENAI_CAPS),
-    "openai-compatible": Kind(None, "", CHAT, BEARER, needs_key=False,
-                              has_list_prices=False),
+                   caps=OPENAI_CAPS, keeps=("/files", "/batches", "/responses")),
+    "azure": Kind(None, "", AZURE, ("api-key", "{}"), caps=OPENAI_CAPS),
+    "openai-compatible": LOCAL,
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
                       headers=(ANTHROPIC_VERSION,),
                       caps=Caps("none", "adaptive", efforts=ALL_EFFORTS, mid_system=True)),
     "gemini": Kind("https://generativelanguage.googleapis.com/v1beta", "/v1beta", GEMINI,
                    ("x-goog-api-key", "{}"),
                    caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
+    # docs.mistral.ai/api has only `max_tokens`; stream_options are a 422
+    # (openai/openai-agents-python, issue 442), and its streams tell their usage unasked.
+    "mistral": like_openai("https://api.mistral.ai/v1", rename=OLD_FIELD,
+                           drop=("stream_options",)),
+    # console.groq.com/docs/openai: logprobs, logit_bias and top_logprobs are a 400.
+    "groq": like_openai("https://api.groq.com/openai/v1",
+                        drop=("logprobs", "logit_bias", "top_logprobs")),
+    # api-docs.deepseek.com: `max_tokens` is the only name of it.
+    "deepseek": like_openai("https://api.deepseek.com/v1", rename=OLD_FIELD),
+    "xai": like_openai("https://api.x.ai/v1"),  # docs.x.ai/docs/api-reference
+    "openrouter": like_openai("https://openrouter.ai/api/v1"),  # openrouter.ai/docs/api-reference
+    "together": like_openai("https://api.together.xyz/v1", rename=OLD_FIELD),  # docs.together.ai
+    "fireworks": like_openai("https://api.fireworks.ai/inference/v1"),  # docs.fireworks.ai
+    # inference-docs.cerebras.ai/resources/openai: these are a 400.
+    "cerebras": like_openai("https://api.cerebras.ai/v1", drop=(
+        "frequency_penalty", "logit_bias", "presence_penalty", "parallel_tool_calls",
+        "service_tier")),
+    # docs.perplexity.ai: it has no tools of its clients', and no version in its address.
+    "perplexity": like_openai("https://api.perplexity.ai", "", rename=OLD_FIELD, drop=(
+        "tools", "tool_choice", "parallel_tool_calls", "stream_options")),
+    # docs.api.nvidia.com
+    "nvidia": like_openai("https://integrate.api.nvidia.com/v1", rename=OLD_FIELD),
+    "huggingface": like_openai("https://router.huggingface.co/v1", rename=OLD_FIELD),
+    "sambanova": like_openai("https://api.sambanova.ai/v1"),  # docs.sambanova.ai
+    # docs.cohere.com/docs/compatibility-api lists what it takes.
+    "cohere": like_openai("https://api.cohere.ai/compatibility/v1", rename=OLD_FIELD, drop=(
+        "parallel_tool_calls", "logit_bias", "top_logprobs", "n", "store", "metadata")),
+    **{name: LOCAL._replace(base_url=f"http://127.0.0.1:{port}/v1", version="/v1")
+       for name, port in (("ollama", 11434), ("vllm", 8000), ("lmstudio", 1234),
+                          ("llamacpp", 8080))},
 }
 
 # What the models of a family take, from a version on; later rows override earlier ones. Versions
@@ -5216,6 +5342,7 @@ class Limits:
     body: int = setting(SIZE, 32 << 20)
     bodies: int = setting(SIZE, 256 << 20)
     connections: int = setting(SIZE, 20_000)
+    upload: int = setting(SIZE, 512 << 20)
     event: int = setting(SIZE, 16 << 20)
     events: int = setting(SIZE, 256 << 20)
     answer: int = setting(SIZE, 64 << 20)
@@ -5275,6 +5402,8 @@ class Provider(Tuning):
     headers: Tuple[Tuple[str, str], ...] = setting(read_headers, (), secret=True)
     done: bool = setting(FLAG, True)
     responses: bool = setting(FLAG, False)
+    list_models: bool = setting(FLAG, False)
+    forward_auth: bool = setting(FLAG, False)
     name: str = ""
     deadlines: Timeouts = Timeouts()
 
@@ -5294,7 +5423,7 @@ class Provider(Tuning):
 
     @property
     def is_on(self) -> bool:
-        return bool(self.api_key) or not self.row.needs_key
+        return bool(self.api_key) or not self.row.needs_key or self.forward_auth
 
 
 @dataclass(frozen=True)
@@ -5337,6 +5466,7 @@ class ApiKey:
     key: str = setting(TEXT, required=True, secret=True)
     app: str = setting(TEXT, required=True)
     allowed_models: Tuple[str, ...] = setting(list_of(TEXT), ("*",))
+    allowed_endpoints: Tuple[str, ...] | None = setting(list_of(TEXT))
     strict: bool = setting(FLAG, False)
     disabled: bool = setting(FLAG, False)
     expires: str = setting(scalar('a day as "2027-01-31"', is_date), "")
@@ -5349,6 +5479,7 @@ class Config:
     models: Dict[str, Alias] = setting(map_of(table_of(Alias)), {})
     routing: Tuple[Rule, ...] = setting(list_of(table_of(Rule)), ())
     api_keys: Tuple[ApiKey, ...] = setting(list_of(table_of(ApiKey)), (), required=True)
+    endpoints: Dict[str, str] = setting(map_of(TEXT), {})
     limits: Limits = setting(table_of(Limits), Limits())
     timeouts: Timeouts = setting(table_of(Timeouts), Timeouts())
     log: str = setting(one_of("text", "json"), "text")
@@ -5472,6 +5603,8 @@ def settle(config: Config, problems: Problems) -> Config:
         check_provider(rule.provider, config, f"routing[{i}].provider", problems.warn)
         if [rule.prefix is not None, rule.match is not None, rule.default].count(True) != 1:
             problems.error(f"routing[{i}]", 'needs one of "prefix", "match" and "default": true')
+    for prefix, name in config.endpoints.items():
+        check_provider(name, config, f"endpoints.{prefix}", problems.error)
     check_keys(config.api_keys, problems)
     for i, name in enumerate(config.log_headers):
         if not isinstance(name, Broken) and (
@@ -5591,6 +5724,7 @@ class App:
     globs: Tuple[re.Pattern[str], ...]
     is_strict: bool
     expires: float  # unix seconds; inf for never, 0 where the key is disabled
+    endpoints: Tuple[re.Pattern[str], ...] | None = None  # None: all but what shows others' things
 
     def may_use(self, model: str) -> bool:
         return (model in self.allowed or "*" in self.allowed
@@ -5600,6 +5734,15 @@ class App:
         if not self.may_use(model):
             raise GatewayError(
                 403, "This API key may not use the requested model.", "model", "model_not_allowed")
+
+
+    def check_may_call(self, path: str, is_shared: bool) -> None:
+        """`is_shared`: one key of the provider's shows what all apps left there."""
+        may_call = not is_shared if self.endpoints is None else any(
+            glob.match(path) for glob in self.endpoints)
+        if not may_call:
+            raise GatewayError(403, "This API key may not use this endpoint (allowed_endpoints).",
+                               code="endpoint_not_allowed")
 
 
 def digest(key: str) -> bytes:
@@ -5630,8 +5773,12 @@ def make_app(entry: ApiKey, parse_day: Callable[[str], float]) -> App:
     globs = [name for name in entry.allowed_models if re.search(r"[*?[]", name)]
     expires = parse_day(entry.expires) + 86400 if entry.expires else float("inf")
     return App(entry.app, frozenset(entry.allowed_models),
-               tuple(re.compile(fnmatch.translate(glob)) for glob in globs), entry.strict,
-               0 if entry.disabled else expires)
+               compiled(globs), entry.strict, 0 if entry.disabled else expires,
+               None if entry.allowed_endpoints is None else compiled(entry.allowed_endpoints))
+
+
+def compiled(globs: Iterable[str]) -> Tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(fnmatch.translate(glob)) for glob in globs)
 
 
 def presented_keys(headers: Mapping[str, str], query: str) -> List[str]:
@@ -5754,8 +5901,9 @@ def put_path(body: JSON, path: str, value: Any) -> None:
 
 
 def make_edits(provider: Provider, alias: Alias) -> Edits:
-    return Edits({**provider.set, **alias.set}, provider.drop + alias.drop,
-                 {**provider.rename, **alias.rename})
+    row = provider.row
+    return Edits({**provider.set, **alias.set}, row.drop + provider.drop + alias.drop,
+                 {**dict(row.rename), **provider.rename, **alias.rename})
 
 
 def make_target(provider: Provider, model: str, alias: Alias) -> Target:
@@ -5800,6 +5948,31 @@ class Router:
                     return self._route(rule.provider, model)
         raise GatewayError(
             404, f"The model {clipped(model)!r} does not exist.", "model", "model_not_found")
+
+    def route_to(self, provider: str) -> Route:
+        """For what names no model."""
+        return self._route(provider, "")
+
+    def find_keeper(self, path: str, endpoints: Mapping[str, str]) -> Tuple[Provider, str]:
+        """The provider that a path without a model goes to, and the path there. Raises 404."""
+        _, first, *_ = path.split("/", 2)
+        if first in self._providers:
+            return self._providers[first], path[len(first) + 1:]
+        named = [name for prefix, name in endpoints.items()
+                 if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
+        have = named or [name for name, provider in self._providers.items() if any(
+            path[len("/v1"):].startswith(kept) for kept in provider.row.keeps)]
+        if len(have) != 1 or have[0] not in self._providers:
+            raise GatewayError(404, "Which provider this path goes to is not configured: name it "
+                                    "under 'endpoints', or write /PROVIDER before the path.",
+                               code="not_found")
+        return self._providers[have[0]], path
+
+    def is_provider(self, name: str) -> bool:
+        return name in self._providers
+
+    def listing(self) -> List[Provider]:
+        return [provider for provider in self._providers.values() if provider.list_models]
 
     def aliases(self, app: App) -> List[Tuple[str, str]]:
         return [(name, route.provider.name) for name, route in self._aliases.items()
@@ -7008,13 +7181,16 @@ class Pool:
         self._tls: ssl.SSLContext | None = None
 
     async def send(self, provider: Provider, deadlines: Timeouts, payload: Sequence[bytes],
-                   is_stream: bool, max_bytes: int) -> Answer:
-        """Sends a request and awaits its answer's head. Raises GatewayError 502 and 504.
+                   is_stream: bool, max_bytes: int,
+                   upload: Callable[[Connection], Awaitable[bool]] | None = None) -> Answer:
+        """Sends a request and awaits its answer's head. Raises GatewayError 502 and 504. `upload`
+        sends a body that is not held, and tells whether all of it went.
 
         A kept-alive connection that dies unanswered at once was closed by the provider in the
         race with our request, which is then sent again on a new one, once.
         """
-        connection = self._take_idle(provider.origin)
+        connection = None if upload else self._take_idle(provider.origin)
+        is_sent = True
         while True:
             is_reused, started = connection is not None, self._clock()
             if connection is None:
@@ -7024,10 +7200,15 @@ class Pool:
             try:
                 for piece in payload:  # not drained: the answer may come before all is sent
                     connection.transport.write(piece)
+                if upload:
+                    connection.deadline = connection.final = FOREVER
+                    is_sent = await upload(connection)
+                    self._expect_answer(connection, deadlines, is_stream)
                 head = parse_answer_head(await connection.read_head(), self._known)
                 while head.status < 200 and head.status != 101:  # an interim answer
                     head = parse_answer_head(await connection.read_head(), self._known)
                 answer = Answer(connection, head, max_bytes)
+                answer.is_persistent = answer.is_persistent and is_sent
                 break
             except BaseException as error:
                 self.drop(connection)
@@ -7264,6 +7445,8 @@ class Request(Protocol):
 
     async def body(self) -> bytes: ...
 
+    async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool: ...
+
 
 class Source(Protocol):
     async def pump(self, sink: Callable[[bytes], bool]) -> None: ...
@@ -7287,9 +7470,10 @@ class Stream:
         self.ended = True
         return b""
 
-    def fail(self, error: GatewayError) -> bytes:
+    def fail(self, error: GatewayError) -> bytes | None:
+        """What tells the client; None where nothing can."""
         self.ended = True
-        return b""
+        return None
 
     def close(self) -> None:
         """Called once, however the stream went."""
@@ -7355,9 +7539,11 @@ class Gateway:
         self.is_draining = False
         self._names = ModelNames()
         self._meters: Dict[Tuple[str, str, str], Meter] = {}
+        self._listed: Dict[str, Tuple[float, List[str]]] = {}  # until when, a provider's own models
         self._log_headers = [name.lower() for name in config.log_headers]
         self.events = Budget(config.limits.events)
-        self._lines = {(provider.name, wire): provider_lines(provider, wire)
+        self._lines = {(provider.name, wire): provider_lines(
+            provider, urllib.parse.urlsplit(provider.base_url).path + provider.paths[wire])
                        for provider in config.providers.values() for wire in provider.paths}
 
     # ---- one exchange ----
@@ -7368,8 +7554,10 @@ class Gateway:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
         try:
-            head = request.head
+            request.head = head = plain_head(request.head, exchange)
             name, methods = find_route(head.path, head.method)
+            if not methods and self.router.is_provider(head.path[1:].partition("/")[0]):
+                methods = ANY_METHOD
             exchange.dialect = DIALECTS[name] if name else asked_in(request.headers, head.query)
             handler = find_handler(head, methods)
             exchange.is_generation = handler in GENERATIONS
@@ -7411,12 +7599,17 @@ class Gateway:
         if name in route.provider.paths and route.wire in (None, name):
             return await self.pass_through(exchange, request, route, body, name)
         is_strict = app.is_strict or route.is_strict
+        if isinstance(body, Form):
+            raise GatewayError(400, "The body must be a JSON object.")
         return await self.translate(exchange, request, route, body, is_strict)
 
-    async def admit(self, exchange: Exchange, request: Request) -> Tuple[App, Body, Route]:
+    async def admit(
+            self, exchange: Exchange, request: Request) -> Tuple[App, Body | Form, Route]:
         app = self.authenticate(exchange, request)  # 401
-        body = Body(await request.body())  # 400, 408, 413, 415, 503
-        exchange.ready = exchange.sent = exchange.came = self.clock()
+        raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
+        body = Form(raw, kind) if kind.lower().startswith("multipart/form-data") else Body(raw)
+        if exchange.model and isinstance(body, Body):  # in the path
+            body = Body(body.with_values({"model": exchange.model}))
         exchange.bytes_in = len(body.body)
         model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
         app.check_may_use(model)  # 403
@@ -7424,13 +7617,18 @@ class Gateway:
         exchange.model = model
         return app, body, exchange.route
 
-    async def pass_through(self, exchange: Exchange, request: Request, route: Route, body: Body,
-                           path: str) -> Response:
+    async def pass_through(self, exchange: Exchange, request: Request, route: Route,
+                           body: Body | Form, path: str) -> Response:
         """`path` is the name of one in the kind's row: the dialect's, or another."""
         dialect, losses = exchange.dialect, Losses()
         is_dialect = path == dialect.name
-        hides_usage = exchange.is_stream and is_dialect and not dialect.asks_for_usage(body)
-        values = dialect.values_for_usage(body) if hides_usage else {}
+        hides_usage, values = False, {}  # type: bool, JSON
+        if is_dialect and isinstance(body, Body):
+            hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
+                           and "stream_options" not in route.provider.row.drop)
+            values = dialect.values_for_usage(body) if hides_usage else {}
+            if any(mark in body.body for mark in MARKS):
+                values = {**values, dialect.history: without_marks(body.get(dialect.history))}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.count_losses(losses, route)
         body.forget()
@@ -7441,7 +7639,9 @@ class Gateway:
         if exchange.is_stream:
             watch = dialect.watch(hides_usage, route.provider.done and is_dialect)
             stream = PassedStream(self, exchange, route, answer, watch)
-            return await self.open_stream(exchange, stream, fields)
+            return await self.open_stream(exchange, stream, fields, request.head.query)
+        if not is_dialect and "json" not in answer.headers.get("content-type", "json"):
+            return Response(200, fields, stream=HandedOn(self, exchange, answer))
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
         exchange.usage = dialect.usage_in(reply)
@@ -7450,11 +7650,14 @@ class Gateway:
             self.estimate(exchange, dialect.count_content(reply))
         return Response(200, fields, raw)
 
-    async def translate(self, exchange: Exchange, request: Request, route: Route, body: Body,
-                        is_strict: bool) -> Response:
+    async def translate(self, exchange: Exchange, request: Request, route: Route,
+                        body: Body, is_strict: bool) -> Response:
         """The provider speaks another dialect: request and answer go through the model."""
         dialect, losses, caps = exchange.dialect, Losses(), route.target.caps
         tree = {**body.tree(), "model": exchange.model, "stream": exchange.is_stream}
+        if route.provider.forward_auth:
+            raise GatewayError(400, "The model's provider takes its own dialect only "
+                                    "(forward_auth).", "model", "unsupported_dialect")
         chat = dialect.parse_request(tree, losses)  # 400
         body.forget()
         wires = [DIALECTS[name] for name in route.provider.paths if name in DIALECTS]
@@ -7480,7 +7683,7 @@ class Gateway:
             stream = TranslatedStream(self, exchange, route, answer, wire.parser(rewrites),
                                       dialect.renderer(chat, created))
             fields.append(("content-type", "text/event-stream"))
-            return await self.open_stream(exchange, stream, fields)
+            return await self.open_stream(exchange, stream, fields, request.head.query)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
         reply = wire.parse_reply(told, rewrites)
         reply.model = chat.model
@@ -7494,6 +7697,8 @@ class Gateway:
         app = self.keyring.authenticate(
             request.headers, self.log.wall_clock(), request.head.query)
         exchange.app = app.name
+        path = request.head.path
+        app.check_may_call(path, path.startswith(SHARED) or find_route(path, "GET")[1] == {})
         return app
 
     def count_losses(self, losses: Losses, route: Route) -> None:
@@ -7508,15 +7713,18 @@ class Gateway:
         name = urllib.parse.quote(route.model, safe="/:@")
         return lines.replace("{model}", name, 1) if "{model}" in lines else lines, dropped
 
-    def render_passed(self, exchange: Exchange, request: Request, route: Route, body: Body,
-                      path: str, values: JSON, losses: Losses) -> List[bytes]:
+    def render_passed(self, exchange: Exchange, request: Request, route: Route,
+                      body: Body | Form, path: str, values: JSON, losses: Losses) -> List[bytes]:
         """The request to the provider: the client's own bytes, but for what must differ."""
         head, provider = request.head, route.provider
         lines, dropped = self.request_lines(exchange, route, path)
         if "{model}" not in provider.paths[path] and body.get("model") != route.model:
             values = {**values, "model": route.model}
         gone: Set[str] = set()
-        if any(route.edits):
+        if isinstance(body, Form):
+            lines = lines.replace("content-type: application/json\r\n", "")
+            dropped -= {"content-type"}
+        elif any(route.edits):
             changed, gone = route.edits.of_passed(body, losses)
             values = {**values, **changed}
         content = body.with_values(values, gone)
@@ -7524,6 +7732,8 @@ class Gateway:
         if query:
             start = "&" if "?" in provider.paths[path] else "?"
             lines = lines.replace(" HTTP/1.1", f"{start}{query} HTTP/1.1", 1)
+        if provider.forward_auth:
+            lines += forwarded_auth(head.headers)
         lines += passing_fields(head, dropped)
         if provider.row.headers:
             lines += default_lines(provider, head.headers)
@@ -7553,7 +7763,7 @@ class Gateway:
         return body
 
     async def open_stream(self, exchange: Exchange, stream: PassedStream | TranslatedStream,
-                          fields: List[Tuple[str, str]]) -> Response:
+                          fields: List[Tuple[str, str]], query: str) -> Response:
         """A stream whose first event is awaited while the status can still be told honestly."""
         try:
             check_event_stream(stream.answer)
@@ -7569,6 +7779,9 @@ class Gateway:
             if isinstance(error, GatewayError):  # nothing was generated
                 exchange.usage, exchange.usage_from = None, "none"
             raise
+        if exchange.dialect.streams_arrays and "alt=sse" not in query:
+            fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
+            return Response(200, fields, stream=ArrayStream(stream))
         return Response(200, fields, stream=stream)
 
     async def pass_error(self, exchange: Exchange, route: Route, answer: Answer) -> Response:
@@ -7601,6 +7814,8 @@ class Gateway:
         if not 400 <= answer.status < 600:
             raise upstream_error(502, f"The provider answered {answer.status}; only 200 is an "
                                       "answer.", "bad_answer")
+        if route.provider.forward_auth:  # it is the client's own key
+            return body
         if (answer.status in (401, 402) or answer.status == 403 and BAD_KEY.search(body)
                 or b"API_KEY_INVALID" in body):
             raise key_refused(answer.status)
@@ -7623,7 +7838,8 @@ class Gateway:
         path = endpoint_of(request.head.path)
         if path in route.provider.paths:
             return await self.pass_through(exchange, request, route, body, path)
-        estimate = path in COUNTS and exchange.dialect.render_estimate(body.tree())
+        estimate = path in COUNTS and isinstance(body, Body) and (
+            exchange.dialect.render_estimate(body.tree()))
         if not estimate:
             raise GatewayError(
                 404, f"The provider of the requested model has no {path}.", "model", "not_found")
@@ -7636,10 +7852,77 @@ class Gateway:
         is_chat = action in (":generateContent", ":streamGenerateContent")
         return await (self.generate if is_chat else self.forward)(exchange, request)
 
+    async def hand_on(self, exchange: Exchange, request: Request) -> Response:
+        """What names no model, to the provider that the path or the config names; the body goes up
+        as it comes, and the answer down."""
+        self.authenticate(exchange, request)
+        head = request.head
+        provider, path = self.router.find_keeper(head.path, self.config.endpoints)
+        exchange.route = route = self.router.route_to(provider.name)
+        query = passing_query(head.query)
+        method = "GET" if head.method == "HEAD" else head.method
+        target = target_of(provider.base_url, path) + (f"?{query}" if query else "")
+        lines, dropped = provider_lines(provider, target, method, "")
+        if provider.forward_auth:
+            lines += forwarded_auth(head.headers)
+        lines += passing_fields(head, dropped - {"content-encoding"})
+        lines += default_lines(provider, head.headers)
+        has_body = head.length != 0
+        if has_body:
+            lines += field_lines([("transfer-encoding", "chunked") if head.length is None else
+                                  ("content-length", str(head.length))])
+
+        async def upload(connection: Connection) -> bool:
+            async def put(piece: bytes) -> bool:
+                exchange.bytes_in += len(piece)
+                connection.transport.write(render_chunk(piece) if head.length is None else piece)
+                await connection.drain()
+                return not (connection.buffer or connection.at_eof)  # an answer before the end
+
+            is_whole = await request.pump(put)
+            if is_whole and head.length is None:
+                connection.transport.write(LAST_CHUNK)
+            return is_whole
+
+        answer = await self.pool.send(
+            provider, route.deadlines, [f"{lines}\r\n".encode("latin-1")], False,
+            self.config.limits.answer, upload if has_body else None)
+        exchange.came, exchange.answered = self.clock(), answer.status < 400
+        if not exchange.answered:
+            return await self.pass_error(exchange, route, answer)
+        if head.method == "HEAD" or answer.framing.done:
+            self.pool.drop(answer.connection)
+            return Response(answer.status, answer_fields(answer))
+        return Response(answer.status, answer_fields(answer),
+                        stream=HandedOn(self, exchange, answer))
+
     async def list_models(self, exchange: Exchange, request: Request) -> Response:
-        models = self.router.aliases(self.authenticate(exchange, request))
-        return Response(
-            200, [JSON_TYPE], dump_json(exchange.dialect.render_models(models)))
+        app = self.authenticate(exchange, request)
+        models = self.router.aliases(app)
+        for provider in self.router.listing():
+            names = [f"{provider.name}/{name}" for name in await self.models_of(provider)]
+            models += [(name, provider.name) for name in names if app.may_use(name)]
+        return Response(200, [JSON_TYPE], dump_json(
+            exchange.dialect.render_models(models, request.head.query)))
+
+    async def models_of(self, provider: Provider) -> List[str]:
+        """By the provider's own list; none where it cannot be asked."""
+        until, names = self._listed.get(provider.name, (float("-inf"), []))
+        if self.clock() < until:
+            return names
+        lines, _ = provider_lines(provider, target_of(provider.base_url, "/models"), "GET", "")
+        head = f"{lines}{default_lines(provider, ())}\r\n".encode("latin-1")
+        try:
+            answer = await self.pool.send(
+                provider, provider.deadlines, [head], False, self.config.limits.answer)
+            told = json_object(await answer.read_all()) if answer.status == 200 else None
+            self.pool.release(answer)
+        except GatewayError:
+            told = None
+        listed = [*list_of_objects(told or {}, "data"), *list_of_objects(told or {}, "models")]
+        names = [text_of(each, "id") or text_of(each, "name").partition("/")[2] for each in listed]
+        self._listed[provider.name] = self.clock() + LIST_SECONDS, names
+        return names
 
     async def show_model(self, exchange: Exchange, request: Request) -> Response:
         app = self.authenticate(exchange, request)
@@ -7776,6 +8059,58 @@ class PassedStream(ProviderStream[Watch]):
         super().close()
 
 
+class HandedOn(Stream):
+    """A body that nobody looks into."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, answer: Answer) -> None:
+        super().__init__(answer)
+        self._gateway = gateway
+        self._exchange = exchange
+        self._answer = answer
+
+    def fail(self, error: GatewayError) -> None:
+        self._exchange.fail(error)
+        self.ended = True
+
+    def close(self) -> None:
+        self._gateway.pool.release(self._answer) if self._answer.framing.done else (
+            self._gateway.pool.drop(self._answer.connection))
+
+
+class ArrayStream(Stream):
+    """The events of a stream as one JSON array, which is closed only after a clean end."""
+
+    def __init__(self, inner: PassedStream | TranslatedStream) -> None:
+        super().__init__(inner.source)
+        self._inner = inner
+        self._before = b"["
+        self.first = self._array(inner.first)
+
+    def _array(self, block: bytes) -> bytes:
+        out = []
+        for raw in split_events(block):
+            data = parse_event(raw).data
+            if data:
+                out.append(self._before + data)
+                self._before = b","
+        self.ended = self._inner.ended
+        if self.ended and not self._inner.failure:
+            out.append(b"]")
+        return b"".join(out)
+
+    def feed(self, piece: bytes) -> bytes:
+        return self._array(self._inner.feed(piece))
+
+    def end(self) -> bytes:
+        return self._array(self._inner.end())
+
+    def fail(self, error: GatewayError) -> bytes:
+        return self._array(self._inner.fail(error))
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 class TranslatedStream(ProviderStream[Parser]):
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
                  parser: Parser, renderer: Renderer) -> None:
@@ -7820,6 +8155,9 @@ class TranslatedStream(ProviderStream[Parser]):
 CONTENT_EVENTS = (TextDelta, ThinkingDelta, ArgumentsDelta)
 Handler = Callable[[Gateway, Exchange, Request], Awaitable[Response]]
 
+ANY_METHOD: Dict[str, Handler] = dict.fromkeys(
+    ("GET", "POST", "PUT", "PATCH", "DELETE"), Gateway.hand_on)
+
 # Every endpoint: its path, its dialect ("": as it is asked), and a handler for each method. A path
 # that ends in "/" stands for all below it.
 ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
@@ -7828,7 +8166,8 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
     "/health/live": ("", {"GET": Gateway.health}),
     "/metrics": ("", {"GET": Gateway.show_metrics}),
     "/v1/chat/completions": ("chat", {"POST": Gateway.generate}),
-    **{f"/v1{path}": ("chat", {"POST": Gateway.forward}) for path in CHAT if path != "chat"},
+    **{f"/v1{path}": ("chat", {"POST": Gateway.forward})
+       for path in (*CHAT, *RESPONSES) if path.startswith("/")},
     "/v1/responses": ("responses", {"POST": Gateway.generate}),
     "/v1/messages": ("messages", {"POST": Gateway.generate}),
     "/v1/messages/count_tokens": ("messages", {"POST": Gateway.forward}),
@@ -7836,17 +8175,49 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
     "/v1/models/": ("", {"GET": Gateway.show_model}),
     "/v1beta/models": ("gemini", {"GET": Gateway.list_models}),
     "/v1beta/models/": ("gemini", {"GET": Gateway.show_model, "POST": Gateway.call_model}),
+    **{f"/v1/{name}{end}": ("chat", ANY_METHOD) for name, end in (
+        ("files", ""), ("files", "/"), ("batches", ""), ("batches", "/"), ("responses", "/"))},
 }
-GENERATIONS = (Gateway.generate, Gateway.forward, Gateway.call_model)
+GENERATIONS = (Gateway.generate, Gateway.forward, Gateway.call_model, Gateway.hand_on)
+PREFIXES = tuple(path for path in ROUTES if path.endswith("/") and path != "/")
+SHARED = ("/v1/files", "/v1/batches")  # all apps' things lie there under one key
+LIST_SECONDS = 300.0  # that a provider's list of models is believed
 COUNTS = frozenset(["/messages/count_tokens", ":countTokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
 def find_route(path: str, method: str) -> Tuple[str, Dict[str, Handler]]:
-    if path.startswith(("/v1/models/", "/v1beta/models/")):
-        version = path.split("/")[1] if method != "POST" else "v1beta"
-        path = f"/{version}/models/"
+    if path not in ROUTES:
+        path = next((prefix for prefix in PREFIXES if path.startswith(prefix)), path)
+    if path == "/v1/models/" and method == "POST":
+        path = "/v1beta/models/"
     return ROUTES.get(path, ("", {}))
+
+
+def plain_head(head: RequestHead, exchange: Exchange) -> RequestHead:
+    """Azure's paths name the model."""
+    found = AZURE_PATH.fullmatch(head.path)
+    if not found:
+        return head
+    exchange.model = found[1]
+    return head._replace(path=f"/v1{found[2]}")
+
+
+def target_of(base_url: str, path: str) -> str:
+    """A target below a provider's address; a version that both name counts once."""
+    base = urllib.parse.urlsplit(base_url).path
+    version = base.rpartition("/")[2]
+    if re.fullmatch(r"v\d+[a-z0-9]*", version) and path.startswith(f"/{version}/"):
+        path = path[len(version) + 1:]
+    return base + urllib.parse.quote(path, safe="/:@!$&'()*+,;=~")
+
+
+def forwarded_auth(headers: Headers) -> str:
+    """The client's own, which must not be a key of ours."""
+    if "x-gateway-key" not in headers or "authorization" not in headers:
+        raise GatewayError(401, "This provider takes the client's own Authorization; send the "
+                                "gateway's key in x-gateway-key.", code="invalid_api_key")
+    return field_lines([("authorization", headers["authorization"])])
 
 
 def endpoint_of(path: str) -> str:
@@ -7859,7 +8230,7 @@ def endpoint_of(path: str) -> str:
 def passing_query(query: str) -> str:
     """Without a key, and without the form of a stream, which is ours to choose."""
     return "&".join(part for part in query.split("&")
-                    if part.partition("=")[0] not in ("key", "alt", ""))
+                    if part.partition("=")[0] not in ("key", "alt", "api-version", ""))
 
 
 def find_handler(head: RequestHead, methods: Mapping[str, Handler]) -> Handler:
@@ -7881,18 +8252,20 @@ def asked_in(headers: Headers, query: str) -> Dialect:
     return spoken[0] if spoken else DIALECTS["chat"]
 
 
-def provider_lines(provider: Provider, wire: str) -> Tuple[str, FrozenSet[str]]:
+def provider_lines(provider: Provider, target: str, method: str = "POST",
+                   content_type: str = "application/json") -> Tuple[str, FrozenSet[str]]:
     """The request line and the fields that are the same in every request to a provider, and the
     names of a client's fields that do not go to it."""
-    url = urllib.parse.urlsplit(provider.base_url + provider.paths[wire])
     name, form = provider.row.auth
-    fields = {"host": url.netloc, "accept-encoding": "identity", "content-type": "application/json"}
-    if provider.api_key:
+    fields = {"host": urllib.parse.urlsplit(provider.base_url).netloc,
+              "accept-encoding": "identity"}
+    if content_type:
+        fields["content-type"] = content_type
+    if provider.api_key and not provider.forward_auth:
         fields[name] = form.format(provider.api_key)
     fields.update(provider.headers)
     lines = field_lines(fields.items())
-    target = f"{url.path}?{url.query}" if url.query else url.path
-    return f"POST {target} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
+    return f"{method} {target} HTTP/1.1\r\n{lines}", REQUEST_ONLY_HERE.union(fields)
 
 
 def default_lines(provider: Provider, sent: Container[str]) -> str:
@@ -8177,13 +8550,11 @@ class ClientRequest:
         self._check_size(length or 0)
         if self._is_read:
             return b""
-        client, server = self._client, self._server
+        client = self._client
         self._is_begun = True
         self._take(length or 0)
         if length is None or length > len(client.buffer):
-            client.expect("body", server.clock(), server.timeouts.body, renews=True)
-            if "100-continue" in headers.get("expect", "").lower():
-                client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._expect_body()
         try:
             body = await (self._read_chunked() if length is None else client.read_exactly(length))
         except EOFError as error:
@@ -8194,24 +8565,68 @@ class ClientRequest:
         return body if coding == "identity" else self._inflate(body, coding)
 
     async def _read_chunked(self) -> bytes:
-        client, framing = self._client, ChunkedFraming()
         pieces: List[bytes] = []
         size = 0
-        while not framing.done:
+
+        async def put(piece: bytes) -> bool:
+            nonlocal size
+            pieces.append(piece)
+            size += len(piece)
+            self._check_size(size)
+            self._take(len(piece))
+            return True
+
+        await self._feed(ChunkedFraming(), put)
+        return b"".join(pieces)
+
+    async def _feed(
+            self, framing: Framing, put: Callable[[bytes], Awaitable[bool]]) -> bool:
+        """Until the body is whole, or `put` returns False."""
+        client = self._client
+        goes_on = True
+        while goes_on and not framing.done:
             data = await client.read()
             if not data:
                 raise ClientLeft
             client.consumed += len(data)
             try:
-                pieces.append(framing.feed(data))
+                piece = framing.feed(data)
             except ValueError as error:
                 raise GatewayError(400, f"The request's body is malformed: {error}.") from error
-            size += len(pieces[-1])
-            self._check_size(size)
-            self._take(len(pieces[-1]))
+            goes_on = await put(piece)
         client.buffer[:0] = framing.rest
         client.consumed -= len(framing.rest)
-        return b"".join(pieces)
+        return framing.done
+
+    async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool:
+        """Hands the body on as it comes, unheld and still coded; returns whether it was whole.
+        Raises GatewayError 400, 408, 413."""
+        client, length, limit = self._client, self.head.length, self._server.limits.upload
+        size = 0
+
+        async def put_counted(piece: bytes) -> bool:
+            nonlocal size
+            size += len(piece)
+            if size > limit:
+                raise GatewayError(413, f"The upload is larger than {limit} bytes.")
+            return await put(piece)
+
+        if (length or 0) > limit:
+            raise GatewayError(413, f"The upload is larger than {limit} bytes.")
+        if self._is_read:
+            return True
+        self._is_begun = True
+        self._expect_body()
+        self._is_read = await self._feed(
+            ChunkedFraming() if length is None else LengthFraming(length), put_counted)
+        client.expect("answer", 0.0, FOREVER)
+        return self._is_read
+
+    def _expect_body(self) -> None:
+        client, server = self._client, self._server
+        client.expect("body", server.clock(), server.timeouts.body, renews=True)
+        if "100-continue" in self.headers.get("expect", "").lower():
+            client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _inflate(self, body: bytes, coding: str) -> bytes:
         inflater = Inflater(coding, self._server.limits.body)
@@ -8431,7 +8846,11 @@ class Server:
                 elif not stream.ended:
                     client.write(framed(stream.end()))
         except GatewayError as error:
-            client.write(framed(stream.fail(error)))
+            last = stream.fail(error)
+            if last is None:  # a cut must not look like an end
+                client.transport.abort()
+            else:
+                client.write(framed(last))
         finally:
             stream.close()
 
