@@ -473,9 +473,8 @@ class ToolResult(Block):
 
 @dataclass
 class Opaque(Block):
-    """What only its own dialect understands."""
+    """What only its issuer understands."""
 
-    dialect: str = ""
     wire: JSON = field(default_factory=dict)
 
 
@@ -1482,6 +1481,8 @@ class RequestWriter:
 
     legal_name = re.compile("[A-Za-z0-9_-]{1,64}")  # of a tool
     legal_id = re.compile("[A-Za-z0-9_-]+")  # of a call
+    issuer = ""  # of the signatures that this wire takes
+    takes_cache = False
     effort_field = "reasoning_effort"  # among the losses
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
@@ -1505,18 +1506,32 @@ class RequestWriter:
         """The same for a call and its result."""
         return id_ if self.legal_id.fullmatch(id_) else f"call_{hashed(id_, 22)}"
 
-    def turns(self) -> Iterator[Turn]:
-        """Checked, the system's first where the model takes none later."""
-        turns, calls = self.chat.turns, []  # type: List[Turn], List[str]
+    def turns(self) -> List[Turn]:
+        """What this wire has words for, checked; the system's first where the model takes none
+        later."""
+        turns, calls, kept = self.chat.turns, [], []  # type: List[Turn], List[str], List[Turn]
         if not self.caps.mid_system:
             turns = canonical(sorted(turns, key=lambda turn: turn.role != "system"))
-        if all(turn.role == "system" for turn in turns):
-            raise GatewayError(400, "'messages' must hold a user message.", "messages")
         for turn in turns:
             check_turn(turn, calls)
             if turn.role != "system":
                 calls = call_ids(turn)
-            yield turn
+            kept.append(Turn(turn.role, list(filter(self._has_words_for, turn.blocks))))
+        if all(turn.role == "system" for turn in turns):
+            raise GatewayError(400, "'messages' must hold a user message.", "messages")
+        return merged(kept)
+
+    def _has_words_for(self, block: Block) -> bool:
+        inner = block.content if isinstance(block, ToolResult) else []
+        if not self.takes_cache and any(each.cache for each in (block, *inner)):
+            self.losses.hint("cache_control")
+        if isinstance(block, Thinking) and not (block.signature and block.issuer == self.issuer):
+            self.losses.hint("thinking")  # it is never told to another vendor
+            return False
+        if isinstance(block, Opaque) and block.issuer != self.issuer:
+            self.losses.hint("content")
+            return False
+        return True
 
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
@@ -1527,6 +1542,8 @@ class RequestWriter:
                                         "does not have.", "tool_choice")
         if choice.mode == "required" and not names:
             raise GatewayError(400, "'tool_choice' needs 'tools'.", "tool_choice")
+        if not self.takes_cache and any(tool.cache for tool in chat.tools):
+            self.losses.hint("cache_control")
         return [tool for tool in chat.tools
                 if choice.allowed is None or tool.name in choice.allowed]
 
@@ -1563,6 +1580,13 @@ class RequestWriter:
         self.losses.drop(self.effort_field)
         above = [level for level in levels if EFFORTS.index(level) > EFFORTS.index(effort)]
         return (above or levels[-1:] or [""])[0]
+
+    def capped_tokens(self) -> int | None:
+        asked, ceiling = self.chat.max_tokens, self.target.max_output_tokens
+        if asked is None or ceiling is None or asked <= ceiling:
+            return asked
+        self.losses.drop("max_tokens")
+        return ceiling
 
     def checked_stops(self) -> List[str]:
         if len(self.chat.stop) > self.caps.max_stops:
@@ -2007,8 +2031,6 @@ class ChatRequest(RequestWriter):
         for block in blocks_of(turn.blocks, ToolResult):
             texts = [part.text for part in blocks_of(block.content, Text)]
             others = [part for part in block.content if not isinstance(part, Text)]
-            if block.cache:
-                self.losses.hint("cache_control")
             if others:
                 pictures.append({"type": "text", "text": f"From the tool call {block.id}:"})
                 pictures += self._parts(others)
@@ -2017,10 +2039,8 @@ class ChatRequest(RequestWriter):
             yield {"role": "tool", "tool_call_id": self.call_id(block.id),
                    "content": "\n".join(texts)}
         said = self._parts(block for block in turn.blocks if not isinstance(
-            block, (ToolResult, ToolCall, Thinking)))
+            block, (ToolResult, ToolCall)))
         calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
-        if blocks_of(turn.blocks, Thinking):
-            self.losses.hint("thinking")
         if turn.role == "system":  # some servers take no list here
             said = [{"type": "text", "text": "\n\n".join(part["text"] for part in said)}]
         if pictures or said or calls:
@@ -2028,14 +2048,8 @@ class ChatRequest(RequestWriter):
                    **without_none(tool_calls=calls)}
 
     def _parts(self, blocks: Iterable[Block]) -> List[JSON]:
-        parts = []
-        for block in blocks:
-            part = self.kinds[type(block)](self, block)
-            if block.cache:
-                self.losses.hint("cache_control")
-            if part is not None:
-                parts.append({"type": part[0], part[0]: part[1]})
-        return parts
+        parts = [self.kinds[type(block)](self, block) for block in blocks]
+        return [{"type": kind, kind: about} for kind, about in parts]
 
     def _text(self, block: Text) -> Tuple[str, object]:
         return "refusal" if block.is_refusal else "text", block.text
@@ -2054,11 +2068,8 @@ class ChatRequest(RequestWriter):
     def _audio(self, block: Audio) -> Tuple[str, object]:
         return "input_audio", {"data": block.data, "format": block.format}
 
-    def _opaque(self, block: Opaque) -> None:
-        self.losses.hint("content")
-
-    kinds: Mapping[type, Callable[[Any, Any], Tuple[str, object] | None]] = {
-        Text: _text, Image: _image, Document: _document, Audio: _audio, Opaque: _opaque}
+    kinds: Mapping[type, Callable[[Any, Any], Tuple[str, object]]] = {
+        Text: _text, Image: _image, Document: _document, Audio: _audio}
 
     def _call(self, call: ToolCall) -> JSON:
         name, id_ = self.tool_name(call.name), self.call_id(call.id)
@@ -2080,8 +2091,6 @@ class ChatRequest(RequestWriter):
             self.wire["parallel_tool_calls"] = chat.parallel
 
     def _tool(self, tool: Tool) -> JSON:
-        if tool.cache:
-            self.losses.hint("cache_control")
         name = self.tool_name(tool.name)
         if tool.is_custom and self.caps.custom_tools:
             grammar = tool.grammar and {"type": "grammar", "grammar": tool.grammar}
@@ -2118,11 +2127,9 @@ class ChatRequest(RequestWriter):
         self.wire["reasoning_effort"] = self.nearest_effort(asked)
 
     def _add_sampling(self) -> None:
-        chat, field_, ceiling = self.chat, self.caps.max_tokens_field, self.target.max_output_tokens
-        if chat.max_tokens is not None:
-            self.wire[field_] = min(chat.max_tokens, ceiling or chat.max_tokens)
-            if self.wire[field_] < chat.max_tokens:
-                self.losses.drop("max_tokens")
+        most = self.capped_tokens()
+        if most is not None:
+            self.wire[self.caps.max_tokens_field] = most
         self.add_openai_sampling(self.wire.get("reasoning_effort"))
 
 
@@ -2732,7 +2739,7 @@ def parse_trace(block: Fields) -> Block:
     if not TRACES.fullmatch(block.need("type")):
         raise block.unsupported("type", "cannot be sent to this model")
     block.skip(*block.wire)
-    return Opaque(dialect="messages", wire={
+    return Opaque(issuer="anthropic", wire={
         key: value for key, value in block.wire.items() if key != "cache_control"})
 
 
@@ -2851,6 +2858,7 @@ def render_source(block: Image | Document) -> JSON:
 
 class MessagesRequest(RequestWriter):
     legal_name = re.compile("[A-Za-z0-9_-]{1,128}")
+    issuer, takes_cache = "anthropic", True
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(chat, target, losses)
@@ -2880,11 +2888,7 @@ class MessagesRequest(RequestWriter):
         return wire
 
     def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
-        return [wire for wire in map(self.block, blocks) if wire]
-
-    def block(self, block: Block) -> JSON | None:
-        wire = self.kinds[type(block)](self, block)
-        return self.marked(wire, block.cache) if wire else None
+        return [self.marked(self.kinds[type(block)](self, block), block.cache) for block in blocks]
 
     def marked(self, wire: JSON, cache: JSON | None) -> JSON:
         if not cache or wire.get("type") in ("thinking", "redacted_thinking"):
@@ -2917,11 +2921,8 @@ class MessagesRequest(RequestWriter):
     def _audio(self, block: Audio) -> JSON:
         raise unsupported("input_audio", "This model does not take audio.")
 
-    def _thinking(self, block: Thinking) -> JSON | None:
-        if is_signed(block):
-            return render_thinking_blocks([block])[0]
-        self.losses.hint("thinking_blocks")
-        return None
+    def _thinking(self, block: Thinking) -> JSON:
+        return render_thinking_block(block)
 
     def _call(self, block: ToolCall) -> JSON:
         return {"type": "tool_use", "id": self.call_id(block.id),
@@ -2932,13 +2933,10 @@ class MessagesRequest(RequestWriter):
                 "content": plain_content(self.blocks(block.content)) or "",
                 **({"is_error": True} if block.is_error else {})}
 
-    def _opaque(self, block: Opaque) -> JSON | None:
-        if block.dialect == "messages":
-            return block.wire
-        self.losses.hint("content")
-        return None
+    def _opaque(self, block: Opaque) -> JSON:
+        return block.wire
 
-    kinds: Mapping[type, Callable[[Any, Any], JSON | None]] = {
+    kinds: Mapping[type, Callable[[Any, Any], JSON]] = {
         Text: _text, Image: _image, Document: _document, Audio: _audio, Thinking: _thinking,
         ToolCall: _call, ToolResult: _result, Opaque: _opaque}
 
@@ -3730,6 +3728,7 @@ def parse_responses_format(text: Fields) -> Format | None:
 
 class ResponsesRequest(RequestWriter):
     legal_id = re.compile(".{1,64}", re.DOTALL)
+    issuer = "openai"
     effort_field = "reasoning.effort"
 
     def render(self) -> JSON:
@@ -3741,9 +3740,9 @@ class ResponsesRequest(RequestWriter):
             self.losses.drop("stop")
         if chat.logprobs is not None:
             raise unsupported("logprobs")
-        if chat.max_tokens is not None:
-            wire["max_output_tokens"] = max(16, min(
-                chat.max_tokens, self.target.max_output_tokens or chat.max_tokens))
+        most = self.capped_tokens()
+        if most is not None:
+            wire["max_output_tokens"] = max(16, most)
         self.add_openai_sampling(part_of(wire, "reasoning").get("effort"))
         options = {name: value for name, value in chat.options.items() if name in SAID_IN_RESPONSES}
         text = without_none(
@@ -3769,8 +3768,8 @@ class ResponsesRequest(RequestWriter):
                 item = self._item(block, turn.role, custom)
                 if item is not None:
                     items.append(item)
-                elif not isinstance(block, (Thinking, Opaque)):
-                    parts += self._parts([block])
+                else:
+                    parts.append(self._part(block))
             if parts:
                 role = {"system": "developer"}.get(turn.role, turn.role)
                 items.append({"role": role, "content": parts})
@@ -3789,30 +3788,19 @@ class ResponsesRequest(RequestWriter):
                     "output": self._output(block)}
         if isinstance(block, Thinking):
             id_, _, encrypted = block.signature.partition(":")
-            if block.issuer == "openai" and encrypted:
-                summary = [{"type": "summary_text", "text": block.text}] if block.text else []
-                return {"type": "reasoning", "id": id_, "summary": summary,
-                        "encrypted_content": encrypted}
-            self.losses.hint("thinking")
-        elif isinstance(block, Opaque):
-            self.losses.hint("content")
-        elif isinstance(block, Text) and role == "assistant":
+            summary = [{"type": "summary_text", "text": block.text}] if block.text else []
+            return {"type": "reasoning", "id": id_, "summary": summary,
+                    "encrypted_content": encrypted}
+        if isinstance(block, Text) and role == "assistant":
             return {"role": "assistant", "content": block.text}
         return None
 
     def _output(self, block: ToolResult) -> Any:
         content: List[Block] = [Text(text="Error:")] * block.is_error + block.content
-        parts = self._parts(content)
-        if block.cache:
-            self.losses.hint("cache_control")
+        parts = list(map(self._part, content))
         if all(part["type"] == "input_text" for part in parts):
             return "\n".join(part["text"] for part in parts)
         return parts
-
-    def _parts(self, blocks: List[Block]) -> List[JSON]:
-        if any(block.cache for block in blocks):
-            self.losses.hint("cache_control")
-        return [self._part(block) for block in blocks]
 
     def _part(self, block: Block) -> JSON:
         if isinstance(block, Text):
@@ -3855,8 +3843,6 @@ class ResponsesRequest(RequestWriter):
     def _tool(self, tool: Tool) -> JSON:
         wire = {"type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(tool.name),
                 **without_none(description=tool.description)}
-        if tool.cache:
-            self.losses.hint("cache_control")
         if tool.is_custom:
             grammar = tool.grammar and {"type": "grammar", **tool.grammar}
             return {**wire, **without_none(format=grammar)}
@@ -4557,6 +4543,7 @@ class GeminiRequest(RequestWriter):
     hold media, and penalties are refused."""
 
     legal_name = re.compile("[A-Za-z_][A-Za-z0-9_.:-]{0,127}")
+    issuer = "gemini"
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(chat, target, losses)
@@ -4576,7 +4563,7 @@ class GeminiRequest(RequestWriter):
         return self.wire
 
     def _add_contents(self) -> None:
-        turns, names = list(self.turns()), {}  # type: List[Turn], Dict[str, str]
+        turns, names = self.turns(), {}  # type: List[Turn], Dict[str, str]
         asked = max([i for i, turn in enumerate(turns) if turn.role == "user" and not all(
             isinstance(block, ToolResult) for block in turn.blocks)], default=-1)
         contents, system = [], []
@@ -4597,26 +4584,18 @@ class GeminiRequest(RequestWriter):
         self.wire["contents"] = contents
 
     def _part(self, block: Block) -> List[JSON]:
-        if block.cache:
-            self.losses.hint("cache_control")
         if isinstance(block, Text):
             return [{"text": block.text}]
         if isinstance(block, Thinking):
-            if block.issuer == "gemini" and block.signature:
-                return [{"text": block.text, "thoughtSignature": block.signature,
-                         **({"thought": True} if block.text else {})}]
-            self.losses.hint("thinking")
-        elif isinstance(block, ToolCall):
+            return [{"text": block.text, "thoughtSignature": block.signature,
+                     **({"thought": True} if block.text else {})}]
+        if isinstance(block, ToolCall):
             call: JSON = {"name": self.tool_name(block.name), "args": call_arguments(block)}
             if self.is_new:
                 call["id"] = block.id
             signature = block.signature if block.issuer == "gemini" else ""
             return [{"functionCall": call, **without_none(thoughtSignature=signature)}]
-        elif isinstance(block, Opaque):
-            self.losses.hint("content")
-        elif not isinstance(block, ToolResult):
-            return [render_gemini_media(block)]
-        return []
+        return [] if isinstance(block, ToolResult) else [render_gemini_media(block)]
 
     def _result(self, block: ToolResult, name: str) -> List[JSON]:
         text = "\n".join(part.text for part in blocks_of(block.content, Text))
@@ -4626,8 +4605,6 @@ class GeminiRequest(RequestWriter):
                        "response": {"error" if block.is_error else "output": text}}
         if self.is_new:
             about.update(id=block.id, **without_none(parts=media))
-        if block.cache:
-            self.losses.hint("cache_control")
         return [{"functionResponse": about}, *([] if self.is_new else media)]
 
     def _add_tools(self) -> None:
@@ -4648,8 +4625,6 @@ class GeminiRequest(RequestWriter):
 
     def _tool(self, tool: Tool) -> JSON:
         description, schema = self.as_function(tool)
-        if tool.cache:
-            self.losses.hint("cache_control")
         if tool.strict:
             self.losses.drop("strict")
         has_any = bool(schema.get("properties")) or len(schema) > 2
@@ -4660,9 +4635,9 @@ class GeminiRequest(RequestWriter):
     def _add_config(self) -> None:
         chat, config = self.chat, self.config
         tier = GEMINI_TIERS.get(chat.options.get("service_tier", ""))
-        if chat.max_tokens is not None:
-            config["maxOutputTokens"] = min(
-                chat.max_tokens, self.target.max_output_tokens or chat.max_tokens)
+        most = self.capped_tokens()
+        if most is not None:
+            config["maxOutputTokens"] = most
         for key, name in (("temperature", "temperature"), ("topP", "top_p"), ("topK", "top_k")):
             if getattr(chat, name) is not None:
                 config[key] = getattr(chat, name)
@@ -5030,14 +5005,14 @@ CHAT = {"chat": "/chat/completions", **{path: path for path in (
     "/completions", "/embeddings", "/moderations", "/rerank", "/images/generations",
     "/images/edits", "/images/variations", "/audio/speech", "/audio/transcriptions",
     "/audio/translations")}}
-AZURE = {name: f"/openai/deployments/{{model}}{path}?api-version=2024-10-21"
+AZURE_CHAT = {name: f"/openai/deployments/{{model}}{path}?api-version=2024-10-21"
          for name, path in CHAT.items()}
 MESSAGES = {"messages": "/messages", "/messages/count_tokens": "/messages/count_tokens"}
 GEMINI = {"gemini": "/models/{model}:generateContent",
           "gemini stream": "/models/{model}:streamGenerateContent?alt=sse",
           **{name: f"/models/{{model}}{name}" for name in (
               ":countTokens", ":embedContent", ":batchEmbedContents")}}
-AZURE_PATH = re.compile("/openai/deployments/([^/]+)(/.+)")  # as Azure's clients ask
+AZURE = "/openai/deployments/"  # so do Azure's clients ask, with the model's name behind it
 # The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
 
@@ -5058,7 +5033,7 @@ OLD_FIELD = (("max_completion_tokens", "max_tokens"),)
 KINDS: Dict[str, Kind] = {
     "openai": Kind("https://api.openai.com/v1", "/v1", {**RESPONSES, **CHAT}, BEARER,
                    caps=OPENAI_CAPS, keeps=("/files", "/batches", "/responses")),
-    "azure": Kind(None, "", AZURE, ("api-key", "{}"), caps=OPENAI_CAPS),
+    "azure": Kind(None, "", AZURE_CHAT, ("api-key", "{}"), caps=OPENAI_CAPS),
     "openai-compatible": LOCAL,
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
                       headers=(ANTHROPIC_VERSION,),
@@ -5419,7 +5394,7 @@ class Provider(Tuning):
 
     @functools.cached_property
     def paths(self) -> Mapping[str, str]:
-        return {**self.row.paths, **(RESPONSES if self.responses else {})}
+        return {**self.row.paths, **RESPONSES} if self.responses else self.row.paths
 
     @property
     def is_on(self) -> bool:
@@ -7498,6 +7473,7 @@ class Exchange(Record):
     dialect = DIALECTS["chat"]  # the client's
     route: Route | None = None
     is_generation = False
+    is_shared = False  # it shows what all apps left under one key of the provider's
     error = ""
     upstream_id = ""
     model = ""  # as the client names it
@@ -7554,12 +7530,16 @@ class Gateway:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
         try:
-            request.head = head = plain_head(request.head, exchange)
+            head = request.head
             name, methods = find_route(head.path, head.method)
-            if not methods and self.router.is_provider(head.path[1:].partition("/")[0]):
+            if not methods and head.path.startswith(AZURE):
+                head = request.head = plain_head(head, exchange)
+                name, methods = find_route(head.path, head.method)
+            elif not methods and self.router.is_provider(head.path[1:].partition("/")[0]):
                 methods = ANY_METHOD
             exchange.dialect = DIALECTS[name] if name else asked_in(request.headers, head.query)
             handler = find_handler(head, methods)
+            exchange.is_shared = methods is ANY_METHOD and not head.path.startswith("/v1/resp")
             exchange.is_generation = handler in GENERATIONS
             if exchange.is_generation:
                 self.metrics.in_flight.add((), 1)
@@ -7627,7 +7607,7 @@ class Gateway:
             hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
                            and "stream_options" not in route.provider.row.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
-            if any(mark in body.body for mark in MARKS):
+            if any(map(body.body.__contains__, MARKS)):
                 values = {**values, dialect.history: without_marks(body.get(dialect.history))}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.count_losses(losses, route)
@@ -7697,8 +7677,7 @@ class Gateway:
         app = self.keyring.authenticate(
             request.headers, self.log.wall_clock(), request.head.query)
         exchange.app = app.name
-        path = request.head.path
-        app.check_may_call(path, path.startswith(SHARED) or find_route(path, "GET")[1] == {})
+        app.check_may_call(request.head.path, exchange.is_shared)
         return app
 
     def count_losses(self, losses: Losses, route: Route) -> None:
@@ -7708,10 +7687,12 @@ class Gateway:
     def request_lines(
             self, exchange: Exchange, route: Route, path: str) -> Tuple[str, FrozenSet[str]]:
         """Where streams have a path of their own, it is named so."""
-        key = route.provider.name, f"{path} stream" if exchange.is_stream else path
-        lines, dropped = self._lines.get(key) or self._lines[key[0], path]
-        name = urllib.parse.quote(route.model, safe="/:@")
-        return lines.replace("{model}", name, 1) if "{model}" in lines else lines, dropped
+        lines, dropped = self._lines[route.provider.name, path]
+        if "{model}" not in lines:
+            return lines, dropped
+        if exchange.is_stream:
+            lines, _ = self._lines.get((route.provider.name, f"{path} stream"), (lines, dropped))
+        return lines.replace("{model}", urllib.parse.quote(route.model, safe="/:@"), 1), dropped
 
     def render_passed(self, exchange: Exchange, request: Request, route: Route,
                       body: Body | Form, path: str, values: JSON, losses: Losses) -> List[bytes]:
@@ -7728,7 +7709,7 @@ class Gateway:
             changed, gone = route.edits.of_passed(body, losses)
             values = {**values, **changed}
         content = body.with_values(values, gone)
-        query = passing_query(head.query)
+        query = head.query and passing_query(head.query)
         if query:
             start = "&" if "?" in provider.paths[path] else "?"
             lines = lines.replace(" HTTP/1.1", f"{start}{query} HTTP/1.1", 1)
@@ -8180,15 +8161,15 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
 }
 GENERATIONS = (Gateway.generate, Gateway.forward, Gateway.call_model, Gateway.hand_on)
 PREFIXES = tuple(path for path in ROUTES if path.endswith("/") and path != "/")
-SHARED = ("/v1/files", "/v1/batches")  # all apps' things lie there under one key
 LIST_SECONDS = 300.0  # that a provider's list of models is believed
 COUNTS = frozenset(["/messages/count_tokens", ":countTokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
 def find_route(path: str, method: str) -> Tuple[str, Dict[str, Handler]]:
-    if path not in ROUTES:
-        path = next((prefix for prefix in PREFIXES if path.startswith(prefix)), path)
+    if path in ROUTES:
+        return ROUTES[path]
+    path = next((prefix for prefix in PREFIXES if path.startswith(prefix)), path)
     if path == "/v1/models/" and method == "POST":
         path = "/v1beta/models/"
     return ROUTES.get(path, ("", {}))
@@ -8196,11 +8177,8 @@ def find_route(path: str, method: str) -> Tuple[str, Dict[str, Handler]]:
 
 def plain_head(head: RequestHead, exchange: Exchange) -> RequestHead:
     """Azure's paths name the model."""
-    found = AZURE_PATH.fullmatch(head.path)
-    if not found:
-        return head
-    exchange.model = found[1]
-    return head._replace(path=f"/v1{found[2]}")
+    exchange.model, _, path = head.path[len(AZURE):].partition("/")
+    return head._replace(path=f"/v1/{path}")
 
 
 def target_of(base_url: str, path: str) -> str:

@@ -2624,7 +2624,7 @@ CASES: list[tuple[str, JSON, Any, str]] = [
             {"type": "thinking", "thinking": "Hm", "signature": "gw1.x"},
             {"type": "thinking", "thinking": "Hm", "signature": ""}]}, user("?")]},
      {"messages": [user("Hi"), {"role": "assistant", "content": "T"}, user("?")]},
-     "(thinking_blocks)"),
+     "(thinking)"),
     ("1.7 reasoning_content alone", {"messages": [user("Hi"), {
         "role": "assistant", "content": "T", "reasoning_content": "Hm"}, user("?")]},
      {"messages": [user("Hi"), {"role": "assistant", "content": "T"}, user("?")]},
