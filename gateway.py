@@ -447,10 +447,12 @@ class Audio(Block):
 
 @dataclass
 class Thinking(Block):
-    """What its issuer keeps closed (`is_redacted`) is all signature."""
+    """What its issuer keeps closed (`is_redacted`) is all signature. `before` is the call that
+    followed it, where a wire cannot say so by its order."""
 
     text: str = ""
     is_redacted: bool = False
+    before: str = field(default="", compare=False)
 
 
 @dataclass
@@ -699,6 +701,7 @@ class ThinkingDelta(NamedTuple):
 
 class SignatureDelta(NamedTuple):
     signature: str  # whole: it replaces
+    issuer: str
 
 
 class ArgumentsDelta(NamedTuple):
@@ -740,7 +743,7 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
             except GatewayError:
                 pass  # arguments that were cut off; of others the parser told
         elif isinstance(event, SignatureDelta):
-            reply.blocks[-1].signature = event.signature
+            reply.blocks[-1].signature, reply.blocks[-1].issuer = event
         elif isinstance(event, CitationDelta):
             cited = reply.blocks[event.block]
             if isinstance(cited, Text):
@@ -762,7 +765,8 @@ def events_of(reply: Reply) -> Iterator[StreamEvent]:
             yield from (CitationDelta(i, citation) for citation in block.citations)
         elif isinstance(block, Thinking):
             yield ThinkingDelta(block.text)
-            yield SignatureDelta(block.signature)
+            if block.signature:
+                yield SignatureDelta(block.signature, block.issuer)
         elif isinstance(block, ToolCall):
             yield ArgumentsDelta(block.input if block.is_custom else encode_json(block.arguments))
         yield BlockStop()
@@ -1041,10 +1045,10 @@ def seal(block: Block, native: str, keeps_text: bool = False) -> str:
     """A signature as the `native` issuer's dialect carries it."""
     if block.issuer == native or not block.signature:
         return block.signature
-    is_redacted = isinstance(block, Thinking) and block.is_redacted
-    text = block.text if isinstance(block, Thinking) and keeps_text else ""
-    packed = encode_json([block.issuer, block.signature, is_redacted, text])
-    return ENVELOPE + base64.urlsafe_b64encode(utf8(packed)).decode()
+    packed = [block.issuer, block.signature]
+    if isinstance(block, Thinking):
+        packed += [block.text if keeps_text else "", block.before, "closed" * block.is_redacted]
+    return ENVELOPE + base64.urlsafe_b64encode(dump_json(packed)).decode()
 
 
 def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
@@ -1054,9 +1058,9 @@ def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
         return thinking
     try:
         packed = DECODER.decode(base64.urlsafe_b64decode(signature[len(ENVELOPE):]).decode())
-        issuer, proof, is_redacted, text = packed
-        thinking.issuer, thinking.signature = f"{issuer}", f"{proof}"
-        thinking.is_redacted, thinking.text = is_redacted is True, f"{text}" or thinking.text
+        issuer, proof, text, thinking.before, closed = map(str, packed)
+        thinking.issuer, thinking.signature = issuer, proof
+        thinking.is_redacted, thinking.text = closed != "", text or thinking.text
     except (ValueError, TypeError, RecursionError):
         pass
     return thinking
@@ -1134,6 +1138,10 @@ class Watch:
             self.failure = cut_stream()
         return b""
 
+    def fail(self, error: GatewayError) -> bytes:
+        """What tells of it in the place where the stream is; b"" where that makes no difference."""
+        return b""
+
     @property
     def content_bytes(self) -> int:
         """An estimate: all bytes, less for each event what the first with content held around it.
@@ -1150,6 +1158,7 @@ class MarkedWatch(Watch):
     what may be an error."""
 
     content_mark = b""
+    noise = b""  # marks events that repeat content
     marks: Tuple[bytes, ...] = ()
 
     def __init__(self, dialect: Dialect) -> None:
@@ -1178,6 +1187,11 @@ class MarkedWatch(Watch):
             self._first = self._first or block[start:end]
             self._bytes += len(block) - start
             self._events += block.count(self.content_mark, at)
+            at = block.find(self.noise, start) if self.noise else -1
+            while at >= 0:
+                start, end = event_span(block, at)
+                self._bytes -= end - start
+                at = block.find(self.noise, end)
 
     def envelope(self, event: bytes) -> int:
         return len(event) - len(dump_json(self.said_in(parse_chunk(event)))) + 2
@@ -1752,6 +1766,9 @@ class ChatCompletions(Dialect):
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         texts, calls = blocks_of(reply.blocks, Text), blocks_of(reply.blocks, ToolCall)
         thinking = blocks_of(reply.blocks, Thinking)
+        for block, after in zip(reply.blocks, reply.blocks[1:]):
+            if isinstance(block, Thinking) and isinstance(after, ToolCall):
+                block.before = after.id
         said = [text for text in texts if not text.is_refusal]
         ends = [0, *itertools.accumulate(len(text.text) for text in said)]
         content = "".join(text.text for text in said)
@@ -1915,7 +1932,18 @@ def parse_chat_assistant(message: Fields, content: List[Block], function_ids: Di
         call = parse_function(message.child("function_call"))
         call.id = function_ids[call.name] = f"call_{call.name}_{len(function_ids)}"
         blocks.append(call)
-    return blocks
+    return in_place(blocks)
+
+
+def in_place(blocks: List[Block]) -> List[Block]:
+    """Each thought before the call that followed it."""
+    thoughts: Dict[str, List[Block]] = {}
+    for thought in blocks_of(blocks, Thinking):
+        thoughts.setdefault(thought.before, []).append(thought)
+    known = {call.id for call in blocks_of(blocks, ToolCall)}
+    return [each for block in blocks for each in (
+        [*thoughts.get(block.id, []), block] if isinstance(block, ToolCall) else
+        [] if isinstance(block, Thinking) and block.before in known else [block])]
 
 
 def parse_thinking(block: Fields) -> Thinking:
@@ -2006,7 +2034,7 @@ class ChatRequest(RequestWriter):
     legal_id = re.compile(".{1,40}", re.DOTALL)
 
     def render(self) -> JSON:
-        chat, wire = self.chat, self.wire
+        chat, wire, caps = self.chat, self.wire, self.caps
         wire["messages"] = [message for turn in self.turns() for message in self._messages(turn)]
         self._add_tools()
         self._add_effort()
@@ -2020,6 +2048,8 @@ class ChatRequest(RequestWriter):
             self.losses.drop("web_search")
         if chat.logprobs is not None:
             wire.update(logprobs=True, top_logprobs=chat.logprobs)
+        if not caps.custom_tools and chat.options.pop("verbosity", None) not in (None, "medium"):
+            self.losses.drop("verbosity")
         wire.update(chat.options)
         if chat.stream:
             wire.update(stream=True, stream_options={"include_usage": True})
@@ -2345,6 +2375,7 @@ class ChatRenderer(Renderer):
         self._citations: List[CitationDelta] = []
         self._calls = 0
         self._thinking: List[Thinking] = []
+        self._is_thinking = False  # or was, just before
         self._thought: List[str] = []
 
     def _chunk(self, delta: JSON, finish: str | None = None) -> bytes:
@@ -2361,7 +2392,11 @@ class ChatRenderer(Renderer):
         block = self._open = event.block
         self._said = 0
         if isinstance(block, ToolCall):
+            if self._is_thinking:
+                self._thinking[-1].before = block.id
+            self._is_thinking = False
             return self._call_start(block)
+        self._is_thinking = isinstance(block, Thinking)
         key = "refusal" if isinstance(block, Text) and block.is_refusal else "content"
         if isinstance(block, Thinking):
             key = "reasoning_content"
@@ -2392,7 +2427,7 @@ class ChatRenderer(Renderer):
                      **extra_content(call))
 
     def _signature(self, event: SignatureDelta) -> bytes:
-        self._thinking[-1].signature = event.signature
+        self._thinking[-1].signature, self._thinking[-1].issuer = event
         return b""
 
     def _citation(self, event: CitationDelta) -> bytes:
@@ -3294,7 +3329,8 @@ class MessagesParser(Parser):
             cited = CitationDelta(self._block_count - 1, parse_citation(about))
             return [cited] if isinstance(block, Text) else []
         if kind == "signature_delta":
-            return [SignatureDelta(text)] if text and isinstance(block, Thinking) else []
+            is_signature = text and isinstance(block, Thinking)
+            return [SignatureDelta(text, "anthropic")] if is_signature else []
         if kind == "input_json_delta" and text:
             self._input = {}
         return self.say(text)
@@ -3419,7 +3455,7 @@ class MessagesRenderer(Renderer):
             usage=render_messages_usage(event.usage)) + self._event("message_stop")
 
     def _signature(self, event: SignatureDelta) -> bytes:
-        signed = Block(None, event.signature, self._open.issuer)
+        signed = Block(None, *event)
         opened = b"" if self._is_open else self._open_block(self._open)
         return opened + self._delta("signature_delta", signature=seal(signed, "anthropic"))
 
@@ -3509,9 +3545,7 @@ class Responses(Dialect):
         return self.render_stream_error(error, "")
 
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
-        renderer = ResponsesRenderer(Chat("", []), 0)
-        renderer.response["id"] = own_id("resp_", request_id)
-        return renderer.fail(error)
+        return render_failure(error, request_id, 0)
 
     def suits(self, chat: Chat, caps: Caps) -> bool:
         """Models that reason; what it cannot say goes by Chat Completions."""
@@ -3572,7 +3606,7 @@ def parse_items(root: Fields, chat: Chat, losses: Losses) -> Iterator[Turn]:
         yield Turn("user", [Text(text=items)])
         return
     for item in root.children("input"):
-        kind = item.get("type") or "message"
+        kind = item.get("type") or ("message" if "role" in item.wire else "item_reference")
         item.skip("id", "status")
         item.hint(losses, ["phase"])
         if kind == "message":
@@ -3824,7 +3858,7 @@ class ResponsesRequest(RequestWriter):
         if chat.web_search is not None:
             place = part_of(part_of(chat.web_search, "user_location"), "approximate")
             tools.append({"type": "web_search", **without_none(
-                user_location=place and {"type": "approximate", **place})})
+                user_location={"type": "approximate", **place} if place else None)})
         if not tools:
             return
         self.wire["tools"] = tools
@@ -3954,8 +3988,7 @@ class ResponsesParser(Parser):
             events += [] if is_told else self.say("\n\n".join(texts))
             encrypted = text_of(item, "encrypted_content")
             if encrypted:
-                self._open.issuer = "openai"
-                events.append(SignatureDelta(f"{text_of(item, 'id')}:{encrypted}"))
+                events.append(SignatureDelta(f"{text_of(item, 'id')}:{encrypted}", "openai"))
         elif isinstance(self._open, ToolCall) and not is_told:
             events += self.say(text_of(item, "arguments") or text_of(item, "input"))
         return [*events, *self.close()]
@@ -3994,7 +4027,7 @@ class ResponsesRenderer(Renderer):
     def __init__(self, chat: Chat, created: int) -> None:
         super().__init__()
         self._chat = chat
-        self._sequence = 0
+        self.sequence = 0
         self._output: List[JSON] = []
         self._pieces: List[str] = []
         self._cited: List[JSON] = []
@@ -4006,8 +4039,8 @@ class ResponsesRenderer(Renderer):
 
     def _event(self, name: str, /, **data: object) -> bytes:
         kind = f"response.{name}"
-        self._sequence += 1
-        return sse(dump_json({"type": kind, **data, "sequence_number": self._sequence - 1}), kind)
+        self.sequence += 1
+        return sse(dump_json({"type": kind, **data, "sequence_number": self.sequence - 1}), kind)
 
     def _start(self, event: Start) -> bytes:
         self.response["id"] = own_id("resp_", event.id)
@@ -4035,9 +4068,9 @@ class ResponsesRenderer(Renderer):
 
         def say(text: str) -> bytes:
             self._pieces.append(text)
-            self._sequence += 1
+            self.sequence += 1
             return utf8(f"event: response.{name}.delta\ndata: {head},\"delta\":"
-                        f"{encode_string(text)}{tail},\"sequence_number\":{self._sequence - 1}}}"
+                        f"{encode_string(text)}{tail},\"sequence_number\":{self.sequence - 1}}}"
                         "\n\n")
 
         self._say = say
@@ -4098,7 +4131,7 @@ class ResponsesRenderer(Renderer):
                 "arguments": encode_json(call.arguments)}
 
     def _signature(self, event: SignatureDelta) -> bytes:
-        self._open.signature = event.signature
+        self._open.signature, self._open.issuer = event
         return b""
 
     def _citation(self, event: CitationDelta) -> bytes:
@@ -4122,8 +4155,6 @@ class ResponsesRenderer(Renderer):
         part, key = self._part(block, said), GRAMMAR_KEYS.get(name, "text")
         if said or not isinstance(block, Thinking):
             more: JSON = {"logprobs": []} if name == "output_text" else {}
-            if name == "function_call_arguments":
-                more = {"name": block.name} if isinstance(block, ToolCall) else {}
             out += self._event(f"{name}.done", **self._place, **{key: said}, **more)
         if isinstance(block, Thinking) and said:
             out += self._event("reasoning_summary_part.done", **self._place, part=part)
@@ -4180,11 +4211,31 @@ def render_responses_usage(usage: Usage) -> JSON:
             "output_tokens_details": {"reasoning_tokens": usage.reasoning}}
 
 
+RESPONSE_ID = re.compile(rb'"id": ?"(resp_[!#-~]{1,200})"')
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?([0-9]{1,15})')
+
+
+def render_failure(error: GatewayError, id_: str, sequence: int) -> bytes:
+    renderer = ResponsesRenderer(Chat("", []), 0)
+    renderer.response["id"], renderer.sequence = own_id("resp_", id_), sequence
+    return renderer.fail(error)
+
+
 class ResponsesWatch(MarkedWatch):
     """Only its last event tells the usage."""
 
-    content_mark = b'.delta"'
+    content_mark, noise = b'.delta"', b'.done"'
     marks = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
+
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__(dialect)
+        self._id, self._last = "", b""
+        self._error: GatewayError | None = None  # after which the response itself fails
+
+    def feed(self, block: bytes) -> bytes:
+        found = None if self._id else RESPONSE_ID.search(block)
+        self._id, self._last = found[1].decode() if found else self._id, block
+        return super().feed(block)
 
     def look_at(self, wire: JSON) -> None:
         kind, about = text_of(wire, "type"), part_of(wire, "response")
@@ -4193,7 +4244,17 @@ class ResponsesWatch(MarkedWatch):
             self.usage = self._dialect.parse_usage(about.get("usage"))
         elif kind in ("response.failed", "error"):
             told = about.get("error") or wire.get("error") or wire
-            self.failure = self._dialect.parse_error(told, 200)
+            self._error = self._dialect.parse_error(told, 200)
+            self.failure = self._error if kind == "response.failed" else None
+
+    def end(self) -> bytes:
+        self.failure = self.failure or self._error
+        return super().end()
+
+    def fail(self, error: GatewayError) -> bytes:
+        """In the sequence of the events that passed."""
+        told = SEQUENCE_NUMBER.findall(self._last)
+        return render_failure(error, self._id, int(told[-1]) + 1 if told else 0)
 
     def said_in(self, wire: JSON) -> str:
         return text_of(wire, "delta")
@@ -4795,9 +4856,7 @@ class GeminiParser(Parser):
         if signature and "text" in part:
             if not isinstance(self._open, Thinking):
                 events += self.open(Thinking())
-            thinking = cast(Thinking, self._open)
-            thinking.issuer = "gemini"
-            events += [SignatureDelta(signature), *self.close()]
+            events += [SignatureDelta(signature, "gemini"), *self.close()]
         return events
 
     def _read_call(self, about: JSON, signature: str) -> Events:
@@ -4911,7 +4970,7 @@ class GeminiRenderer(Renderer):
         return b""
 
     def _signature(self, event: SignatureDelta) -> bytes:
-        self._open.signature = event.signature
+        self._open.signature, self._open.issuer = event
         return b""
 
     def _citation(self, event: CitationDelta) -> bytes:
@@ -7979,7 +8038,11 @@ class ProviderStream(Stream, Generic[Tally]):
 
     def fail(self, error: GatewayError) -> bytes:
         self.note_failure(error)
-        return self._exchange.dialect.render_stream_error(error, self._exchange.id)
+        dialect = self._exchange.dialect
+        return self.tell(error) or dialect.render_stream_error(error, self._exchange.id)
+
+    def tell(self, error: GatewayError) -> bytes:
+        raise NotImplementedError
 
     def note_failure(self, error: GatewayError) -> None:
         error.message = mask_text(error.message, self._route.provider)
@@ -8034,6 +8097,9 @@ class PassedStream(ProviderStream[Watch]):
                 out += self.fail(self._tally.failure)
             self.ended = True
         return out
+
+    def tell(self, error: GatewayError) -> bytes:
+        return self._tally.fail(error)
 
     def close(self) -> None:
         self._cutter.rest()
@@ -8107,9 +8173,8 @@ class TranslatedStream(ProviderStream[Parser]):
         out = self._translate(self._tally.feed, self._decoder.end())
         return out if self.ended else out + self._translate(lambda end: self._tally.end(), [None])
 
-    def fail(self, error: GatewayError) -> bytes:
-        said = super().fail(error)
-        return self._renderer.fail(error) or said
+    def tell(self, error: GatewayError) -> bytes:
+        return self._renderer.fail(error)
 
     def _translate(self, read: Callable[[Any], Events], events: Sequence[Event | None]) -> bytes:
         out: List[bytes] = []

@@ -2246,7 +2246,7 @@ def spell(reply: Reply, rng: random.Random) -> Iterator[StreamEvent]:
             yield BlockStart(block if block.is_redacted else Thinking(issuer=block.issuer))
             yield from map(ThinkingDelta, pieces(rng, block.text) if block.text else [])
             if block.signature and not block.is_redacted:
-                yield SignatureDelta(block.signature)
+                yield SignatureDelta(block.signature, block.issuer)
         elif isinstance(block, ToolCall):
             yield BlockStart(dataclasses.replace(block, arguments={}, input=""))
             said = block.input if block.is_custom else json.dumps(block.arguments)
