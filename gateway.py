@@ -416,6 +416,7 @@ class Text(Block):
     text: str = ""
     is_refusal: bool = False
     citations: List[JSON] = field(default_factory=list)  # {"url", "title"}
+    logprobs: List[JSON] = field(default_factory=list)  # as OpenAI tells them
 
 
 @dataclass
@@ -713,7 +714,8 @@ class CitationDelta(NamedTuple):
     citation: JSON
 
 
-class BlockStop(NamedTuple): ...
+class BlockStop(NamedTuple):
+    logprobs: Sequence[JSON] = ()  # of a text
 
 
 class Finish(NamedTuple):
@@ -738,8 +740,11 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
             reply.blocks.append(dataclasses.replace(event.block))
             said = []
         elif isinstance(event, BlockStop):
+            closed = reply.blocks[-1]
+            if isinstance(closed, Text):
+                closed.logprobs = [*event.logprobs]
             try:
-                close_block(reply.blocks[-1], "".join(said))
+                close_block(closed, "".join(said))
             except GatewayError:
                 pass  # arguments that were cut off; of others the parser told
         elif isinstance(event, SignatureDelta):
@@ -769,7 +774,7 @@ def events_of(reply: Reply) -> Iterator[StreamEvent]:
                 yield SignatureDelta(block.signature, block.issuer)
         elif isinstance(block, ToolCall):
             yield ArgumentsDelta(block.input if block.is_custom else encode_json(block.arguments))
-        yield BlockStop()
+        yield BlockStop(block.logprobs if isinstance(block, Text) else ())
     yield Finish(reply.finish, reply.usage, reply.refusal, reply.service_tier)
 
 
@@ -1158,7 +1163,7 @@ class MarkedWatch(Watch):
     what may be an error."""
 
     content_mark = b""
-    noise = b""  # marks events that repeat content
+    noise: Tuple[bytes, ...] = ()  # marks events that bring no content, or repeat it
     marks: Tuple[bytes, ...] = ()
 
     def __init__(self, dialect: Dialect) -> None:
@@ -1187,11 +1192,12 @@ class MarkedWatch(Watch):
             self._first = self._first or block[start:end]
             self._bytes += len(block) - start
             self._events += block.count(self.content_mark, at)
-            at = block.find(self.noise, start) if self.noise else -1
-            while at >= 0:
-                start, end = event_span(block, at)
-                self._bytes -= end - start
-                at = block.find(self.noise, end)
+            for mark in self.noise:
+                noisy = block.find(mark, at)
+                while noisy >= 0:
+                    start, end = event_span(block, noisy)
+                    self._bytes -= end - start
+                    noisy = block.find(mark, end)
 
     def envelope(self, event: bytes) -> int:
         return len(event) - len(dump_json(self.said_in(parse_chunk(event)))) + 2
@@ -1233,6 +1239,7 @@ class Parser:
         self._open: Block | None = None
         self._wrapped: List[str] | None = None  # what an open custom call's function is given
         self._arguments: List[str] = []  # of an open call
+        self._logprobs: List[JSON] = []  # of an open text
         self._broken: GatewayError | None = None
         self._block_count = 0
         self._finish = self._service_tier = ""
@@ -1277,7 +1284,7 @@ class Parser:
     def close(self) -> Events:
         if self._open is None:
             return []
-        events: Events = [BlockStop()]
+        events: Events = [BlockStop(self._logprobs if isinstance(self._open, Text) else ())]
         if self._wrapped is not None:
             events.insert(0, ArgumentsDelta(unwrap_custom("".join(self._wrapped))))
         elif self._arguments:
@@ -1285,7 +1292,7 @@ class Parser:
                 close_block(dataclasses.replace(self._open), "".join(self._arguments))
             except GatewayError as error:
                 self._broken = error
-        self._open = self._wrapped = None
+        self._open, self._wrapped, self._logprobs = None, None, []
         return events
 
     def finished(self, finish: str, refusal: str = "", tier: str = "") -> Events:
@@ -2290,6 +2297,7 @@ class ChatParser(Parser):
             events.append(Start(self._id, text_of(wire, "model"), self.usage))
         for choice in list_of_objects(wire, "choices")[:1]:
             events += self._read_delta(part_of(choice, part))
+            self._logprobs += list_of_objects(part_of(choice, "logprobs"), "content")
             reason = text_of(choice, "finish_reason")
             if reason in ("error", "abort"):
                 raise upstream_error(502, "The provider failed.", "stream_error")
@@ -3455,9 +3463,9 @@ class MessagesRenderer(Renderer):
             usage=render_messages_usage(event.usage)) + self._event("message_stop")
 
     def _signature(self, event: SignatureDelta) -> bytes:
-        signed = Block(None, *event)
+        self._open = dataclasses.replace(self._open, signature=event.signature, issuer=event.issuer)
         opened = b"" if self._is_open else self._open_block(self._open)
-        return opened + self._delta("signature_delta", signature=seal(signed, "anthropic"))
+        return opened + self._delta("signature_delta", signature=seal(self._open, "anthropic"))
 
     events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
@@ -3490,14 +3498,13 @@ class Responses(Dialect):
         chat.choice = parse_responses_choice(root, chat)
         self.parse_plain_fields(root, chat)
         include = root.strings("include")
-        alternatives = root.get("top_logprobs", int)
-        if alternatives or "message.output_text.logprobs" in include:
-            raise unsupported("top_logprobs")
+        alternatives, asked = root.get("top_logprobs", int), "message.output_text.logprobs"
+        chat.logprobs = alternatives or 0 if alternatives or asked in include else None
         told = {**{key: root.get(key, OPTIONS[key].kind) for key in wire if key in OPTIONS},
                 "verbosity": text.get("verbosity")}
         chat.options = {key: value for key, value in told.items() if value is not None}
         root.hint(losses, RESPONSES_HINTS)
-        if set(include) - {"reasoning.encrypted_content"}:
+        if set(include) - {"reasoning.encrypted_content", asked}:
             losses.hint("include")
         reasoning.hint(losses, ("generate_summary", "context", "mode"))
         reasoning.skip("summary")
@@ -4103,7 +4110,8 @@ class ResponsesRenderer(Renderer):
             return {"type": "refusal", "refusal": text}
         notes = [{"type": "url_citation", **each, "start_index": 0, "end_index": len(text)}
                  for each in self._cited]
-        return {"type": "output_text", "text": text, "annotations": notes, "logprobs": []}
+        return {"type": "output_text", "text": text, "annotations": notes,
+                "logprobs": block.logprobs}
 
     def _item(self, block: Block) -> JSON:
         n = f"{self.response['id'][len('resp_'):]}_{len(self._output)}"
@@ -4146,6 +4154,8 @@ class ResponsesRenderer(Renderer):
 
     def _block_stop(self, event: BlockStop) -> bytes:
         block, said = self._open, "".join(self._pieces)
+        if isinstance(block, Text):
+            block.logprobs = [*event.logprobs]
         out = self._say("{}") if isinstance(block, ToolCall) and not (
             said or block.is_custom) else b""
         close_block(block, said)
@@ -4224,7 +4234,7 @@ def render_failure(error: GatewayError, id_: str, sequence: int) -> bytes:
 class ResponsesWatch(MarkedWatch):
     """Only its last event tells the usage."""
 
-    content_mark, noise = b'.delta"', b'.done"'
+    content_mark, noise = b'.delta"', (b'.done"', b'.added"')
     marks = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
 
     def __init__(self, dialect: Dialect) -> None:
