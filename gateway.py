@@ -535,7 +535,8 @@ class Chat:
     top_k: int | None = None
     stop: List[str] = field(default_factory=list)
     effort: str | None = None
-    thinking: JSON | None = None  # Anthropic's own form, which goes before effort
+    budget: int | None = None  # of thinking, in tokens, which goes before effort
+    thinking: JSON | None = None  # Anthropic's own form, which goes before both
     format: Format | None = None
     user: str | None = None
     logprobs: int | None = None  # how many alternatives
@@ -1075,6 +1076,11 @@ def own_id(prefix: str, id_: str) -> str:
     return id_ if id_.startswith(prefix) else prefix + id_
 
 
+def is_in_call(block: Block) -> bool:
+    """Whether a thought is no more than the signature of the call behind it."""
+    return isinstance(block, Thinking) and block.before != "" and block.issuer == "gemini"
+
+
 def carried_id(call: ToolCall) -> str:
     """The id that a client sees."""
     if not call.signature:
@@ -1335,6 +1341,7 @@ class Renderer:
 
 
 TOO_LONG = "prompt is too long"
+LONG_PROMPT = re.compile(f"{TOO_LONG}|input token count .*exceeds")  # in two providers' words
 
 
 class Dialect(Protocol):
@@ -1383,6 +1390,10 @@ class Dialect(Protocol):
             raise GatewayError(400, "'stream' must be true or false.", "stream")
         return model, bool(stream)
 
+    def values_for_model(self, body: Body | Form, model: str) -> JSON:
+        """What names the model in a passed body."""
+        return {} if body.get("model") == model else {"model": model}
+
     def suits(self, chat: Chat, caps: Caps) -> bool:
         """Whether a provider that speaks several dialects is to be asked in this one."""
         return True
@@ -1406,14 +1417,14 @@ class Dialect(Protocol):
         if status == 200:
             status = ERROR_STATUSES.get(type_) or ERROR_STATUSES.get(text_of(detail, "code"), 502)
             status = code if isinstance(code, int) and 400 <= code < 600 else status
-        if TOO_LONG in message:
+        if LONG_PROMPT.search(message):
             code = "context_length_exceeded"  # agents key on it
-        elif status == 404 and type_ == "not_found_error":
-            code = code or "model_not_found"
+        elif status == 404 and (type_ == "not_found_error" or detail.get("status") == "NOT_FOUND"):
+            code = code if isinstance(code, str) else "model_not_found"
         return upstream_error(
             status, message, error_label(status), type=type_ or None, is_quoted=True,
             param=text_of(detail, "param") or None,
-            code=str(code) if isinstance(code, (str, int)) else None)
+            code=str(code) if isinstance(code, (str, int)) and code != status else None)
 
     def parse_usage(self, wire: object) -> Usage | None:
         """None where it is no object."""
@@ -1518,7 +1529,9 @@ class RequestWriter:
     def tool_name(self, name: str) -> str:
         if self.legal_name.fullmatch(name):
             return name
-        legal = f"{re.sub('[^A-Za-z0-9_]', '_', name)[:54]}_{hashed(name, 8)}"
+        legal = f"_{name}"
+        if not self.legal_name.fullmatch(legal):
+            legal = f"{re.sub('[^A-Za-z0-9_]', '_', name)[:54]}_{hashed(name, 8)}"
         legal = legal if self.legal_name.fullmatch(legal) else f"_{legal}"
         self.rewrites.names[legal] = name
         return legal
@@ -1584,14 +1597,19 @@ class RequestWriter:
         thinking = self.chat.thinking or {}
         if thinking.get("type") == "disabled":
             return "none"
-        if thinking.get("type") == "enabled" and self.chat.effort is None:
-            budget = count(thinking.get("budget_tokens"))
-            return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
         effort = self.chat.effort
+        if effort is None and self.asked_budget():
+            budget = self.asked_budget()
+            return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
         if effort is not None and effort not in EFFORTS:
             raise GatewayError(400, f"'{self.effort_field}' must be one of: {', '.join(EFFORTS)}.",
                                self.effort_field)
         return effort
+
+    def asked_budget(self) -> int:
+        thinking = self.chat.thinking or {}
+        told = count(thinking.get("budget_tokens")) if thinking.get("type") == "enabled" else 0
+        return self.chat.budget or told
 
     def nearest_effort(self, effort: str) -> str:
         """The level, or the nearest that the model has, the higher first; "" where it has none."""
@@ -1793,7 +1811,8 @@ class ChatCompletions(Dialect):
             message["tool_calls"] = list(map(render_chat_call, calls))
         finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
         return {**chat_head("chat.completion", reply.id, reply.model, created),
-                "choices": [chat_choice("message", message, finish)],
+                "choices": [chat_choice("message", message, finish,
+                                        [each for text in said for each in text.logprobs])],
                 "usage": render_chat_usage(reply.usage),
                 **without_none(service_tier=reply.service_tier)}
 
@@ -2185,7 +2204,9 @@ def plain_content(blocks: List[JSON]) -> Any:
 
 
 def render_thinking_blocks(blocks: List[Thinking]) -> List[JSON]:
-    return [render_thinking_block(block) for block in blocks if block.signature]
+    """But for those whose calls carry the signature."""
+    return [render_thinking_block(block) for block in blocks
+            if block.signature and not is_in_call(block)]
 
 
 def render_thinking_block(block: Thinking) -> JSON:
@@ -2234,8 +2255,14 @@ def render_chat_usage(usage: Usage) -> JSON:
 
 
 def annotation(citation: JSON, start: int, end: int) -> JSON:
-    about = {**citation, "start_index": start, "end_index": end}
-    return {"type": "url_citation", "url_citation": about}
+    return {"type": "url_citation", "url_citation": cited_at(citation, start, end)}
+
+
+def cited_at(citation: JSON, start: int, end: int) -> JSON:
+    """In a text from `start` to `end`; some providers tell the place in it, the others mean all."""
+    return {"url": citation["url"], "title": citation["title"],
+            "start_index": start + citation.get("start", 0),
+            "end_index": start + citation["end"] if "end" in citation else end}
 
 
 def parse_citation(about: JSON) -> JSON:
@@ -2247,8 +2274,10 @@ def chat_head(kind: str, id_: str, model: str, created: int) -> JSON:
             "system_fingerprint": None}
 
 
-def chat_choice(part: str, said: JSON, finish: str | None) -> JSON:
-    return {"index": 0, part: said, "logprobs": None, "finish_reason": finish}
+def chat_choice(
+        part: str, said: JSON, finish: str | None, logprobs: Sequence[JSON] = ()) -> JSON:
+    told = {"content": [*logprobs], "refusal": None} if logprobs else None
+    return {"index": 0, part: said, "logprobs": told, "finish_reason": finish}
 
 
 CHAT_FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls",
@@ -2386,8 +2415,9 @@ class ChatRenderer(Renderer):
         self._is_thinking = False  # or was, just before
         self._thought: List[str] = []
 
-    def _chunk(self, delta: JSON, finish: str | None = None) -> bytes:
-        chunk = {**self._base, "choices": [chat_choice("delta", delta, finish)]}
+    def _chunk(self, delta: JSON, finish: str | None = None,
+               logprobs: Sequence[JSON] = ()) -> bytes:
+        chunk = {**self._base, "choices": [chat_choice("delta", delta, finish, logprobs)]}
         if self._chat.include_usage:
             chunk["usage"] = None
         return sse(dump_json(chunk))
@@ -2449,7 +2479,7 @@ class ChatRenderer(Renderer):
             self._thinking[-1].text = "".join(self._thought)
         elif isinstance(block, ToolCall) and not block.is_custom and not self._said:
             return self._say("{}")
-        return b""
+        return self._chunk({}, logprobs=event.logprobs) if event.logprobs else b""
 
     def _finish(self, event: Finish) -> bytes:
         annotations = [annotation(citation, *self._ends[block:block + 2])
@@ -3110,7 +3140,8 @@ class MessagesRequest(RequestWriter):
             self.losses.drop("reasoning_effort")
             return None
         if caps.thinking == "budget":
-            return {"type": "enabled", "budget_tokens": THINKING_BUDGETS[effort]}
+            budget = self.chat.budget or THINKING_BUDGETS[effort]
+            return {"type": "enabled", "budget_tokens": budget}
         self._add_effort(effort)
         return {"type": "adaptive", "display": "summarized"}
 
@@ -3260,7 +3291,8 @@ def render_text_block(block: Text) -> JSON:
 
 
 def render_citation(citation: JSON) -> JSON:
-    return {"type": CITATION, "cited_text": "", "encrypted_index": "", **citation}
+    return {"type": CITATION, "cited_text": "", "encrypted_index": "", "url": citation["url"],
+            "title": citation["title"]}
 
 
 class MessagesParser(Parser):
@@ -4108,8 +4140,7 @@ class ResponsesRenderer(Renderer):
             return None
         if block.is_refusal:
             return {"type": "refusal", "refusal": text}
-        notes = [{"type": "url_citation", **each, "start_index": 0, "end_index": len(text)}
-                 for each in self._cited]
+        notes = [{"type": "url_citation", **cited_at(each, 0, len(text))} for each in self._cited]
         return {"type": "output_text", "text": text, "annotations": notes,
                 "logprobs": block.logprobs}
 
@@ -4147,8 +4178,8 @@ class ResponsesRenderer(Renderer):
         if event.block != len(self._output):
             return b""
         self._cited.append(event.citation)
-        note = {"type": "url_citation", **event.citation, "start_index": 0,
-                "end_index": len("".join(self._pieces))}
+        end = len("".join(self._pieces))
+        note = {"type": "url_citation", **cited_at(event.citation, 0, end)}
         return self._event("output_text.annotation.added", **self._place, annotation=note,
                            annotation_index=len(self._cited) - 1)
 
@@ -4287,7 +4318,7 @@ class GenerateContent(Dialect):
                     stream=bool(root.get("stream", bool)))
         for item in root.children("tools"):
             parse_gemini_tools(item, chat, losses)
-        chat.choice = parse_gemini_choice(root.child("toolConfig", {}))
+        chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat)
         config = root.child("generationConfig", {})
         self.parse_plain_fields(config, chat)
         chat.stop, chat.format = config.strings("stopSequences"), parse_gemini_format(config)
@@ -4295,7 +4326,10 @@ class GenerateContent(Dialect):
             raise config.unsupported("candidateCount", "must be 1 for this model")
         if set(map(str.upper, config.strings("responseModalities"))) - {"TEXT"}:
             raise config.unsupported("responseModalities", "can be TEXT only for this model")
-        for holder, keys in ((config, ("speechConfig", "responseLogprobs", "logprobs")),
+        alternatives = config.get("logprobs", int)
+        if config.get("responseLogprobs", bool):
+            chat.logprobs = alternatives or 0
+        for holder, keys in ((config, ("speechConfig",)),
                              (root, ("cachedContent", "continuationToken"))):
             for key in keys:
                 if holder.skip(key) and holder.wire[key]:
@@ -4319,9 +4353,9 @@ class GenerateContent(Dialect):
         if level is not None:
             chat.effort = None if level.endswith("UNSPECIFIED") else level.lower()
         elif budget == 0:
-            chat.thinking = {"type": "disabled"}
+            chat.effort = "none"
         elif budget is not None and budget > 0:
-            chat.thinking = {"type": "enabled", "budget_tokens": budget}
+            chat.budget = budget
 
     def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
         request = GeminiRequest(chat, target, losses)
@@ -4334,8 +4368,10 @@ class GenerateContent(Dialect):
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         parts = list(answer_parts(reply.blocks, chat.shows_thinking))
-        cited = [citation for text in blocks_of(reply.blocks, Text) for citation in text.citations]
-        return gemini_end(parts, reply.finish, reply.usage, cited, bool(reply.blocks),
+        texts = blocks_of(reply.blocks, Text)
+        more = gemini_more([each for text in texts for each in text.citations],
+                           [each for text in texts for each in text.logprobs])
+        return gemini_end(parts, reply.finish, reply.usage, more, bool(reply.blocks),
                           gemini_head(reply.id, reply.model))
 
     def parser(self, rewrites: Rewrites) -> GeminiParser:
@@ -4355,6 +4391,20 @@ class GenerateContent(Dialect):
     def read_call(self, body: Body | Form, path: str) -> Tuple[str, bool]:
         name, _, action = path.partition("/models/")[2].rpartition(":")
         return name, action == "streamGenerateContent"
+
+    def values_for_model(self, body: Body | Form, model: str) -> JSON:
+        """It stands within: in `requests`, in `generateContentRequest`, as models/NAME."""
+        def named(value: Any) -> Any:
+            if isinstance(value, list):
+                return list(map(named, value))
+            return {**value, "model": f"models/{model}"} if part_of(
+                {"": value}, "").get("model") else value
+
+        told = {key: body.get(key) for key in ("requests", "generateContentRequest")}
+        made = {key: named(value) for key, value in told.items()}
+        if isinstance(body.get("model"), str):
+            made["model"] = f"models/{model}"
+        return {key: value for key, value in made.items() if value != told.get(key)}
 
     def is_spoken_in(self, headers: Headers, query: str) -> bool:
         return "x-goog-api-key" in headers or query.startswith("key=") or "&key=" in query
@@ -4582,7 +4632,7 @@ def json_schema(schema: Any) -> Any:
     return made
 
 
-def parse_gemini_choice(config: Fields) -> ToolChoice | None:
+def parse_gemini_choice(config: Fields, chat: Chat) -> ToolChoice | None:
     config.skip("retrievalConfig", "includeServerSideToolInvocations")
     if config.get("functionCallingConfig", dict) is None:
         return None
@@ -4593,7 +4643,10 @@ def parse_gemini_choice(config: Fields) -> ToolChoice | None:
         raise about.wrong("mode", f"must be one of: {', '.join(GEMINI_MODES)}")
     if mode == "ANY" and len(names) == 1:
         return ToolChoice("tool", names[0])
-    return ToolChoice(GEMINI_MODES[mode], allowed=names or None)
+    if mode == "ANY":
+        return ToolChoice("required", allowed=names or None)
+    chat.tools = [tool for tool in chat.tools if not names or tool.name in names]
+    return ToolChoice(GEMINI_MODES[mode])
 
 
 def parse_gemini_format(config: Fields) -> Format | None:
@@ -4622,8 +4675,6 @@ class GeminiRequest(RequestWriter):
         self.config: JSON = {}
 
     def render(self) -> JSON:
-        if self.chat.logprobs is not None:
-            raise unsupported("logprobs")
         self.wire = {}  # its name stands in the path
         self._add_contents()
         self._add_tools()
@@ -4635,6 +4686,8 @@ class GeminiRequest(RequestWriter):
 
     def _add_contents(self) -> None:
         turns, names = self.turns(), {}  # type: List[Turn], Dict[str, str]
+        for turn in turns:
+            turn.blocks = with_signed_calls(turn.blocks)
         asked = max([i for i, turn in enumerate(turns) if turn.role == "user" and not all(
             isinstance(block, ToolResult) for block in turn.blocks)], default=-1)
         contents, system = [], []
@@ -4716,6 +4769,8 @@ class GeminiRequest(RequestWriter):
                  if name == "seed" or not self.is_new}
         config.update({known[name]: value for name, value in chat.options.items() if name in known})
         config.update(without_none(stopSequences=self.checked_stops()))
+        if chat.logprobs is not None:
+            config.update(responseLogprobs=True, **without_zeros(logprobs=chat.logprobs))
         if chat.format is not None:
             config["responseMimeType"] = "application/json"
             if chat.format.schema is not None:
@@ -4736,8 +4791,7 @@ class GeminiRequest(RequestWriter):
         if self.is_new:
             about["thinkingLevel"] = self.nearest_effort(asked).upper()
         elif self.caps.thinking == "budget":
-            told = count((chat.thinking or {}).get("budget_tokens"))
-            budget = told or GEMINI_BUDGETS.get(asked, 24576)
+            budget = self.asked_budget() or GEMINI_BUDGETS.get(asked, 24576)
             least, most = (0, 24576) if self.caps.can_disable_thinking else (128, 32768)
             about["thinkingBudget"] = max(least, min(budget, most))
             if asked == "none" and least:
@@ -4746,6 +4800,17 @@ class GeminiRequest(RequestWriter):
             self.losses.drop("reasoning_effort")
             return
         self.config["thinkingConfig"] = about
+
+
+def with_signed_calls(blocks: List[Block]) -> List[Block]:
+    """Where a call's own signature was lost, the thought before it holds it too."""
+    calls = {call.id: call for call in blocks_of(blocks, ToolCall)}
+    signed = {thought.before: thought.signature for thought in blocks_of(blocks, Thinking)}
+    for id_, call in calls.items():
+        if id_ in signed and not call.signature:
+            call.signature, call.issuer = signed[id_], "gemini"
+    return [block for block in blocks if not (
+        isinstance(block, Thinking) and block.before in calls)]
 
 
 GEMINI_BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
@@ -4815,10 +4880,11 @@ class GeminiParser(Parser):
 
     def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._id = ""
+        self._id = self._model = ""
         self._has_begun = False
         self._calls = 0
         self._text_block = -1
+        self._text: List[str] = []
 
     def feed(self, event: Event) -> Events:
         return self.read(self.parse(event))
@@ -4834,21 +4900,39 @@ class GeminiParser(Parser):
             raise self._dialect.parse_error(wire["error"], 200)
         self.usage = self._dialect.parse_usage(wire.get("usageMetadata")) or self.usage
         events: Events = []
-        if not self._has_begun:
-            self._has_begun, self._id = True, text_of(wire, "responseId")
-            events.append(Start(self._id, text_of(wire, "modelVersion"), self.usage))
+        self._id = self._id or text_of(wire, "responseId")
+        self._model = self._model or text_of(wire, "modelVersion")
         for candidate in list_of_objects(wire, "candidates")[:1]:
             for part in list_of_objects(part_of(candidate, "content"), "parts"):
                 events += self._read_part(part)
             self._finish = text_of(candidate, "finishReason") or self._finish
-            for chunk in list_of_objects(part_of(candidate, "groundingMetadata"),
-                                         "groundingChunks"):
-                web = part_of(chunk, "web")
-                if web and self._text_block >= 0:
-                    events.append(CitationDelta(self._text_block, {
-                        "url": text_of(web, "uri"), "title": text_of(web, "title")}))
+            events += self._read_grounding(part_of(candidate, "groundingMetadata"))
+            self._logprobs += gemini_logprobs(part_of(candidate, "logprobsResult"))
         if text_of(part_of(wire, "promptFeedback"), "blockReason"):
             self._finish = "SAFETY"
+        return self._begun(events) if events else []
+
+    def _begun(self, events: Events) -> Events:
+        """The stream begins with the first word, so that an answer without one can be refused."""
+        if self._has_begun:
+            return events
+        self._has_begun = True
+        return [Start(self._id, self._model, self.usage), *events]
+
+    def _read_grounding(self, about: JSON) -> Events:
+        """Its indexes count bytes."""
+        pages = [part_of(chunk, "web") for chunk in list_of_objects(about, "groundingChunks")]
+        text, events = utf8("".join(self._text)), []  # type: bytes, Events
+        for support in list_of_objects(about, "groundingSupports"):
+            segment, indexes = part_of(support, "segment"), support.get("groundingChunkIndices")
+            start, end = (len(text[:count(segment.get(key))].decode(errors="ignore"))
+                          for key in ("startIndex", "endIndex"))
+            for index in indexes if isinstance(indexes, list) else []:
+                page = pages[index] if isinstance(index, int) and 0 <= index < len(pages) else {}
+                if page and self._text_block >= 0:
+                    events.append(CitationDelta(self._text_block, {
+                        "url": text_of(page, "uri"), "title": text_of(page, "title"),
+                        "start": start, "end": end}))
         return events
 
     def _read_part(self, part: JSON) -> Events:
@@ -4861,8 +4945,9 @@ class GeminiParser(Parser):
             if type(self._open) is not kind:
                 events += self.open(kind())
                 if kind is Text:
-                    self._text_block = self._block_count - 1
+                    self._text_block, self._text = self._block_count - 1, []
             events += self.say(text)
+            self._text += [text] if kind is Text else []
         if signature and "text" in part:
             if not isinstance(self._open, Thinking):
                 events += self.open(Thinking())
@@ -4872,11 +4957,13 @@ class GeminiParser(Parser):
     def _read_call(self, about: JSON, signature: str) -> Events:
         minted = f"call_{self._id[-24:]}_{self._calls}"
         call = self.make_call(text_of(about, "id") or minted, text_of(about, "name"))
-        call.signature, call.issuer = signature, "gemini" if signature else ""
         self._calls += 1
-        arguments = part_of(about, "args")
-        said = self.open(call) + (self.say(encode_json(arguments)) if arguments else [])
-        return said + self.close()
+        arguments, events = part_of(about, "args"), []  # type: JSON, Events
+        if signature:  # which comes back in one of two ways
+            call.signature, call.issuer = signature, "gemini"
+            events = [*self.open(Thinking(before=call.id)), SignatureDelta(signature, "gemini")]
+        events += self.open(call) + (self.say(encode_json(arguments)) if arguments else [])
+        return events + self.close()
 
     def finish(self) -> Events:
         finish = "filter" if self._finish in GEMINI_FILTERED else "length" if self._finish in (
@@ -4885,7 +4972,20 @@ class GeminiParser(Parser):
             raise bad_answer(f"The provider gave no answer: {self._finish}.")
         if not self._finish and not self._block_count:
             raise bad_answer("The provider's answer has no candidates.")
-        return self.finished(finish)
+        return self._begun(self.finished(finish))
+
+
+def gemini_logprobs(result: JSON) -> List[JSON]:
+    """As OpenAI tells them."""
+    def told(candidate: JSON) -> JSON:
+        token = text_of(candidate, "token")
+        return {"token": token, "logprob": candidate.get("logProbability"),
+                "bytes": list(utf8(token))}
+
+    chosen = list_of_objects(result, "chosenCandidates")
+    tops: List[JSON] = [*list_of_objects(result, "topCandidates"), *({} for _ in chosen)]
+    return [{**told(each), "top_logprobs": list(map(told, list_of_objects(top, "candidates")))}
+            for each, top in zip(chosen, tops)]
 
 
 def gemini_head(id_: str, model: str) -> JSON:
@@ -4897,15 +4997,29 @@ def gemini_chunk(parts: List[JSON], head: JSON, **more: object) -> JSON:
             **head}
 
 
-def gemini_end(parts: List[JSON], finish: str, usage: Usage, cited: List[JSON], has_said: bool,
+def gemini_more(cited: List[JSON], logprobs: List[JSON]) -> JSON:
+    """What a candidate tells beside its parts."""
+    def told(each: JSON) -> JSON:
+        return {"token": each.get("token"), "logProbability": each.get("logprob")}
+
+    chunks = [{"web": {"uri": each["url"], "title": each["title"]}} for each in cited]
+    supports = [{"segment": {"startIndex": 0, "endIndex": 0}, "groundingChunkIndices": [i]}
+                for i in range(len(cited))]
+    tops = [{"candidates": list(map(told, list_of_objects(each, "top_logprobs")))}
+            for each in logprobs]
+    return without_none(
+        groundingMetadata={"groundingChunks": chunks, "groundingSupports": supports} if cited
+        else None,
+        logprobsResult={"chosenCandidates": list(map(told, logprobs)), "topCandidates": tops}
+        if logprobs else None)
+
+
+def gemini_end(parts: List[JSON], finish: str, usage: Usage, more: JSON, has_said: bool,
                head: JSON) -> JSON:
     wire: JSON = {"promptFeedback": {"blockReason": "SAFETY"}, **head}
     reason = FINISHES_IN_GEMINI.get(finish, "STOP")
     if has_said or reason != "SAFETY":
-        grounding = {"groundingChunks": [{"web": {"uri": each["url"], "title": each["title"]}}
-                                         for each in cited]}
-        wire = gemini_chunk(parts, head, finishReason=reason,
-                            **({"groundingMetadata": grounding} if cited else {}))
+        wire = gemini_chunk(parts or [{"text": ""}], head, finishReason=reason, **more)
     return {**wire, "usageMetadata": {
         "promptTokenCount": usage.input, "candidatesTokenCount": usage.output - usage.reasoning,
         "totalTokenCount": usage.input + usage.output,
@@ -4921,6 +5035,8 @@ def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON
     """Of hidden thoughts only the signature goes out: with the next call, or in an empty text."""
     held = ""
     for block in blocks:
+        if is_in_call(block):
+            continue
         if isinstance(block, Thinking):
             signature = gemini_signature(block, shows_thinking)
             if held:
@@ -4955,6 +5071,7 @@ class GeminiRenderer(Renderer):
         self._pieces: List[str] = []
         self._held: List[Block] = []  # hidden thoughts
         self._cited: List[JSON] = []
+        self._logprobs: List[JSON] = []
         self._has_spoken = False
 
     def _chunk(self, parts: List[JSON]) -> bytes:
@@ -4969,10 +5086,11 @@ class GeminiRenderer(Renderer):
         self._has_spoken = True
         self._pieces = []
         about = {"thought": True} if isinstance(block, Thinking) else {}
-        if isinstance(block, Text) or isinstance(block, Thinking) and self._shows:
-            self._say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
-        else:
-            self._say = self._keep
+        say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
+        is_told = isinstance(block, Text) or isinstance(block, Thinking) and self._shows
+        self._say = say if is_told else self._keep
+        if isinstance(block, Thinking) and self._shows:  # its signature will come by itself
+            self._say = lambda text: self._keep(text) + say(text)
         return b""
 
     def _keep(self, piece: str) -> bytes:
@@ -4990,19 +5108,25 @@ class GeminiRenderer(Renderer):
     def _block_stop(self, event: BlockStop) -> bytes:
         """A call goes out whole."""
         block = self._open
+        self._logprobs += event.logprobs
         close_block(block, "".join(self._pieces))
-        if isinstance(block, Text) or isinstance(block, Thinking) and not block.signature:
+        if isinstance(block, Text) or not block.signature and isinstance(block, Thinking) or (
+                is_in_call(block)):
             return b""
+        if isinstance(block, Thinking) and self._shows:
+            signature = gemini_signature(block, shows_thinking=False)
+            return self._chunk([{"text": "", "thought": True, "thoughtSignature": signature}])
         self._held.append(block)
-        return b"" if isinstance(block, Thinking) and not self._shows else self._let_go()
+        return b"" if isinstance(block, Thinking) else self._let_go()
 
     def _let_go(self) -> bytes:
         held, self._held = self._held, []
         return b"".join(self._chunk([part]) for part in answer_parts(held, self._shows))
 
     def _finish(self, event: Finish) -> bytes:
+        more = gemini_more(self._cited, self._logprobs)
         return self._let_go() + sse(dump_json(gemini_end(
-            [], event.finish, event.usage, self._cited, self._has_spoken, self._head)))
+            [], event.finish, event.usage, more, self._has_spoken, self._head)))
 
     events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
@@ -7768,8 +7892,7 @@ class Gateway:
         """The request to the provider: the client's own bytes, but for what must differ."""
         head, provider = request.head, route.provider
         lines, dropped = self.request_lines(exchange, route, path)
-        if "{model}" not in provider.paths[path] and body.get("model") != route.model:
-            values = {**values, "model": route.model}
+        values = {**values, **exchange.dialect.values_for_model(body, route.model)}
         gone: Set[str] = set()
         if isinstance(body, Form):
             lines = lines.replace("content-type: application/json\r\n", "")
@@ -7855,7 +7978,7 @@ class Gateway:
                  wire.parse_error(told.get("error") or told, answer.status))
         error.status = {529: 503, 408: 504}.get(error.status, error.status)
         error.type = TRANSLATED_TYPES.get(error.type, error.type)
-        error.headers = retry_fields(answer)
+        error.headers = retry_fields(answer) or retry_delay(told)
         return error
 
     async def read_error_body(self, exchange: Exchange, route: Route, answer: Answer) -> bytes:
@@ -8345,6 +8468,15 @@ MAX_LOST_BYTES = 400
 
 def retry_fields(answer: Answer) -> List[Tuple[str, str]]:
     return [(name, answer.headers[name]) for name in RETRY_FIELDS if name in answer.headers]
+
+
+def retry_delay(told: JSON | None) -> List[Tuple[str, str]]:
+    """Some say "31.4s" in the error's details."""
+    for detail in list_of_objects(part_of(told, "error"), "details"):
+        found = re.fullmatch(r"(\d{1,6})(\.\d+)?s", text_of(detail, "retryDelay"))
+        if found:
+            return [("retry-after", str(int(found[1]) + bool(found[2])))]
+    return []
 
 
 def lost_fields(losses: Losses) -> List[Tuple[str, str]]:

@@ -295,7 +295,7 @@ ASKS: dict[str, tuple[JSON, JSON]] = {
     ),
     "nothing but a thought": (
         {"messages": [user("A"), said([THOUGHT]), user("B")]},
-        {"messages": [user("A"), user("B")]},
+        {"messages": [user("A B")]},
     ),
     "traces of server tools": (
         {"messages": [user("A"), said([*anthropic_wire.searched("?"), text("B")]), user("C")]},
