@@ -738,7 +738,7 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
         if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
             said.append(event.text)
         elif isinstance(event, BlockStart):
-            reply.blocks.append(dataclasses.replace(event.block))
+            reply.blocks.append(copy.copy(event.block))
             said = []
         elif isinstance(event, BlockStop):
             closed = reply.blocks[-1]
@@ -1544,7 +1544,7 @@ class RequestWriter:
         """What this wire has words for, checked; the system's first where the model takes none
         later."""
         turns, calls, kept = self.chat.turns, [], []  # type: List[Turn], List[str], List[Turn]
-        if not self.caps.mid_system:
+        if not self.caps.mid_system and any(turn.role == "system" for turn in turns[1:]):
             turns = canonical(sorted(turns, key=lambda turn: turn.role != "system"))
         for turn in turns:
             check_turn(turn, calls)

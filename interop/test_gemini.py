@@ -537,7 +537,7 @@ ASKS: dict[str, tuple[Any, JSON, JSON, JSON]] = {
     "validated": (
         "Hi",
         {"tools": TOOLS, "tool_config": mode("VALIDATED", "time")},
-        {"tool_choice.type": "allowed_tools", "tool_choice.allowed_tools.mode": "auto"},
+        {"tools": CHAT_TOOLS[1:]},
         {"tools": CLAUDE_TOOLS[1:]},
     ),
     "sampling": (
