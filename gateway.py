@@ -598,6 +598,7 @@ class Rewrites:
         self.names: Dict[str, str] = {}  # by the name that went out, the client's own
         self.custom: Set[str] = set()  # custom tools, by name, that went out as functions
         self.json_tool = ""  # a hidden tool whose arguments are the answer
+        self.answer_id = ""  # for an answer without one
 
 
 class Losses:
@@ -765,15 +766,18 @@ def events_of(reply: Reply) -> Iterator[StreamEvent]:
     """The stream that spells a reply."""
     yield Start(reply.id, reply.model)
     for i, block in enumerate(reply.blocks):
-        yield BlockStart(block)
         if isinstance(block, Text):
+            yield BlockStart(Text(is_refusal=block.is_refusal))
             yield TextDelta(block.text)
             yield from (CitationDelta(i, citation) for citation in block.citations)
         elif isinstance(block, Thinking):
+            signature = block.signature if block.is_redacted else ""
+            yield BlockStart(dataclasses.replace(block, text="", signature=signature))
             yield ThinkingDelta(block.text)
-            if block.signature:
+            if block.signature != signature:
                 yield SignatureDelta(block.signature, block.issuer)
         elif isinstance(block, ToolCall):
+            yield BlockStart(dataclasses.replace(block, arguments={}, input=""))
             yield ArgumentsDelta(block.input if block.is_custom else encode_json(block.arguments))
         yield BlockStop(block.logprobs if isinstance(block, Text) else ())
     yield Finish(reply.finish, reply.usage, reply.refusal, reply.service_tier)
@@ -2322,7 +2326,7 @@ class ChatParser(Parser):
         self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
         if self._id is None:
-            self._id = text_of(wire, "id")
+            self._id = text_of(wire, "id") or self.rewrites.answer_id
             events.append(Start(self._id, text_of(wire, "model"), self.usage))
         for choice in list_of_objects(wire, "choices")[:1]:
             events += self._read_delta(part_of(choice, part))
@@ -4900,7 +4904,7 @@ class GeminiParser(Parser):
             raise self._dialect.parse_error(wire["error"], 200)
         self.usage = self._dialect.parse_usage(wire.get("usageMetadata")) or self.usage
         events: Events = []
-        self._id = self._id or text_of(wire, "responseId")
+        self._id = self._id or text_of(wire, "responseId") or self.rewrites.answer_id
         self._model = self._model or text_of(wire, "modelVersion")
         for candidate in list_of_objects(wire, "candidates")[:1]:
             for part in list_of_objects(part_of(candidate, "content"), "parts"):
@@ -7837,6 +7841,7 @@ class Gateway:
         wire = next((each for each in wires if route.wire == each.name
                      or route.wire is None and each.suits(chat, caps)), wires[-1])
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
+        rewrites.answer_id = exchange.id
         route.edits.apply(tree, losses)
         if is_strict or request.headers.get("x-gateway-strict") == "1":
             losses.refuse()  # 400

@@ -5597,6 +5597,63 @@ def test_a_provider_without_the_endpoint_is_named_no_further(messages_gate: Any)
     assert (answer.status, answer.error["param"]) == (404, "model")
 
 
+# ---- any dialect in front of any ----
+
+KIND_OF = {"chat": "openai-compatible", "responses": "openai", "messages": "anthropic",
+           "gemini": "gemini"}
+PATH_OF = {"chat": PATH, "responses": "/v1/responses", "messages": MESSAGES}
+TOOL = Tool("f", "Finds", CHAT_SHAPE)
+ASKED_TURNS = [
+    Turn("system", [Text(text="Be brief.")]),
+    Turn("user", [Text(text="What is this?"), Image(media_type="image/png", data="aGk=")]),
+    Turn("assistant", [Text(text="I look."), ToolCall(id="call_1", name="f", arguments={"x": "é"}),
+                       ToolCall(id="call_2", name="f")]),
+    Turn("user", [ToolResult(id="call_1", content=[Text(text="one")]),
+                  ToolResult(id="call_2", content=[Text(text="two")]), Text(text="And now?")])]
+SAID_BLOCKS: list[Block] = [
+    Text(text="Again \u2028."), ToolCall(id="call_3", name="f", arguments={"x": "y" * 99}),
+    ToolCall(id="call_4", name="f")]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("wire", TRANSLATED)
+@pytest.mark.parametrize("client", TRANSLATED)
+def test_any_dialect_stands_in_front_of_any(gate_for: Any, client: str, wire: str,
+                                            stream: bool) -> None:
+    """What was asked arrives, what is said comes back, and every token is counted."""
+    speaks, hears = gateway.DIALECTS[client], gateway.DIALECTS[wire]
+    reply_ = Reply("1", "up", SAID_BLOCKS, "tool_calls", Usage(30, 9, 10, 0, 0, 4))
+    if stream:
+        renderer = hears.renderer(Chat("up", [], include_usage=True), 7)
+        answer = streamed(*filter(None, map(renderer.feed, gateway.events_of(reply_))))
+    else:
+        answer = reply(gateway.dump_json(hears.render_reply(reply_, Chat("up", []), 7)))
+    gate = gate_for([READ, answer], provider={"kind": KIND_OF[wire]}, models={"house": {
+        "provider": "openai", "model": "up", **({"wire": wire} if wire == "responses" else {})}})
+    asked = Chat("house", ASKED_TURNS, tools=[TOOL], max_tokens=99, stream=stream)
+    body, _ = speaks.render_request(asked, Target("house", CAPS_OF[client]), Losses())
+    path = PATH_OF.get(client) or "/v1beta/models/house:" + (
+        "streamGenerateContent?alt=sse" if stream else "generateContent")
+    answer_ = gate.call(gateway.dump_json(body), path=path)
+    assert answer_.status == 200, answer_.body
+    came = json.loads(gate.upstream.requests.get(timeout=WAIT).body)
+    heard = hears.parse_request({"model": "up", "stream": stream, **came}, Losses())
+    assert [said(turn) for turn in heard.turns] == [said(turn) for turn in ASKED_TURNS]
+    assert [tool.name for tool in heard.tools] == ["f"]
+    told = gateway.collect(chat_parsed(client, [answer_.body])) if stream else (
+        speaks.parse_reply(json.loads(answer_.body), Rewrites()))
+    assert (told.blocks, told.finish) == (SAID_BLOCKS, "tool_calls")
+    assert (told.usage.input, told.usage.output, told.usage.cache_read) == (30, 9, 10)
+    assert gate.access()["usage"] == "reported"
+    assert gate.total("llm_tokens_total", direction="prompt") == 30
+
+
+def said(turn: Turn) -> list[Any]:
+    """What stays of a turn in every dialect."""
+    return [turn.role, *((type(block), getattr(block, "text", ""), getattr(block, "arguments", ""))
+                         for block in turn.blocks)]
+
+
 # ==================================================================================================
 # 13. Server
 # ==================================================================================================
