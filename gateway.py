@@ -7890,7 +7890,7 @@ class Gateway:
             return lines, dropped
         if exchange.is_stream:
             lines, _ = self._lines.get((route.provider.name, f"{path} stream"), (lines, dropped))
-        return lines.replace("{model}", urllib.parse.quote(route.model, safe="/:@"), 1), dropped
+        return lines.replace("{model}", quoted(route.model), 1), dropped
 
     def render_passed(self, exchange: Exchange, request: Request, route: Route,
                       body: Body | Form, path: str, values: JSON, losses: Losses) -> List[bytes]:
@@ -8319,7 +8319,7 @@ class TranslatedStream(ProviderStream[Parser]):
         try:
             for event in events:
                 for said in read(event):
-                    if isinstance(said, CONTENT_EVENTS) and self._exchange.ttft is None:
+                    if self._exchange.ttft is None and isinstance(said, CONTENT_EVENTS):
                         self.note_first_content()
                     out.append(self._renderer.feed(said))
         except GatewayError as error:
@@ -8390,7 +8390,14 @@ def target_of(base_url: str, path: str) -> str:
     version = base.rpartition("/")[2]
     if re.fullmatch(r"v\d+[a-z0-9]*", version) and path.startswith(f"/{version}/"):
         path = path[len(version) + 1:]
-    return base + urllib.parse.quote(path, safe="/:@!$&'()*+,;=~")
+    return base + quoted(path)
+
+
+def quoted(path: str) -> str:
+    """For a request's target; it must not lead out of what it stands below."""
+    if ".." in path.split("/"):
+        raise GatewayError(400, "A path must not hold '..'.")
+    return urllib.parse.quote(path, safe="/:@!$&'()*+,;=~")
 
 
 def forwarded_auth(headers: Headers) -> str:

@@ -9,8 +9,8 @@ JSON = Dict[str, Any]
 
 VIRTUAL_KEY = "vk-bench-0123456789abcdef"
 UPSTREAM_KEY = "sk-upstream-bench-0123456789"
-MODELS = {"openai": "gpt-5.2", "anthropic": "claude-sonnet-4-6"}
-MODEL, CLAUDE = MODELS.values()
+MODELS = {"openai": "gpt-5.2", "anthropic": "claude-sonnet-4-6", "gemini": "gemini-3-flash"}
+MODEL, CLAUDE, GEMINI = MODELS.values()
 PROMPT_TOKENS, COMPLETION_TOKENS = 187, 48
 # Stands once in every event that a client must see, and nowhere else: one byte cannot be split
 # between two reads, so counting it counts events, without a parser that costs as much as the proxy.
@@ -61,6 +61,25 @@ def request_body(stream: bool, prompt: str = SENTENCE * 9, model: str = MODEL) -
         "max_completion_tokens": 512,
     }
     return json.dumps(body, ensure_ascii=False).encode()
+
+
+def asked_in(dialect: str, model: str) -> tuple[str, bytes]:
+    """The path and the body of the same request, streamed, as a client of that dialect asks it."""
+    asked = json.loads(request_body(True, model=model))
+    system, question = (message["content"] for message in asked["messages"])
+    said = [{"role": "user", "content": question}]
+    paths: dict[str, tuple[str, JSON]] = {
+        "chat": ("/v1/chat/completions", asked),
+        "messages": ("/v1/messages", {"model": model, "stream": True, "max_tokens": 512,
+                                      "system": system, "messages": said}),
+        "responses": ("/v1/responses", {"model": model, "stream": True, "input": said,
+                                        "instructions": system}),
+        "gemini": (f"/v1beta/models/{model}:streamGenerateContent?alt=sse",
+                   {"systemInstruction": {"parts": [{"text": system}]},
+                    "contents": [{"role": "user", "parts": [{"text": question}]}]}),
+    }  # fmt: skip
+    path, body = paths[dialect]
+    return path, json.dumps(body, ensure_ascii=False).encode()
 
 
 def conversation(model: str) -> bytes:
@@ -127,6 +146,48 @@ def message_events(count: int) -> list[bytes]:
     ]  # fmt: skip
     texts = [(event["type"], json.dumps(event, separators=(",", ":"))) for event in events]
     return [f"event: {name}\ndata: {text}\n\n".encode() for name, text in texts]
+
+
+def _words(count: int) -> list[str]:
+    return [MARK.decode() + word for word in (SENTENCE * (count // 15 + 1)).split(" ")][:count]
+
+
+def gemini_events(count: int) -> list[bytes]:
+    """So many marked chunks as Gemini spells them, the usage on each."""
+    told = {"modelVersion": GEMINI, "responseId": "mAitaLmkHPPlz7IPvtfUqQ4"}
+    usage = {"promptTokenCount": PROMPT_TOKENS, "candidatesTokenCount": COMPLETION_TOKENS,
+             "totalTokenCount": PROMPT_TOKENS + COMPLETION_TOKENS}  # fmt: skip
+    candidates = [{"content": {"parts": [{"text": word}], "role": "model"}, "index": 0}
+                  for word in _words(count)]  # fmt: skip
+    candidates.append({"content": {"parts": [{"text": ""}], "role": "model"}, "index": 0,
+                       "finishReason": "STOP"})  # fmt: skip
+    return [b"data: %s\n\n" % json.dumps(
+        {"candidates": [each], "usageMetadata": usage, **told}, separators=(",", ":")).encode()
+        for each in candidates]  # fmt: skip
+
+
+def responses_events(count: int) -> list[bytes]:
+    """So many marked deltas as OpenAI's Responses spell them, and what stands around them."""
+    response: JSON = {"id": "resp_67ccd2bed1ec8190", "object": "response", "created_at": 1765432100,
+                      "model": MODEL, "status": "in_progress", "output": []}  # fmt: skip
+    item: JSON = {"id": "msg_67ccd2bed1ec8190", "type": "message", "role": "assistant"}
+    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    usage = {"input_tokens": PROMPT_TOKENS, "output_tokens": COMPLETION_TOKENS,
+             "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS}  # fmt: skip
+    part = {"type": "output_text", "text": "", "annotations": []}
+    events: list[JSON] = [
+        {"type": "response.created", "response": response},
+        {"type": "response.output_item.added", "output_index": 0, "item": {**item, "content": []}},
+        {"type": "response.content_part.added", **place, "part": part},
+        *({"type": "response.output_text.delta", **place, "delta": word, "logprobs": []}
+          for word in _words(count)),
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed",
+         "response": {**response, "status": "completed", "output": [item], "usage": usage}},
+    ]  # fmt: skip
+    numbered = [{**event, "sequence_number": number} for number, event in enumerate(events)]
+    return [f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
+            for event in numbered]  # fmt: skip
 
 
 def _message(content: list[JSON], stop: str | None, output_tokens: int) -> JSON:

@@ -140,6 +140,39 @@ def translated(bench: Bench) -> Iterator[Row]:
             yield bench.flood("stream of 50 events to Anthropic, unpaced", 5, pair, body)
 
 
+# A client's dialect, a provider, what it streams, what is said of it in the config; at most.
+PAIRS: list[tuple[str, str, str, dict[str, str], float]] = [
+    ("messages", "openai", "chat.sse", {"wire": "chat"}, 5),
+    ("messages", "openai", "response.sse", {}, 7),
+    ("responses", "anthropic", "message.sse", {}, 7),
+    ("gemini", "anthropic", "message.sse", {}, 7),
+    ("chat", "gemini", "gemini.sse", {}, 7),
+    ("responses", "gemini", "gemini.sse", {}, 7),
+]
+
+
+def pairs(bench: Bench) -> Iterator[Row]:
+    """Other clients and other wires: 50 events, beside nginx that passes OpenAI's."""
+    plain = canned.request_body(True)
+    with running(servers.canned_upstream(bench.home)) as upstream:
+        with running(servers.nginx_proxy(bench.home, upstream, "/chat.sse/v1")) as nginx:
+            for client, provider, streamed, said, bar in PAIRS:
+                url = f"http://127.0.0.1:{upstream.port}/{streamed}/v1"
+                path, body = canned.asked_in(client, canned.MODELS[provider])
+                gateway = bench.build.gateway({provider: url}, about=said)
+                gateway.path = path
+                with running(gateway, "/health"):
+                    if load.post(gateway, body).count(b"data: ") < 48:
+                        raise WrongAnswer(f"{client} to {streamed}: words are lost")
+
+                    def work(server: Process, asked: bytes = body) -> int:
+                        sent = asked if server.name == "gateway" else plain
+                        return load.wrk(server, sent, bench.home, bench.pick(3, 1))
+
+                    what = f"stream of 50 events, a {client} client to {streamed}"
+                    yield bench.compare(what, bar, "request", [nginx, gateway], work)
+
+
 def long_conversation(bench: Bench) -> Iterator[Row]:
     """What an agent sends again with each turn."""
     count = bench.pick(30, 2)
@@ -149,8 +182,8 @@ def long_conversation(bench: Bench) -> Iterator[Row]:
         with running(bench.build.gateway(urls), "/health") as gateway:
             costs: dict[str, list[int]] = {name: [] for name in urls}
             for _ in range(count):
-                for name, model in canned.MODELS.items():
-                    body, before = canned.conversation(model), gateway.cpu_ns()
+                for name in urls:
+                    body, before = canned.conversation(canned.MODELS[name]), gateway.cpu_ns()
                     load.post(gateway, body)
                     costs[name].append(gateway.cpu_ns() - before)
     passed, whole = (statistics.median(costs[name]) / 1e6 for name in urls)
@@ -254,7 +287,7 @@ def large_body(bench: Bench) -> Iterator[Row]:
 Scenario = Callable[[Any], Iterator[Row]]
 # A new row is yielded by a scenario; a new scenario is a function and its name here.
 SCENARIOS: list[Scenario] = [
-    chat, stream, translated, long_conversation, paced, crowd, idle, connections, large_body,
+    chat, stream, translated, pairs, long_conversation, paced, crowd, idle, connections, large_body,
 ]  # fmt: skip
 
 

@@ -166,6 +166,8 @@ def canned_upstream(home: Path) -> Process:
     (root / "chat.sse").write_bytes(b"".join(canned.stream_events(50)))
     (root / "message.json").write_bytes(canned.message_body())
     (root / "message.sse").write_bytes(b"".join(canned.message_events(50)))
+    (root / "gemini.sse").write_bytes(b"".join(canned.gemini_events(48)))
+    (root / "response.sse").write_bytes(b"".join(canned.responses_events(48)))
     headers = [f'add_header {k} "{v}";' for k, v in canned.ANSWER_HEADERS.items()]
     return _nginx("upstream", home, CANNED_CONF, headers=" ".join(headers))
 
@@ -219,12 +221,14 @@ class Build:
         subprocess.run([python, "-c", code, str(GATEWAY), compiled], check=True)
 
     def gateway(self, urls: Mapping[str, str], ca: Path | None = None, script: bool = False,
-                stdout: int = subprocess.DEVNULL, **settings: Any) -> Process:  # fmt: skip
-        """The gateway in front of these base URLs by provider, with more settings of its config."""
+                stdout: int = subprocess.DEVNULL, about: Mapping[str, str] = NO_HEADERS,
+                **settings: Any) -> Process:  # fmt: skip
+        """The gateway in front of these base URLs by provider, with more settings of its config;
+        `about` is said of each provider."""
         port = free_port()
         config = {
             "listen": f"127.0.0.1:{port}",
-            "providers": {name: {"api_key": canned.UPSTREAM_KEY, "base_url": url}
+            "providers": {name: {"api_key": canned.UPSTREAM_KEY, "base_url": url, **about}
                           for name, url in urls.items()},
             "models": {canned.MODELS[name]: {"provider": name} for name in urls},
             "api_keys": [{"key": canned.VIRTUAL_KEY, "app": "bench", "allowed_models": ["*"]}],
