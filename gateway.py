@@ -913,14 +913,13 @@ class Event(NamedTuple):
     data: bytes
 
 
-PLAIN_EVENT = re.compile(rb"(?:event: ([^\r\n]*)\n)?data: ([^\r\n]*)\n\n")
-
-
 def parse_event(raw: bytes) -> Event:
     """One whole event; fields other than `event` and `data` are left out."""
-    plain = PLAIN_EVENT.fullmatch(raw)
-    if plain:
-        return Event((plain[1] or b"").decode("utf-8", "replace"), plain[2])
+    head, _, said = raw.partition(b"data: ")
+    said = said[:-2] if said.endswith(b"\n\n") else said
+    if not (b"\n" in said or b"\r" in raw or head and not (
+            head.startswith(b"event: ") and head.find(b"\n") == len(head) - 1)):
+        return Event(head[7:-1].decode("utf-8", "replace"), said)  # as nearly always
     name, data = "", []
     for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
         key, _, value = line.partition(b":")
@@ -1022,14 +1021,8 @@ class SSEDecoder:
 
     @staticmethod
     def _parse(block: bytes) -> List[Event]:
-        events, at = [], 0
-        plain = PLAIN_EVENT.match(block)
-        while plain:  # nearly all are; what follows another one is cut and read with more care
-            events.append(Event((plain[1] or b"").decode("utf-8", "replace"), plain[2]))
-            at = plain.end()
-            plain = PLAIN_EVENT.match(block, at)
-        events += map(parse_event, split_events(block[at:]))
-        return [event for event in events if event.data]
+        cut = split_events(block) if b"\r" in block else block.split(b"\n\n")
+        return [event for event in map(parse_event, cut) if event.data]
 
 
 # ==============================
@@ -1236,9 +1229,17 @@ class DeltaTemplate:
         return utf8(f"{self._before}{encode_string(text)}{self._after}")
 
 
+scan_string: Callable[[str, int], Tuple[str, int]] = (
+    json.decoder.scanstring)  # type: ignore[attr-defined]  # in C; the stubs leave it out
+STRING_REST = rb'([^"\\]*(?:\\.[^"\\]*)*")'
+FLAT = rb"[^{}\[\]]*"  # members that are no objects or lists
+
+
 class Parser:
     """Reads an upstream's stream. `usage` and `content_bytes` are readable at any time, so that an
     aborted stream is counted."""
+
+    text_event: re.Pattern[bytes] = re.compile(b"(?!)")  # its first group is a string's rest
 
     def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
         self.rewrites = rewrites
@@ -1247,6 +1248,7 @@ class Parser:
         self.ended = False
         self._dialect = dialect
         self._open: Block | None = None
+        self._text_is_open = False
         self._wrapped: List[str] | None = None  # what an open custom call's function is given
         self._arguments: List[str] = []  # of an open call
         self._logprobs: List[JSON] = []  # of an open text
@@ -1255,6 +1257,26 @@ class Parser:
         self._finish = self._service_tier = ""
 
     def feed(self, event: Event) -> Events:
+        """Nine events of ten bring no more than a piece of text: only that is parsed."""
+        plain = self.text_event.fullmatch(event.data)
+        if plain and self._text_is_open:
+            try:
+                text = scan_string(plain[1].decode(), 0)[0]
+            except ValueError:
+                text = ""  # which the whole event's parsing will refuse
+            if text:
+                self.note_plain(plain, text)
+                self.content_bytes += len(text)
+                return [TextDelta(text)]
+        return self.feed_whole(event)
+
+    def note_plain(self, plain: re.Match[bytes], text: str) -> None:
+        """What such an event tells beside its text."""
+
+    def settle(self) -> None:
+        """Reads what was put off, at the end of a stream, however it went."""
+
+    def feed_whole(self, event: Event) -> Events:
         raise NotImplementedError
 
     def end(self) -> Events:
@@ -1278,6 +1300,7 @@ class Parser:
     def open(self, block: Block) -> Events:
         events = [*self.close(), BlockStart(block)]
         self._open, self._block_count, self._arguments = block, self._block_count + 1, []
+        self._text_is_open = isinstance(block, Text) and not block.is_refusal
         if isinstance(block, ToolCall) and block.name in self.rewrites.custom:
             self._wrapped = []
         return events
@@ -1302,7 +1325,7 @@ class Parser:
                 close_block(dataclasses.replace(self._open), "".join(self._arguments))
             except GatewayError as error:
                 self._broken = error
-        self._open, self._wrapped, self._logprobs = None, None, []
+        self._open, self._wrapped, self._logprobs, self._text_is_open = None, None, [], False
         return events
 
     def finished(self, finish: str, refusal: str = "", tier: str = "") -> Events:
@@ -2310,7 +2333,11 @@ class ChatParser(Parser):
         self._text_block = -1
         self._has_refused = False
 
-    def feed(self, event: Event) -> Events:
+    text_event = re.compile(
+        rb'\{' + FLAT + rb'"choices": ?\[\{"index": ?0, ?"delta": ?\{"content": ?"' + STRING_REST
+        + rb'\}(?:, ?"logprobs": ?null)?, ?"finish_reason": ?null\}\]' + FLAT + rb"\}\s*")
+
+    def feed_whole(self, event: Event) -> Events:
         if self.ended:
             return []
         if event.data.strip() == b"[DONE]":
@@ -3308,16 +3335,11 @@ class MessagesParser(Parser):
         self._input: JSON = {}  # of a call, where it came at once
         self._refusal = ""
 
-    def feed(self, event: Event) -> Events:
-        plain = TEXT_EVENT.fullmatch(event.data)
-        if plain and isinstance(self._open, Text):  # nine events of ten: only the text is parsed
-            try:
-                text = scan_string(plain[1].decode(), 0)[0]
-            except ValueError:
-                text = ""  # which the whole event's parsing will refuse
-            if text:
-                self.content_bytes += len(text)
-                return [TextDelta(text)]
+    text_event = re.compile(
+        rb'\{"type":"content_block_delta","index":\d+,"delta":\{"type":"text_delta",'
+        rb'"text":"' + STRING_REST + rb"\}\s*\}\s*")
+
+    def feed_whole(self, event: Event) -> Events:
         wire = self.parse(event)
         read = self.events.get(text_of(wire, "type"))
         return read(self, wire) if read and not self.ended else []  # new kinds may appear
@@ -3403,11 +3425,6 @@ class MessagesParser(Parser):
 
 MESSAGES_DELTAS = {"text_delta": "text", "thinking_delta": "thinking",
                    "signature_delta": "signature", "input_json_delta": "partial_json"}
-TEXT_EVENT = re.compile(
-    rb'\{"type":"content_block_delta","index":\d+,"delta":\{"type":"text_delta",'
-    rb'"text":"([^"\\]*(?:\\.[^"\\]*)*")\}\s*\}\s*')
-scan_string: Callable[[str, int], Tuple[str, int]] = (
-    json.decoder.scanstring)  # type: ignore[attr-defined]  # in C; the stubs leave it out
 
 
 class MessagesWatch(MarkedWatch):
@@ -3963,7 +3980,11 @@ class ResponsesParser(Parser):
         self._is_told = False  # whether the item came in pieces
         self._text_block = -1
 
-    def feed(self, event: Event) -> Events:
+    text_event = re.compile(
+        rb'\{"type": ?"response\.output_text\.delta",' + FLAT + rb'"delta": ?"' + STRING_REST
+        + rb'(?:, ?"logprobs": ?\[\])?' + FLAT + rb"\}\s*")
+
+    def feed_whole(self, event: Event) -> Events:
         wire = self.parse(event)
         kind = text_of(wire, "type")
         if self.ended:
@@ -4889,8 +4910,23 @@ class GeminiParser(Parser):
         self._calls = 0
         self._text_block = -1
         self._text: List[str] = []
+        self._put_off = b""  # the last usage, unread
 
-    def feed(self, event: Event) -> Events:
+    text_event = re.compile(
+        rb'\{"candidates": ?\[\{"content": ?\{(?:"role": ?"model", ?)?"parts": ?\[\{"text": ?"'
+        + STRING_REST + rb'\}\](?:, ?"role": ?"model")?\}(?:, ?"index": ?0)?\}\]'
+        rb'(?:, ?"usageMetadata": ?(\{.*\}))?' + FLAT + rb"\}\s*")
+
+    def note_plain(self, plain: re.Match[bytes], text: str) -> None:
+        self._text.append(text)
+        self._put_off = plain[2] or self._put_off
+
+    def settle(self) -> None:
+        if self._put_off:
+            told = parse_chunk(sse(self._put_off))
+            self.usage, self._put_off = self._dialect.parse_usage(told), b""
+
+    def feed_whole(self, event: Event) -> Events:
         return self.read(self.parse(event))
 
     def end(self) -> Events:
@@ -4902,7 +4938,8 @@ class GeminiParser(Parser):
     def read(self, wire: JSON) -> Events:
         if wire.get("error"):
             raise self._dialect.parse_error(wire["error"], 200)
-        self.usage = self._dialect.parse_usage(wire.get("usageMetadata")) or self.usage
+        told = self._dialect.parse_usage(wire.get("usageMetadata"))
+        self.usage, self._put_off = told or self.usage, b"" if told else self._put_off
         events: Events = []
         self._id = self._id or text_of(wire, "responseId") or self.rewrites.answer_id
         self._model = self._model or text_of(wire, "modelVersion")
@@ -8333,6 +8370,7 @@ class TranslatedStream(ProviderStream[Parser]):
 
     def close(self) -> None:
         self._decoder.end()
+        self._tally.settle()
         super().close()
 
 
