@@ -1097,7 +1097,9 @@ def carrying_call(id_: str, name: str, **about: Any) -> ToolCall:
 
 
 # Where a passed body holds any of these, another vendor's answer may have left them there.
-MARKS = (ENVELOPE.encode(), RIDER.encode(), b"thinking_blocks", b"extra_content", b"Z3cxL")
+MADE_ID = "rs_gw_"  # of a thought that its own vendor did not number
+MARKS = (ENVELOPE.encode(), RIDER.encode(), MADE_ID.encode(), b"thinking_blocks", b"extra_content",
+         b"Z3cxL", b'"signature":""', b'"signature": ""')
 ID_FIELDS = frozenset(["id", "tool_call_id", "call_id", "tool_use_id"])
 SIGNATURE_FIELDS = ("signature", "encrypted_content", "thoughtSignature", "thought_signature")
 
@@ -1110,15 +1112,20 @@ def without_marks(value: Any) -> Any:
                 if not (isinstance(item, dict) and is_marked(item) and "functionCall" not in item)]
     if not isinstance(value, dict):
         return value
+    foreign = {"thinking_blocks", "extra_content"}
+    if "thinking_blocks" in value or any(map(encode_json(value.get("tool_calls")).__contains__,
+                                             (RIDER, "extra_content"))):
+        foreign.add("reasoning_content")
     return {key: plain_id(item) if key in ID_FIELDS and isinstance(item, str) else
-            without_marks(item) for key, item in value.items()
-            if key not in ("thinking_blocks", "extra_content")
+            without_marks(item) for key, item in value.items() if key not in foreign
             and not (key in SIGNATURE_FIELDS and is_marked({key: item}))}
 
 
 def is_marked(item: JSON) -> bool:
     """Base64 of the envelope's first bytes is Z3cxL."""
-    return any(text_of(item, key).startswith((ENVELOPE, "Z3cxL")) for key in SIGNATURE_FIELDS)
+    return (item.get("type") == "thinking" and not item.get("signature")
+            or text_of(item, "id").startswith(MADE_ID) or any(
+                text_of(item, key).startswith((ENVELOPE, "Z3cxL")) for key in SIGNATURE_FIELDS))
 
 
 # ------------------------------
@@ -2117,17 +2124,16 @@ class ChatRequest(RequestWriter):
             if others:
                 pictures.append({"type": "text", "text": f"From the tool call {block.id}:"})
                 pictures += self._parts(others)
-            if block.is_error:  # for which this wire has no flag
-                texts.insert(0, "Error:")
-            yield {"role": "tool", "tool_call_id": self.call_id(block.id),
-                   "content": "\n".join(texts)}
-        said = self._parts(block for block in turn.blocks if not isinstance(
+            said = "\n".join(texts)
+            yield {"role": "tool", "tool_call_id": self.call_id(block.id),  # which has no flag
+                   "content": f"Error: {said}" if block.is_error else said}
+        parts = self._parts(block for block in turn.blocks if not isinstance(
             block, (ToolResult, ToolCall)))
         calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
         if turn.role == "system":  # some servers take no list here
-            said = [{"type": "text", "text": "\n\n".join(part["text"] for part in said)}]
-        if pictures or said or calls:
-            yield {"role": turn.role, "content": plain_content([*pictures, *said]) or None,
+            parts = [{"type": "text", "text": "\n\n".join(part["text"] for part in parts)}]
+        if pictures or parts or calls:
+            yield {"role": turn.role, "content": plain_content([*pictures, *parts]) or None,
                    **without_none(tool_calls=calls)}
 
     def _parts(self, blocks: Iterable[Block]) -> List[JSON]:
@@ -3561,7 +3567,7 @@ class Responses(Dialect):
             losses.hint("include")
         reasoning.hint(losses, ("generate_summary", "context", "mode"))
         reasoning.skip("summary")
-        root.child("stream_options", {}).skip("include_obfuscation")
+        root.child("stream_options", {}).hint(losses, ["include_obfuscation"])
         root.name_unknown(losses)
         chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
         return chat
@@ -3578,7 +3584,8 @@ class Responses(Dialect):
         events = parser.created({"response": wire})
         for item in list_of_objects(wire, "output"):
             events += parser.item_added({"item": item}) + parser.item_done({"item": item})
-        kind = {"incomplete": "response.incomplete", "failed": "response.failed"}
+        kind = {"incomplete": "response.incomplete", "failed": "response.failed",
+                "cancelled": "response.failed"}
         ended = {"type": kind.get(text_of(wire, "status"), "response.completed"), "response": wire}
         return collect([*events, *parser.finish(ended)])
 
@@ -3837,6 +3844,8 @@ class ResponsesRequest(RequestWriter):
         most = self.capped_tokens()
         if most is not None:
             wire["max_output_tokens"] = max(16, most)
+            if most < 16:
+                self.losses.drop("max_tokens")
         self.add_openai_sampling(part_of(wire, "reasoning").get("effort"))
         options = {name: value for name, value in chat.options.items() if name in SAID_IN_RESPONSES}
         text = without_none(
@@ -3890,11 +3899,11 @@ class ResponsesRequest(RequestWriter):
         return None
 
     def _output(self, block: ToolResult) -> Any:
-        content: List[Block] = [Text(text="Error:")] * block.is_error + block.content
-        parts = list(map(self._part, content))
+        parts = list(map(self._part, block.content))
         if all(part["type"] == "input_text" for part in parts):
-            return "\n".join(part["text"] for part in parts)
-        return parts
+            said = "\n".join(part["text"] for part in parts)
+            return f"Error: {said}" if block.is_error else said
+        return [{"type": "input_text", "text": "Error:"}] * block.is_error + parts
 
     def _part(self, block: Block) -> JSON:
         if isinstance(block, Text):
@@ -4092,6 +4101,7 @@ class ResponsesRenderer(Renderer):
         super().__init__()
         self._chat = chat
         self.sequence = 0
+        self._has_refused = False
         self._output: List[JSON] = []
         self._pieces: List[str] = []
         self._cited: List[JSON] = []
@@ -4113,6 +4123,7 @@ class ResponsesRenderer(Renderer):
 
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = dataclasses.replace(event.block)
+        self._has_refused = self._has_refused or isinstance(block, Text) and block.is_refusal
         self._pieces, self._cited = [], []
         item = self._item(block)
         item.update({key: empty for key, empty in (
@@ -4172,7 +4183,7 @@ class ResponsesRenderer(Renderer):
     def _item(self, block: Block) -> JSON:
         n = f"{self.response['id'][len('resp_'):]}_{len(self._output)}"
         if isinstance(block, Thinking):
-            item: JSON = {"type": "reasoning", "id": f"rs_{n}", "summary": [
+            item: JSON = {"type": "reasoning", "id": f"{MADE_ID}{n}", "summary": [
                 self._part(block, block.text)] if block.text else []}
             if block.issuer == "openai":
                 item["id"] = block.signature.partition(":")[0]
@@ -4240,7 +4251,7 @@ class ResponsesRenderer(Renderer):
             said: Events = [BlockStart(Text(is_refusal=True)), TextDelta(event.refusal),
                             BlockStop()]
             out = b"".join(map(self.feed, said))
-        elif event.finish == "refusal" and not self._output:
+        elif event.finish == "refusal" and not self._has_refused:
             reason = "content_filter"
         status = "incomplete" if reason else "completed"
         self.response.update(
@@ -4744,6 +4755,8 @@ class GeminiRequest(RequestWriter):
                 call["id"] = block.id
             signature = block.signature if block.issuer == "gemini" else ""
             return [{"functionCall": call, **without_none(thoughtSignature=signature)}]
+        if isinstance(block, Image) and block.detail not in ("", "auto"):
+            self.losses.hint("detail")
         return [] if isinstance(block, ToolResult) else [render_gemini_media(block)]
 
     def _result(self, block: ToolResult, name: str) -> List[JSON]:

@@ -3067,6 +3067,1989 @@ def test_an_error_event_is_an_error(kind: str, status: int, label: str, before: 
     assert (error.status, error.type, error.provider_error) == (status, kind, label)
 
 
+# ---- every pair of dialects: requests ----
+
+KIND_FOR = {"chat": "openai", "responses": "openai", "messages": "anthropic", "gemini": "gemini"}
+LEAST: dict[str, JSON] = {
+    "chat": {"messages": [user("Hi")]}, "responses": {"input": "Hi"},
+    "messages": {"max_tokens": 99, "messages": [user("Hi")]},
+    "gemini": {"contents": [{"parts": [{"text": "Hi"}]}]}}
+
+
+def understood(client: str, params: JSON, losses: Losses) -> Chat:
+    return gateway.DIALECTS[client].parse_request(
+        {**LEAST[client], **params, "model": "alias"}, losses)
+
+
+def carry(client: str, wire: str, params: JSON,
+          model: str) -> tuple[JSON, dict[str, bool], Rewrites]:
+    """A client's request as it goes up, with what is lost on the way; a model may be KIND/NAME."""
+    (kind, _, name), losses = model.rpartition("/"), Losses()
+    chat = understood(client, params, losses)
+    caps = gateway.find_caps(gateway.KINDS[kind or KIND_FOR[wire]], name)
+    sent, rewrites = gateway.DIALECTS[wire].render_request(chat, Target(name, caps), losses)
+    return sent, losses.names, rewrites
+
+
+def turn(*parts: Any, role: str = "user") -> JSON:
+    """Gemini's; a string is a text part."""
+    return {"role": role, "parts": [
+        {"text": part} if isinstance(part, str) else part for part in parts]}
+
+
+def ran(name: str = "f", id_: str = "", signature: str = "", **args: Any) -> JSON:
+    return {"functionCall": {"name": name, "args": args, **({"id": id_} if id_ else {})},
+            **({"thoughtSignature": signature} if signature else {})}
+
+
+def gave(response: Any = "ok", name: str = "f", id_: str = "", key: str = "output",
+         **more: Any) -> JSON:
+    return {"functionResponse": {
+        "name": name, "response": response if isinstance(response, dict) else {key: response},
+        **({"id": id_} if id_ else {}), **more}}
+
+
+def contents(*turns: JSON, **more: Any) -> JSON:
+    return {"contents": list(turns), **more}
+
+
+def config(**about: Any) -> JSON:
+    return {"generationConfig": about}
+
+
+def declared(*tools: JSON, **calling: Any) -> JSON:
+    made: JSON = {"tools": [{"functionDeclarations": list(tools)}]}
+    return {**made, "toolConfig": {"functionCallingConfig": calling}} if calling else made
+
+
+def thinks(**about: Any) -> JSON:
+    return config(thinkingConfig=about)
+
+
+def listed(*items: JSON, **more: Any) -> JSON:
+    """Responses' input."""
+    return {"input": list(items), **more}
+
+
+def fcall(id_: str, name: str = "f", arguments: str = "{}", **more: Any) -> JSON:
+    return {"type": "function_call", "call_id": id_, "name": name, "arguments": arguments, **more}
+
+
+def output(id_: str, told: Any = "ok", kind: str = "function_call", **more: Any) -> JSON:
+    return {"type": f"{kind}_output", "call_id": id_, "output": told, **more}
+
+
+def spoken(role: str, content: Any, **more: Any) -> JSON:
+    return {"role": role, "content": content, **more}
+
+
+def flat(tool: JSON, **more: Any) -> JSON:
+    """A tool of Chat Completions in the shape of Responses."""
+    return {"type": tool["type"], **tool[tool["type"]], **more}
+
+
+def typed(kind: str, **about: Any) -> JSON:
+    return {"type": kind, **about}
+
+
+def document(source: JSON, **more: Any) -> JSON:
+    return typed("document", source=source, **more)
+
+
+def asking(*parts: JSON) -> JSON:
+    """A question of Chat Completions in parts."""
+    return {"messages": [user(list(parts))]}
+
+
+def history(*messages: JSON, **more: Any) -> JSON:
+    """Messages' conversation."""
+    return {"messages": [user("Hi"), *messages], **more}
+
+
+NEW, NEWER, G25, G25_PRO = "gemini-3-flash", "gemini-3.7-pro", "gemini-2.5-flash", "gemini-2.5-pro"
+PLAIN, GPT5, GPT52, GPT55, GPT6 = "gpt-4.1", "gpt-5", "gpt-5.2", "gpt-5.5", "gpt-6"
+LOCAL = "openai-compatible/llama-4"
+LONG_ID = "c" * 65
+LEGAL_ID = f"call_{gateway.hashed(LONG_ID, 22)}"
+SKIP = "skip_thought_signature_validator"
+NO_ARGUMENTS = {"type": "object", "properties": {}}
+F_CHAT = function("f", parameters=NO_ARGUMENTS)
+F_FLAT = flat(F_CHAT, strict=False)
+SH_CHAT = function("sh", description="Run.", parameters=CUSTOM_SCHEMA)
+SH_CALL = typed("custom", id="c", custom={"name": "sh", "input": "ls"})
+SH_ITEM = typed("custom_tool_call", call_id="c", name="sh", input="ls")
+SH_DONE = output("c", kind="custom_tool_call")
+F_USE = {"name": "f", "input_schema": {"type": "object"}}
+PNG_PART = {"inlineData": {"mimeType": "image/png", "data": "aGk="}}
+PDF_URI = "data:application/pdf;base64," + PDF
+PDF_PART = {"inlineData": {"mimeType": "application/pdf", "data": PDF}}
+PDF_BLOCK = document({"type": "base64", "media_type": "application/pdf", "data": PDF})
+TEXT_BLOCK = document({"type": "text", "media_type": "text/plain", "data": "x"}, title="T")
+AUDIO = typed("input_audio", input_audio={"data": "aGk=", "format": "mp3"})
+GEMINI_FORMAT = {"$schema": "x", "type": "object", "properties": {
+    "minLength": {"const": "a", "minLength": 1}}, "additionalProperties": False}
+NAMESPACE = typed("namespace", name="ns", description="N", tools=[flat(F)])
+HOSTED = ["file_search", "code_interpreter", "computer_use_preview", "image_generation", "mcp",
+          "local_shell", "shell", "apply_patch", "tool_search", "programmatic_tool_calling"]
+SERVER_TOOLS = ["web_fetch", "code_execution", "tool_search", "computer", "browser", "mcp_toolset",
+                "bash", "text_editor", "memory"]
+
+Row = tuple[str, JSON, Any, str]  # as in CASES; the request's `model` is the target's
+
+CHAT_TO_GEMINI: list[Row] = [
+    ("3 the model stands in the path", {"stream": True},
+     {"model": UNSET, "stream": UNSET, "contents": [turn("Hi")], "generationConfig": UNSET}, ""),
+    ("3.1 system", {"messages": [
+        spoken("system", "A"), spoken("developer", [text("B"), text("")]), user("Hi"),
+        spoken("system", "C")]},
+     {"systemInstruction": {"parts": [{"text": each} for each in "ABC"]},
+      "contents": [turn("Hi")]}, ""),
+    *[(f"3.1 {list(params)[0]}", params, config(**sent), "") for params, sent in [
+        ({"max_completion_tokens": 7, "max_tokens": 9}, {"maxOutputTokens": 7}),
+        ({"max_tokens": 9}, {"maxOutputTokens": 9}), ({"temperature": 1.6}, {"temperature": 1.6}),
+        ({"top_p": 0.5}, {"topP": 0.5}), ({"top_k": 40}, {"topK": 40}), ({"seed": 7}, {"seed": 7}),
+        ({"stop": "END"}, {"stopSequences": ["END"]}),
+        ({"stop": ["a", "b"]}, {"stopSequences": ["a", "b"]}),
+        ({"response_format": {"type": "json_object"}},
+         {"responseMimeType": "application/json"})]],
+    ("3.1 five stops", {"stop": list("abcde")}, config(stopSequences=list("abcde")), ""),
+    ("3.1 six stops", {"stop": list("abcdef")}, "stop", ""),
+    ("3.1 penalties", {"model": G25, "frequency_penalty": 1, "presence_penalty": -1},
+     config(frequencyPenalty=1, presencePenalty=-1), ""),
+    ("3.1 penalties, 3", {"frequency_penalty": 1, "presence_penalty": 0, "seed": 1},
+     config(seed=1), "frequency_penalty"),
+    ("3.1 n", {"n": 2}, "n", ""), ("3.1 n of 1", {"n": 1}, {"generationConfig": UNSET}, ""),
+    *[(f"3.1 {name} dropped", {name: value}, {"generationConfig": UNSET}, loss)
+      for name, value, loss in [
+        ("logit_bias", {"1": 2}, "logit_bias"), ("user", "u", "(user)"), ("verbosity", "low",
+        "verbosity"), ("metadata", {"a": "b"}, "(metadata)"), ("store", True, "(store)"),
+        ("prompt_cache_key", "k", "(prompt_cache_key)"), ("new", 1, "unknown")]],
+    ("3.1 cache marks", {**asking(text("a", cache_control=MARK)), "tools": [
+        {**F, "cache_control": MARK}]}, {"contents": [turn("a")]}, "(cache_control)"),
+    ("1.8 json_schema", format_(GEMINI_FORMAT), config(
+        responseMimeType="application/json", responseJsonSchema={
+            "type": "object", "properties": {"minLength": {"enum": ["a"]}},
+            "additionalProperties": False}), ""),
+    ("3.1 tools", {"tools": [function("f", description="D", parameters=OPEN), function("g")]},
+     {"tools": [{"functionDeclarations": [
+         {"name": "f", "description": "D", "parametersJsonSchema": OPEN}, {"name": "g"}]}],
+      "toolConfig": UNSET}, ""),
+    ("3.1 strict", {"tools": [function("f", parameters=CHAT_SHAPE, strict=True)]},
+     declared({"name": "f", "parametersJsonSchema": CHAT_SHAPE}), "strict"),
+    ("3.1 custom tool", {"tools": [CUSTOM]}, declared({
+        "name": "sh", "description": "Run.", "parametersJsonSchema": CUSTOM_SCHEMA}), ""),
+    *[(f"3.1 tool_choice {asks}", {"tools": [F, function("g")], "tool_choice": asks},
+       {"toolConfig": {"functionCallingConfig": told}}, "") for asks, told in [
+        ("auto", {"mode": "AUTO"}), ("none", {"mode": "NONE"}), ("required", {"mode": "ANY"}),
+        (F, {"mode": "ANY", "allowedFunctionNames": ["f"]})]],
+    *[(f"3.1 allowed_tools {mode}", {"tools": [F, function("g")], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [F]}}},
+       declared({"name": "f"}, **told), "") for mode, told in [
+        ("auto", {"mode": "AUTO"}), ("required", {"mode": "ANY", "allowedFunctionNames": ["f"]})]],
+    ("0.2 S tool_choice undeclared", {"tools": [F], "tool_choice": function("g")},
+     "tool_choice", ""),
+    ("3.1 parallel_tool_calls", {"tools": [F], "parallel_tool_calls": False},
+     {"toolConfig": UNSET}, "parallel_tool_calls"),
+    *[(f"3.1 effort {asks}, {model}", {"model": model, "reasoning_effort": asks}, thinks(
+        includeThoughts=asks != "none", thinkingLevel=told),
+       "" if asks == told.lower() else "reasoning_effort")
+      for model, levels in [
+        (NEW, "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"),
+        ("gemini-3-pro-preview", "LOW LOW LOW MEDIUM HIGH HIGH HIGH"),
+        (NEWER, "LOW LOW LOW MEDIUM HIGH HIGH HIGH"),
+        ("gemini-4-flash", "LOW LOW LOW MEDIUM HIGH HIGH HIGH")]
+      for asks, told in zip(gateway.EFFORTS, levels.split())],
+    *[(f"3.1 effort {asks}, {model}", {"model": model, "reasoning_effort": asks}, thinks(
+        includeThoughts=asks != "none", thinkingBudget=told),
+       "reasoning_effort" if (model, asks) == (G25_PRO, "none") else "")
+      for model, least in [(G25, 0), (G25_PRO, 128)]
+      for asks, told in zip(gateway.EFFORTS, [least, 512, 1024, 8192, 24576, 24576, 24576])],
+    ("3.1 effort of a model without", {"model": "gemini-2.0-flash", "reasoning_effort": "high"},
+     {"generationConfig": UNSET}, "reasoning_effort"),
+    ("3.1 effort absent", {"model": NEWER}, {"generationConfig": UNSET}, ""),
+    ("3.1 effort unknown", {"reasoning_effort": "much"}, "reasoning_effort", ""),
+    *[(f"3.1 service_tier {asks}", {"service_tier": asks}, {"serviceTier": told}, loss)
+      for asks, told, loss in [
+        ("default", "standard", ""), ("flex", "flex", ""), ("priority", "priority", ""),
+        ("auto", UNSET, ""), ("scale", UNSET, "(service_tier)")]],
+    ("3.1 modalities", {"modalities": ["text", "audio"]}, "modalities", ""),
+    ("3.1 audio", {"audio": {"voice": "x"}}, "audio", ""),
+    ("3.1 web_search_options", {"web_search_options": {}}, {"tools": [{"googleSearch": {}}]}, ""),
+    ("3.2 users merge", {"messages": [user([text("a"), text("")]), user(""), user("b")]},
+     {"contents": [turn("a", "b")]}, ""),
+    ("3.2 assistant", {"messages": [user("a"), spoken("assistant", [
+        text("b"), typed("refusal", refusal="c")]), spoken("assistant", ""), user("d")]},
+     {"contents": [turn("a"), turn("b", "c", role="model"), turn("d")]}, ""),
+    ("3.2 text and call", loop(asked(call("c", arguments='{"x":1}'), content="T"), answer("c")),
+     {"contents": [turn("Hi"), turn("T", ran("f", "c", SKIP, x=1), role="model"),
+                   turn(gave(id_="c"))]}, ""),
+    ("3.2 call, 2.5", {"model": G25, **loop(asked(call("c")), answer("c"))},
+     {"contents": [turn("Hi"), turn(ran(), role="model"), turn(gave())]}, ""),
+    ("1.7 first call of each step of this turn alone", loop(
+        asked(call("a")), answer("a"), user("Go"), asked(call("b"), call("c")), answer("b"),
+        answer("c"), asked(call("d")), answer("d")),
+     {"contents": [turn("Hi"), turn(ran("f", "a"), role="model"), turn(gave(id_="a")), turn("Go"),
+                   turn(ran("f", "b", SKIP), ran("f", "c"), role="model"),
+                   turn(gave(id_="b"), gave(id_="c")),
+                   turn(ran("f", "d", SKIP), role="model"), turn(gave(id_="d"))]}, ""),
+    ("3.2 arguments of no object", loop(asked(call("c", arguments="[1]")), answer("c")),
+     "messages[1].tool_calls[0].function.arguments", ""),
+    ("3.2 a result stays a string", loop(asked(call("c", "g")), answer("c", '{"$ref":"#"}'),
+                                         tools=[function("g")]),
+     {"contents": [turn("Hi"), turn(ran("g", "c", SKIP), role="model"),
+                   turn(gave('{"$ref":"#"}', "g", "c"))]}, ""),
+    ("3.2 results in call order, text behind", {"model": G25, **loop(
+        asked(call("c"), call("d")), answer("d", "2"), user("u"), answer("c", "1"))},
+     {"contents": [turn("Hi"), turn(ran(), ran(), role="model"), turn(gave("1"), gave("2")),
+                   turn("u")]}, ""),
+    ("3.2 picture in a result", loop(asked(call("c")), answer("c", [text("a"), image(PNG)])),
+     {"contents": [turn("Hi"), turn(ran("f", "c", SKIP), role="model"),
+                   turn(gave("a", id_="c", parts=[PNG_PART]))]}, ""),
+    ("3.2 picture in a result, 2.5",
+     {"model": G25, **loop(asked(call("c")), answer("c", [text("a"), image(PNG)]))},
+     {"contents": [turn("Hi"), turn(ran(), role="model"), turn(gave("a"), PNG_PART)]}, ""),
+    ("3.2 custom call", {"tools": [CUSTOM], "messages": [
+        user("Hi"), asked(SH_CALL), answer("c")]},
+     {"contents": [turn("Hi"), turn(ran("sh", "c", SKIP, input="ls"), role="model"),
+                   turn(gave(name="sh", id_="c"))]}, ""),
+    ("3.2 only system", {"messages": [spoken("system", "S")]}, "messages", ""),
+    ("3.2 a result of no call", loop(answer("c")), "messages", ""),
+    ("3.2 a call without result", loop(asked(call("c")), user("?")), "messages", ""),
+    ("1.7 thoughts of another's", {"messages": [user("Hi"), spoken(
+        "assistant", "T", thinking_blocks=THOUGHTS, reasoning_content="Hm"), user("?")]},
+     {"contents": [turn("Hi"), turn("T", role="model"), turn("?")]}, "(thinking)"),
+    ("3.1 logprobs", {"logprobs": True, "top_logprobs": 3},
+     config(responseLogprobs=True, logprobs=3), ""),
+    ("2.2 name", {"messages": [{**user("Hi"), "name": "Ann"}]}, {"contents": [turn("Hi")]},
+     "(name)"),
+    *[(f"1.9 {name}", asking(part), {"contents": [turn(told)]}, "") for name, part, told in [
+        ("image data", image(PNG), PNG_PART),
+        ("PDF", file(PDF_URI, filename="a.pdf"), PDF_PART),
+        ("text", file("data:text/plain;base64,w6k=", filename="T"), "T\n\né"),
+        ("wav", typed("input_audio", input_audio={"data": "aGk=", "format": "wav"}),
+         {"inlineData": {"mimeType": "audio/wav", "data": "aGk="}}),
+        ("mp3", AUDIO, {"inlineData": {"mimeType": "audio/mpeg", "data": "aGk="}})]],
+    *[(f"1.9 image URL {url}", asking(image(url)), {"contents": [turn(
+        {"fileData": {"mimeType": f"image/{kind}", "fileUri": url}})]}, "") for url, kind in [
+        ("https://a/b.PNG?c=d.gif", "png"), ("https://a/b.webp", "webp"),
+        ("https://a/b", "jpeg"), ("https://a/b.svg", "jpeg")]],
+    ("1.9 file_id", asking({"type": "file", "file": {"file_id": "f"}}),
+     "messages[0].content[0].file.file_id", ""),
+]
+
+RESPONSES_TO_CHAT: list[Row] = [
+    ("4 input string", {}, {"messages": [user("Hi")]}, ""),
+    ("4 instructions", {"instructions": "S"}, {"messages": [spoken("system", "S"), user("Hi")]},
+     ""),
+    *[(f"4 max_output_tokens, {model}", {"model": model, "max_output_tokens": 7},
+       {field: 7, other: UNSET}, "") for model, field, other in [
+        (PLAIN, "max_completion_tokens", "max_tokens"),
+        (LOCAL, "max_tokens", "max_completion_tokens")]],
+    *[(f"4 {name}", {name: value}, {name: value}, "") for name, value in [
+        ("temperature", 1.5), ("top_p", 0.5), ("user", "u"), ("metadata", {"a": "b"}),
+        ("store", False), ("service_tier", "flex"), ("prompt_cache_key", "k"),
+        ("prompt_cache_retention", "24h")]],
+    ("4 safety_identifier", {"safety_identifier": "s"}, {"user": "s"}, ""),
+    ("4 stream", {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}},
+     ""),
+    ("4 parallel_tool_calls", {"tools": [flat(F)], "parallel_tool_calls": False},
+     {"parallel_tool_calls": False, "tools": [F_CHAT]}, ""),
+    ("2.2 parallel_tool_calls without tools", {"parallel_tool_calls": False, "tool_choice": "auto"},
+     {"parallel_tool_calls": UNSET, "tool_choice": UNSET, "tools": UNSET}, ""),
+    ("4 effort", {"model": GPT5, "reasoning": {"effort": "low", "summary": "auto"}},
+     {"reasoning_effort": "low"}, ""),
+    ("4 effort of a model without", {"reasoning": {"effort": "low"}}, {"reasoning_effort": UNSET},
+     "reasoning_effort"),
+    *[(f"4 reasoning.{key}", {"reasoning": {key: "x"}}, {}, f"({key})")
+      for key in ("context", "mode", "generate_summary")],
+    ("4 text.format text", {"text": {"format": {"type": "text"}}}, {"response_format": UNSET}, ""),
+    ("4 text.format json_object", {"text": {"format": {"type": "json_object"}}},
+     {"response_format": {"type": "json_object"}}, ""),
+    ("4 text.format json_schema", {"text": {"format": typed(
+        "json_schema", name="n", schema=CHAT_SHAPE, strict=True, description="D")}},
+     format_(CHAT_SHAPE, name="n", strict=True, description="D"), ""),
+    ("1.8 strict of an open schema", {"text": {"format": typed(
+        "json_schema", name="n", schema=OPEN, strict=True)}},
+     format_(OPEN, name="n", strict=False), ""),
+    ("4 text.verbosity", {"model": GPT5, "text": {"verbosity": "low"}}, {"verbosity": "low"}, ""),
+    ("4 tools", {"tools": [
+        flat(function("f", description="D", parameters=CHAT_SHAPE, strict=True)),
+        flat(function("g", parameters=OPEN, strict=None))]},
+     {"tools": [function("f", description="D", parameters=CHAT_SHAPE, strict=True),
+                function("g", parameters=OPEN)]}, ""),
+    ("1.8 strict of an open tool", {"tools": [flat(function("f", parameters=OPEN, strict=True))]},
+     {"tools": [function("f", parameters=OPEN)]}, "strict"),
+    ("4 custom tool", {"tools": [flat(CUSTOM), typed("custom", name="x", format={
+        "type": "grammar", "syntax": "lark", "definition": "start: X"})]},
+     {"tools": [CUSTOM, typed("custom", custom={"name": "x", "format": {
+         "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: X"}}})]}, ""),
+    ("4 custom tool, compatible", {"model": LOCAL, "tools": [flat(CUSTOM)]}, {"tools": [SH_CHAT]},
+     ""),
+    ("4 namespace", {"tools": [NAMESPACE, typed("namespace", name="o", tools=[
+        flat(F), flat(CUSTOM)])]},
+     {"tools": [function("ns__f", parameters=NO_ARGUMENTS), function(
+         "o__f", parameters=NO_ARGUMENTS), typed("custom", custom={
+             "name": "o__sh", "description": "Run."})]}, ""),
+    *[(f"4 tool's {key}", {"tools": [flat(F, **{key: [{}]})]}, {"tools": [F_CHAT]}, f"({key})")
+      for key in ("allowed_callers", "output_schema")],
+    ("4 tool's defer_loading", {"tools": [flat(F, defer_loading=True)]}, {"tools": [F_CHAT]},
+     "(defer_loading)"),
+    ("4 web_search", {"model": "gpt-4o-search-preview", "tools": [typed(
+        "web_search", user_location={"type": "approximate", "city": "Bern"})]},
+     {"web_search_options": {"user_location": {
+         "type": "approximate", "approximate": {"city": "Bern"}}}, "tools": UNSET}, ""),
+    ("4 web_search of others", {"tools": [typed("web_search_preview")]}, {"tools": UNSET},
+     "web_search"),
+    *[(f"4 {kind} offered", {"tools": [typed(kind, x=1), flat(F)], "tool_choice": "auto"},
+       {"tools": [F_CHAT], "tool_choice": "auto"}, kind) for kind in HOSTED],
+    *[(f"4 {kind} forced", {"tools": [typed(kind)], "tool_choice": typed(kind)},
+       "tool_choice.type", "") for kind in ("file_search", "mcp", "image_generation")],
+    *[(f"4 tool_choice {asks}", {"tools": [flat(F)], "tool_choice": asks}, {"tool_choice": asks},
+       "") for asks in ("auto", "none", "required")],
+    ("4 tool_choice named", {"tools": [flat(F)], "tool_choice": typed("function", name="f")},
+     {"tool_choice": function("f")}, ""),
+    ("4 tool_choice of a namespace", {"tools": [NAMESPACE], "tool_choice": typed(
+        "function", name="f", namespace="ns")}, {"tool_choice": function("ns__f")}, ""),
+    ("4 tool_choice custom", {"tools": [flat(CUSTOM)], "tool_choice": typed("custom", name="sh")},
+     {"tool_choice": typed("custom", custom={"name": "sh"})}, ""),
+    ("4 tool_choice custom, compatible", {"model": LOCAL, "tools": [flat(CUSTOM)],
+                                          "tool_choice": typed("custom", name="sh")},
+     {"tool_choice": function("sh")}, ""),
+    ("4 allowed_tools", {"tools": [flat(F), flat(function("g"))], "tool_choice": typed(
+        "allowed_tools", mode="required", tools=[typed("function", name="f")])},
+     {"tool_choice": typed("allowed_tools", allowed_tools={
+         "mode": "required", "tools": [function("f")]})}, ""),
+    ("4 allowed_tools, compatible", {"model": LOCAL, "tools": [flat(F), flat(function("g"))],
+                                     "tool_choice": typed("allowed_tools", mode="required", tools=[
+                                         typed("function", name="f")])},
+     {"tool_choice": "required", "tools": [F_CHAT]}, ""),
+    ("0.2 S tool_choice undeclared", {"tools": [flat(F)], "tool_choice": typed(
+        "function", name="g")}, "tool_choice", ""),
+    *[(f"4 {key}", {key: value}, key, "") for key, value in [
+        ("previous_response_id", "resp_1"), ("conversation", "conv_1"), ("prompt", {"id": "p"}),
+        ("background", True), ("background_options", {"x": 1}), ("truncation", "auto")]],
+    *[(f"4 {key} at its default", {key: value}, {key: UNSET}, "") for key, value in [
+        ("background", False), ("truncation", "disabled"), ("previous_response_id", None)]],
+    *[(f"4 {key} dropped", {key: value}, {key: UNSET}, f"({key})") for key, value in [
+        ("context_management", [{"type": "compaction"}]), ("max_tool_calls", 3),
+        ("image", {"x": 1}), ("access_programs", [1]), ("include", ["file_search_call.results"]),
+        ("client_metadata", {"a": "b"})]],
+    ("4 logprobs", {"top_logprobs": 3, "include": ["message.output_text.logprobs"]},
+     {"logprobs": True, "top_logprobs": 3}, ""),
+    ("4 include honoured", {"include": ["reasoning.encrypted_content"]}, {"include": UNSET}, ""),
+    ("0.2 P unknown", {"new": 1}, {"new": UNSET}, "unknown"),
+    ("4 no input", {"input": None}, "input", ""),
+    ("4.1 message", listed(typed("message", role="user", id="msg_1", status="completed", content=[
+        typed("input_text", text="a"), typed("input_image", image_url=PNG, detail="low"),
+        typed("input_file", file_data=PDF_URI, filename="a.pdf"), AUDIO])),
+     {"messages": [user([text("a"), image(PNG, detail="low"), file(PDF_URI, filename="a.pdf"),
+                         AUDIO])]}, ""),
+    ("4.1 file_id of an image", listed(user([typed("input_image", file_id="f")])),
+     "input[0].content[0].file_id", ""),
+    ("4.1 file_id of a file", listed(user([typed("input_file", file_id="f")])),
+     "input[0].content[0].file_id", ""),
+    ("4.1 file_url", listed(user([typed("input_file", file_url="https://a/b.pdf")])), "file", ""),
+    ("4.1 system later", listed(user("a"), spoken("developer", "S"), user("b")),
+     {"messages": [user("a"), spoken("system", "S"), user("b")]}, ""),
+    ("4.1 system later, compatible", {"model": LOCAL, "instructions": "I", **listed(
+        user("a"), spoken("developer", "S"), user("b"))},
+     {"messages": [spoken("system", "I\n\nS"), user([text("a"), text("b")])]}, ""),
+    ("4.1 assistant", listed(user("a"), spoken("assistant", [
+        typed("output_text", text="b", annotations=[]), typed("refusal", refusal="c")],
+        id="msg_1", status="completed"), user("d")),
+     {"messages": [user("a"), spoken("assistant", [text("b"), typed("refusal", refusal="c")]),
+                   user("d")]}, ""),
+    ("4.1 phase", listed(user("a"), spoken("assistant", "b", phase="commentary"), user("c")),
+     {"messages": [user("a"), spoken("assistant", "b"), user("c")]}, "(phase)"),
+    ("4.1 function_call", listed(user("Hi"), spoken("assistant", "T"), fcall(
+        "c", arguments='{"x":1}', id="fc_1", status="completed"), fcall("d"), output("c"),
+        output("d", ""), tools=[flat(F)]),
+     {"messages": [user("Hi"), asked(call("c", arguments='{"x":1}'), call("d"), content="T"),
+                   answer("c"), answer("d", "")]}, ""),
+    ("4.1 function_call without text", listed(user("Hi"), fcall("c"), output("c")),
+     {"messages": [user("Hi"), asked(call("c")), answer("c")]}, ""),
+    ("4.1 broken arguments", listed(user("Hi"), fcall("c", arguments="{"), output("c")),
+     "input[1].arguments", ""),
+    ("4.1 custom_tool_call", listed(user("Hi"), SH_ITEM, SH_DONE, tools=[flat(CUSTOM)]),
+     {"messages": [user("Hi"), asked(SH_CALL), answer("c")]}, ""),
+    ("4.1 custom_tool_call, compatible", {"model": LOCAL, **listed(
+        user("Hi"), SH_ITEM, SH_DONE, tools=[flat(CUSTOM)])},
+     {"messages": [user("Hi"), asked(call("c", "sh", '{"input":"ls"}')), answer("c")]}, ""),
+    ("4.1 a picture in an output", listed(user("Hi"), fcall("c"), output("c", [
+        typed("input_text", text="a"), typed("input_image", image_url=PNG)]), user("b")),
+     {"messages": [user("Hi"), asked(call("c")), answer("c", "a"), user([
+         text("From the tool call c:"), image(PNG), text("b")])]}, ""),
+    ("4.1 no call_id", listed(user("Hi"), fcall("c"), typed("function_call_output", output="")),
+     "input[2].call_id", ""),
+    ("4.1 namespace", listed(user("Hi"), fcall("c", namespace="ns"), output(
+        "c", name="f", namespace="ns"), tools=[NAMESPACE]),
+     {"messages": [user("Hi"), asked(call("c", "ns__f")), answer("c")]}, ""),
+    ("4.1 reasoning", listed(user("Hi"), typed("reasoning", id="rs_1", summary=[
+        typed("summary_text", text="Hm")], encrypted_content="Zm9v"), fcall("c"), output("c")),
+     {"messages": [user("Hi"), asked(call("c")), answer("c")]}, "(thinking)"),
+    ("4.1 item_reference", listed(user("Hi"), typed("item_reference", id="msg_1")),
+     "input[1].type", ""),
+    ("4.1 additional_tools", listed(typed("additional_tools", role="developer", tools=[flat(F)]),
+                                    user("Hi")), {"messages": [user("Hi")], "tools": [F_CHAT]}, ""),
+    *[(f"4.1 {kind}", listed(user("Hi"), typed(kind, id="x", action={"a": 1})),
+       {"messages": [user("Hi")]}, "(hosted_calls)")
+      for kind in ("web_search_call", "file_search_call", "code_interpreter_call",
+                   "image_generation_call", "mcp_call")],
+    *[(f"4.1 {kind}", listed(user("Hi"), typed(kind, id="x")), "input[1].type", "")
+      for kind in ("compaction", "computer_call", "computer_call_output", "local_shell_call",
+                   "shell_call", "apply_patch_call", "apply_patch_call_output", "program",
+                   "mcp_list_tools", "mcp_approval_request", "configuration_update",
+                   "compaction_trigger", "program_output")],
+    ("4.1 ordering", listed(user("Hi"), fcall("c"), fcall("d"), output("d", "2"), user("u"),
+                            output("c", "1")),
+     {"messages": [user("Hi"), asked(call("c"), call("d")), answer("c", "1"), answer("d", "2"),
+                   user("u")]}, ""),
+    ("4.1 only system", listed(spoken("developer", "S")), "messages", ""),
+    ("1.5 long ids", listed(user("Hi"), fcall(LONG_ID), output(LONG_ID)),
+     {"messages": [user("Hi"), asked(call(LEGAL_ID)),
+                   answer(LEGAL_ID)]}, ""),
+]
+
+RESPONSES_TO_MESSAGES: list[Row] = [
+    ("5 instructions and leading items", listed(
+        spoken("developer", "D"), user("a"), user("b"), instructions="S"),
+     {"system": [text("S"), text("D")], "messages": [user([text("a"), text("b")])]}, ""),
+    ("5 one assistant turn", listed(
+        user("Hi"), typed("reasoning", id="rs_1", summary=[], encrypted_content="Zm9v"),
+        spoken("assistant", [typed("output_text", text="T")]), fcall("c", arguments='{"x":1}'),
+        fcall("d"), output("d", "2"), output("c", "1"), user("b"), tools=[flat(F)]),
+     {"messages": [user("Hi"), spoken("assistant", [text("T"), use("c", x=1), use("d")]),
+                   user([result("c", "1"), result("d", "2"), text("b")])]}, "(thinking)"),
+    ("5 output list", listed(user("Hi"), fcall("c"), output("c", [
+        typed("input_text", text="a"), typed("input_image", image_url=PNG, detail="auto"),
+        typed("input_file", file_data=PDF_URI)]), tools=[flat(F)]),
+     {"messages": [user("Hi"), spoken("assistant", [use("c")]), user([result("c", [
+         text("a"), PNG_BLOCK, PDF_BLOCK])])]}, ""),
+    ("5 effort", {"reasoning": {"effort": "high", "summary": "auto"}},
+     {"thinking": {"type": "adaptive", "display": "summarized"},
+      "output_config": {"effort": "high"}}, ""),
+    ("5 effort, budget", {"model": BUDGET, "reasoning": {"effort": "low"}},
+     {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 9216}, ""),
+    ("5 text.format", {"text": {"format": typed("json_schema", name="n", schema=CHAT_SHAPE)}},
+     {"output_config": {"format": typed("json_schema", schema=CHAT_SHAPE)}}, ""),
+    ("2.1 json_object", {"text": {"format": {"type": "json_object"}}}, {"system": RULE}, ""),
+    ("5 web_search", {"tools": [typed("web_search", user_location={
+        "type": "approximate", "city": "Bern"})]},
+     {"tools": [typed("web_search_20250305", name="web_search", user_location={
+         "type": "approximate", "city": "Bern"})]}, ""),
+    ("5 a hosted tool offered", {"tools": [typed("file_search")]}, {"tools": UNSET},
+     "file_search"),
+    ("5 max_output_tokens", {"max_output_tokens": 7}, {"max_tokens": 7}, ""),
+    ("5 max_output_tokens absent", {}, {"max_tokens": 8192}, ""),
+    ("5 tool_choice", {"tools": [flat(F)], "tool_choice": typed("function", name="f")},
+     {"tool_choice": {"type": "tool", "name": "f"}}, ""),
+    ("5 allowed_tools", {"tools": [flat(F), flat(function("g"))], "tool_choice": typed(
+        "allowed_tools", mode="required", tools=[typed("function", name="g")])},
+     {"tool_choice": {"type": "any"}, "tools": [{"name": "g", "input_schema": NO_ARGUMENTS}]}, ""),
+    ("2.1 parallel", {"tools": [flat(F)], "parallel_tool_calls": False},
+     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, ""),
+    ("2.1 custom tool", listed(user("Hi"), SH_ITEM, SH_DONE, tools=[flat(CUSTOM)]),
+     {"tools": [{"name": "sh", "description": "Run.", "input_schema": CUSTOM_SCHEMA}],
+      "messages": [user("Hi"), spoken("assistant", [use("c", "sh", input="ls")]),
+                   user([result("c")])]}, ""),
+    ("4 namespace", listed(user("Hi"), fcall("c", namespace="ns"), output("c"), tools=[NAMESPACE]),
+     {"tools": [{"name": "ns__f", "input_schema": NO_ARGUMENTS}],
+      "messages": [user("Hi"), spoken("assistant", [use("c", "ns__f")]), user([result("c")])]}, ""),
+    ("2.2 tool blocks without tools", listed(user("Hi"), fcall("c"), output("c")),
+     {"tools": [F_USE], "tool_choice": {"type": "none"}}, ""),
+    ("2.1 temperature", {"temperature": 1.5}, {"temperature": 1}, "temperature"),
+    ("2.1 store and the like", {"store": True, "metadata": {"a": "b"}, "prompt_cache_key": "k"},
+     {"metadata": UNSET, "store": UNSET}, "(store), (metadata), (prompt_cache_key)"),
+    ("1.9 file_url", listed(user([typed("input_file", file_url="https://a/b")])),
+     {"messages": [user([document({"type": "url", "url": "https://a/b"})])]}, ""),
+    ("1.9 audio", listed(user([AUDIO])), "input_audio", ""),
+    ("2.2 system later", {"model": NOW, **listed(user("a"), spoken("developer", "S"), user("b"))},
+     {"messages": [user("a"), spoken("system", "S"), user("b")]}, ""),
+]
+
+RESPONSES_TO_GEMINI: list[Row] = [
+    ("5 all at once", listed(
+        spoken("developer", "D"), user("Hi"), spoken("assistant", "T"), fcall("c"), fcall("d"),
+        output("d", "2"), output("c", [typed("input_image", image_url=PNG)]), user("u"),
+        instructions="S", tools=[flat(F)], max_output_tokens=7, temperature=0.5),
+     {"systemInstruction": {"parts": [{"text": "S"}, {"text": "D"}]},
+      "contents": [turn("Hi"), turn("T", ran("f", "c"), ran("f", "d"), role="model"),
+                   turn(gave("", id_="c", parts=[PNG_PART]), gave("2", id_="d")), turn("u")],
+      "generationConfig": {"maxOutputTokens": 7, "temperature": 0.5},
+      "tools": [{"functionDeclarations": [{"name": "f"}]}]}, ""),
+    ("5 effort", {"reasoning": {"effort": "minimal"}},
+     thinks(includeThoughts=True, thinkingLevel="MINIMAL"), ""),
+    ("5 web_search", {"tools": [typed("web_search")]}, {"tools": [{"googleSearch": {}}]}, ""),
+    ("5 foreign reasoning", listed(user("Hi"), typed(
+        "reasoning", id="rs_1", summary=[], encrypted_content="Zm9v"), fcall("c"), output("c")),
+     {"contents": [turn("Hi"), turn(ran("f", "c", SKIP), role="model"), turn(gave(id_="c"))]},
+     "(thinking)"),
+]
+
+MESSAGES_TO_CHAT: list[Row] = [
+    ("6.1 system string", {"system": "S"}, {"messages": [spoken("system", "S"), user("Hi")]}, ""),
+    ("6.1 system blocks", {"system": [
+        text("x-anthropic-billing-header: cc_version=1"), text("A", cache_control=MARK),
+        text("B")]}, {"messages": [spoken("system", "A\n\nB"), user("Hi")]}, "(cache_control)"),
+    ("6.1 max_tokens", {}, {"max_completion_tokens": 99, "max_tokens": UNSET}, ""),
+    ("6.1 max_tokens, compatible", {"model": LOCAL},
+     {"max_tokens": 99, "max_completion_tokens": UNSET}, ""),
+    ("6.1 max_tokens of 0", {"max_tokens": 0}, "max_tokens", ""),
+    ("6.1 max_tokens absent", {"max_tokens": None}, "max_tokens", ""),
+    ("6.1 stop_sequences", {"stop_sequences": list("abcd")}, {"stop": list("abcd")}, ""),
+    ("6.1 five stop_sequences", {"stop_sequences": list("abcde")}, "stop", ""),
+    ("6.1 stop_sequences, o3", {"model": "o3", "stop_sequences": ["a"]}, "stop", ""),
+    ("6.1 stop_sequences, o4-mini", {"model": "o4-mini", "stop_sequences": ["a"]}, "stop", ""),
+    *[(f"6.1 temperature, {model} {level}", {
+        "model": model, "temperature": 0.5, "top_p": 0.5, "output_config": {"effort": level}},
+       {"temperature": sent, "top_p": sent}, loss) for model, level, sent, loss in [
+        (PLAIN, None, 0.5, ""), (LOCAL, None, 0.5, ""), (GPT52, None, 0.5, ""),
+        (GPT52, "none", 0.5, ""), (GPT52, "low", UNSET, "temperature, top_p"),
+        (GPT5, None, UNSET, "temperature, top_p"), ("o3", None, UNSET, "temperature, top_p"),
+        (GPT55, None, UNSET, "temperature, top_p"), (GPT55, "none", 0.5, "")]],
+    ("12 temperature of 1", {"model": GPT5, "temperature": 1, "top_p": 1.0},
+     {"temperature": UNSET, "top_p": UNSET}, ""),
+    ("6.1 top_k", {"top_k": 40}, {"top_k": UNSET}, "top_k"),
+    ("6.1 stream", {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}},
+     ""),
+    ("6.1 tools", {"tools": [
+        {"name": "f", "description": "D", "input_schema": CHAT_SHAPE, "type": "custom"},
+        {"name": "g", "input_schema": {"type": "object"}, "strict": True}]},
+     {"tools": [function("f", description="D", parameters=CHAT_SHAPE),
+                function("g", parameters=NO_ARGUMENTS)]}, "strict"),
+    ("1.8 strict that is clean", {"tools": [
+        {"name": "f", "input_schema": CHAT_SHAPE, "strict": True}]},
+     {"tools": [function("f", parameters=CHAT_SHAPE, strict=True)]}, ""),
+    *[(f"6.1 tool's {key}", {"tools": [{**F_USE, key: value}]}, {"tools": [F_CHAT]}, f"({key})")
+      for key, value in [
+        ("cache_control", MARK), ("eager_input_streaming", True), ("defer_loading", True),
+        ("input_examples", [{}]), ("allowed_callers", ["direct"])]],
+    *[(f"6.1 {kind} offered", {"tools": [typed(f"{kind}_20250101", name="x"), F_USE]},
+       {"tools": [F_CHAT]}, kind) for kind in SERVER_TOOLS],
+    *[(f"6.1 {kind} forced", {"tools": [typed(f"{kind}_20250101", name="x")],
+                              "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice", "")
+      for kind in ("code_execution", "bash")],
+    ("6.1 web_search", {"model": "gpt-5-search-api", "tools": [typed(
+        "web_search_20250305", name="web_search", user_location={
+            "type": "approximate", "city": "Bern"})]},
+     {"web_search_options": {"user_location": {"type": "approximate", "approximate": {
+         "type": "approximate", "city": "Bern"}}}, "tools": UNSET}, ""),
+    ("6.1 web_search of others", {"tools": [typed("web_search_20250305", name="web_search")]},
+     {"tools": UNSET, "web_search_options": UNSET}, "web_search"),
+    *[(f"6.1 tool_choice {asks['type']}", {"tools": [F_USE], "tool_choice": asks},
+       {"tool_choice": told, "parallel_tool_calls": UNSET}, "") for asks, told in [
+        ({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none"),
+        ({"type": "tool", "name": "f"}, function("f"))]],
+    ("6.1 tool_choice without tools", {"tool_choice": {
+        "type": "auto", "disable_parallel_tool_use": True}},
+     {"tool_choice": UNSET, "parallel_tool_calls": UNSET}, ""),
+    ("6.1 disable_parallel_tool_use", {"tools": [F_USE], "tool_choice": {
+        "type": "any", "disable_parallel_tool_use": True}},
+     {"tool_choice": "required", "parallel_tool_calls": False}, ""),
+    *[(f"6.1 a budget of {budget}", {"model": GPT5, "thinking": {
+        "type": "enabled", "budget_tokens": budget}}, {"reasoning_effort": level}, "")
+      for budget, level in [(1024, "low"), (4095, "low"), (4096, "medium"), (16383, "medium"),
+                            (16384, "high")]],
+    *[(f"6.1 {kind} {level}", {"model": GPT52, "thinking": {"type": kind},
+                               "output_config": {"effort": level}}, {"reasoning_effort": level}, "")
+      for kind in ("adaptive", "between_tools") for level in ("low", "xhigh", None)],
+    *[(f"6.1 disabled, {model}", {"model": model, "thinking": {"type": "disabled"}},
+       {"reasoning_effort": level}, loss) for model, level, loss in [
+        ("gpt-5.1", "none", ""), (GPT5, "minimal", "reasoning_effort"), (PLAIN, UNSET, ""),
+        ("o3", "low", "reasoning_effort"), (LOCAL, UNSET, "")]],
+    *[(f"6.1 effort, {model}", {"model": model, "output_config": {"effort": "high"}},
+       {"reasoning_effort": UNSET}, "reasoning_effort") for model in (PLAIN, LOCAL)],
+    *[(f"6.1 {level}, {model}", {"model": model, "output_config": {"effort": level}},
+       {"reasoning_effort": sent}, "reasoning_effort") for model, level, sent in [
+        (GPT5, "max", "high"), (GPT52, "minimal", "low"), (GPT52, "max", "xhigh")]],
+    *[(f"6 tools, {model} {level}", {"model": model, "tools": [F_USE],
+                                     "output_config": {"effort": level}},
+       {"reasoning_effort": sent}, loss) for model, level, sent, loss in [
+        ("gpt-5.4", None, "none", ""), (GPT55, None, "none", ""), (GPT6, "none", "none", ""),
+        (GPT55, "high", "none", "reasoning_effort"), (GPT52, "high", "high", "")]],
+    ("6.1 output_config.format", {"output_config": {"format": typed(
+        "json_schema", schema=CHAT_SHAPE)}}, format_(CHAT_SHAPE, name="output"), ""),
+    ("6.1 user_id", {"metadata": {"user_id": "u"}}, {"user": "u", "metadata": UNSET}, ""),
+    ("6.1 a long user_id", {"metadata": {"user_id": "u" * 65}},
+     {"user": gateway.hashed("u" * 65, 40)}, ""),
+    ("6.1 service_tier auto", {"service_tier": "auto"}, {"service_tier": "auto"}, ""),
+    ("6.1 service_tier standard_only", {"service_tier": "standard_only"},
+     {"service_tier": "default"}, ""),
+    ("6.1 mcp_servers", {"mcp_servers": [{"url": "https://a"}]}, {"mcp_servers": UNSET},
+     "mcp_servers"),
+    *[(f"6.1 {key}", {key: value}, {key: UNSET}, f"({key})") for key, value in [
+        ("speed", "fast"), ("container", "c"), ("context_management", {"edits": [{}]}),
+        ("diagnostics", {"x": 1}), ("inference_geo", "eu"), ("user_profile_id", "p"),
+        ("cache_control", MARK)]],
+    ("0.2 P unknown", {"new": 1}, {"new": UNSET}, "unknown"),
+    ("6.2 one text block", {"messages": [user([text("a", cache_control=HOUR)])]},
+     {"messages": [user("a")]}, "(cache_control)"),
+    ("6.2 media", {"messages": [user([
+        PNG_BLOCK, typed("image", source={"type": "url", "url": "https://a"}), PDF_BLOCK,
+        {**TEXT_BLOCK, "context": "C", "citations": {"enabled": True}}])]},
+     {"messages": [user([image(PNG), image("https://a"), file(PDF_URI, filename="document.pdf"),
+                         text("C"), text("T\n\nx")])]}, ""),
+    ("1.9 PDF by URL", {"messages": [user([document({"type": "url", "url": "https://a"})])]},
+     "file", ""),
+    ("1.9 file_id", {"messages": [user([document({"type": "file", "file_id": "f"})])]},
+     "messages[0].content[0].source.type", ""),
+    ("6.2 search_result", {"messages": [user([typed(
+        "search_result", title="T", source="https://a", content=[text("x"), text("y")],
+        citations={"enabled": True})])]}, {"messages": [user("T\nhttps://a\nx\ny")]}, ""),
+    ("6.2 search_result in a result", history(spoken("assistant", [use("c")]), user([result("c", [
+        typed("search_result", title="T", source="S", content=[text("x")])])])),
+     {"messages": [user("Hi"), asked(call("c")), answer("c", "T\nS\nx")]}, ""),
+    ("6.2 tool_reference", history(spoken("assistant", [use("c")]), user([result("c", [
+        typed("tool_reference", tool_name="g")])]), tools=[{**F_USE, "defer_loading": True}]),
+     {"messages": [user("Hi"), asked(call("c")), answer("c", "Tool g loaded.")],
+      "tools": [F_CHAT]}, "(defer_loading)"),
+    ("6.2 browser_state", {"messages": [user([typed("browser_state")])]},
+     "messages[0].content[0].type", ""),
+    ("6.2 results first", history(spoken("assistant", [text("T"), use("c", x=1), use("d")]), user([
+        text("a"), result("d", [text("1"), text("2")]), PNG_BLOCK, result("c", []), text("b")])),
+     {"messages": [user("Hi"), asked(call("c", arguments='{"x":1}'), call("d"), content="T"),
+                   answer("c", ""), answer("d", "1\n2"), user([
+                       text("a"), image(PNG), text("b")])]}, ""),
+    ("6.2 media in results", history(spoken("assistant", [use("c"), use("d")]), user([
+        result("c", [text("1"), PNG_BLOCK]), result("d", [PDF_BLOCK]), text("a")])),
+     {"messages": [user("Hi"), asked(call("c"), call("d")), answer("c", "1"), answer("d", ""),
+                   user([text("From the tool call c:"), image(PNG), text("From the tool call d:"),
+                         file(PDF_URI, filename="document.pdf"), text("a")])]}, ""),
+    ("6.2 thoughts", history(spoken("assistant", [*THOUGHTS, text("T")]), user("?")),
+     {"messages": [user("Hi"), spoken("assistant", "T"), user("?")]}, "(thinking)"),
+    ("6.2 server tools", history(spoken("assistant", [*SEARCH, text("T")]), user("?")),
+     {"messages": [user("Hi"), spoken("assistant", "T"), user("?")]}, "(content)"),
+    ("6.2 only thoughts", history(spoken("assistant", THOUGHTS), user("?")),
+     {"messages": [user([text("Hi"), text("?")])]}, "(thinking)"),
+    ("6.2 system later", history(spoken("assistant", [use("c")]), user([result("c")]),
+                                 spoken("system", "S")),
+     {"messages": [user("Hi"), asked(call("c")), answer("c"), spoken("system", "S")]}, ""),
+    ("6.2 system between call and result", history(
+        spoken("assistant", [use("c")]), spoken("system", "S"), user([result("c")])),
+     {"messages": [user("Hi"), asked(call("c")), answer("c"), spoken("system", "S")]}, ""),
+    ("4.1 system later, compatible", {"model": LOCAL, "system": "A", **history(
+        spoken("system", "B"))}, {"messages": [spoken("system", "A\n\nB"), user("Hi")]}, ""),
+    ("6.2 prefill", history(spoken("assistant", "So ")),
+     {"messages": [user("Hi"), spoken("assistant", "So ")]}, ""),
+    ("1.5 long ids", history(spoken("assistant", [use(LONG_ID)]), user([result(LONG_ID)])),
+     {"messages": [user("Hi"), asked(call(LEGAL_ID)),
+                   answer(LEGAL_ID)]}, ""),
+]
+
+MESSAGES_TO_RESPONSES: list[Row] = [
+    ("6.1 what is always said", {}, {
+        "store": False, "include": ["reasoning.encrypted_content"], "max_output_tokens": 99,
+        "input": [user([typed("input_text", text="Hi")])], "instructions": UNSET}, ""),
+    ("6.1 system", {"system": [text("A"), text("B")]}, {"instructions": "A\n\nB"}, ""),
+    ("6.1 stop_sequences", {"stop_sequences": ["a"]}, {"stop": UNSET}, "stop"),
+    ("6.1 stream", {"stream": True}, {"stream": True, "stream_options": UNSET}, ""),
+    ("6.1 tools", {"tools": [{"name": "f", "input_schema": CHAT_SHAPE},
+                             {"name": "g", "input_schema": CHAT_SHAPE, "strict": True}]},
+     {"tools": [flat(function("f", parameters=CHAT_SHAPE, strict=False)),
+                flat(function("g", parameters=CHAT_SHAPE, strict=True))]}, ""),
+    ("6.1 web_search", {"tools": [typed("web_search_20250305", name="web_search")]},
+     {"tools": [typed("web_search")]}, ""),
+    *[(f"6.1 tool_choice {asks['type']}", {"tools": [F_USE], "tool_choice": asks},
+       {"tool_choice": told}, "") for asks, told in [
+        ({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none"),
+        ({"type": "tool", "name": "f"}, typed("function", name="f"))]],
+    ("6.1 disable_parallel_tool_use", {"tools": [F_USE], "tool_choice": {
+        "type": "auto", "disable_parallel_tool_use": True}}, {"parallel_tool_calls": False}, ""),
+    *[(f"6.1 thinking {asks}", asks, {"reasoning": told}, loss) for asks, told, loss in [
+        ({}, UNSET, ""), ({"thinking": {"type": "adaptive"}}, {"summary": "auto"}, ""),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5000}},
+         {"effort": "medium", "summary": "auto"}, ""),
+        ({"thinking": {"type": "adaptive", "display": "omitted"},
+          "output_config": {"effort": "high"}}, {"effort": "high"}, ""),
+        ({"thinking": {"type": "disabled"}}, {"effort": "none"}, ""),
+        ({"output_config": {"effort": "max"}}, {"effort": "xhigh"}, "reasoning.effort")]],
+    ("6.1 effort of a model without", {"model": PLAIN, "output_config": {"effort": "high"}},
+     {"reasoning": UNSET, "include": UNSET}, "reasoning.effort"),
+    ("6.1 output_config.format", {"output_config": {"format": typed(
+        "json_schema", schema=CHAT_SHAPE)}},
+     {"text": {"format": typed("json_schema", name="output", schema=CHAT_SHAPE)}}, ""),
+    ("6.1 user_id and tier", {"metadata": {"user_id": "u"}, "service_tier": "standard_only"},
+     {"user": "u", "service_tier": "default"}, ""),
+    ("6.2 a tool loop", history(
+        spoken("assistant", [*THOUGHTS, text("T"), use("c", x=1), use("d")]),
+        user([result("d", [text("1"), PNG_BLOCK]), result("c"), text("b")])),
+     {"input": [user([typed("input_text", text="Hi")]), spoken("assistant", "T"),
+                fcall("c", arguments='{"x":1}'), fcall("d"), output("c"), output("d", [
+                    typed("input_text", text="1"),
+                    typed("input_image", image_url=PNG, detail="auto")]),
+                user([typed("input_text", text="b")])]}, "(thinking)"),
+    ("6.2 system later", history(spoken("system", "S")),
+     {"input": [user([typed("input_text", text="Hi")]),
+                spoken("developer", [typed("input_text", text="S")])]}, ""),
+    ("1.9 media", {"messages": [user([
+        PNG_BLOCK, PDF_BLOCK, document({"type": "url", "url": "https://a"}), TEXT_BLOCK])]},
+     {"input": [user([
+         typed("input_image", image_url=PNG, detail="auto"),
+         typed("input_file", filename="document.pdf", file_data=PDF_URI),
+         typed("input_file", file_url="https://a"), typed("input_text", text="T\n\nx")])]}, ""),
+    ("1.5 long ids", history(spoken("assistant", [use(LONG_ID)]), user([result(LONG_ID)])),
+     {"input": [user([typed("input_text", text="Hi")]),
+                fcall(LEGAL_ID), output(LEGAL_ID)]}, ""),
+]
+
+MESSAGES_TO_GEMINI: list[Row] = [
+    ("7 system", {"system": "A", **history(spoken("system", "B"))},
+     {"systemInstruction": {"parts": [{"text": "A"}, {"text": "B"}]}, "contents": [turn("Hi")]},
+     ""),
+    ("7 a tool loop", history(
+        spoken("assistant", [text("T"), use("c", x=1), use("d")]),
+        user([{**result("d", "no"), "is_error": True}, result("c"), text("b")])),
+     {"contents": [turn("Hi"), turn("T", ran("f", "c", x=1), ran("f", "d"), role="model"),
+                   turn(gave(id_="c"), gave("no", id_="d", key="error")), turn("b")]}, ""),
+    ("7 image in a result", history(spoken("assistant", [use("c")]), user([
+        result("c", [text("a"), PNG_BLOCK])])),
+     {"contents": [turn("Hi"), turn(ran("f", "c", SKIP), role="model"),
+                   turn(gave("a", id_="c", parts=[PNG_PART]))]}, ""),
+    *[(f"7 tool_choice {asks['type']}", {"tools": [F_USE], "tool_choice": asks},
+       {"toolConfig": {"functionCallingConfig": told}}, "") for asks, told in [
+        ({"type": "auto"}, {"mode": "AUTO"}), ({"type": "any"}, {"mode": "ANY"}),
+        ({"type": "none"}, {"mode": "NONE"}),
+        ({"type": "tool", "name": "f"}, {"mode": "ANY", "allowedFunctionNames": ["f"]})]],
+    ("7 disable_parallel_tool_use", {"tools": [F_USE], "tool_choice": {
+        "type": "auto", "disable_parallel_tool_use": True}}, {}, "parallel_tool_calls"),
+    ("7 numbers", {"temperature": 0.5, "top_p": 0.5, "top_k": 4, "stop_sequences": list("abcde")},
+     config(maxOutputTokens=99, temperature=0.5, topP=0.5, topK=4, stopSequences=list("abcde")),
+     ""),
+    ("7 six stop_sequences", {"stop_sequences": list("abcdef")}, "stop", ""),
+    *[(f"7 budget {budget}, {model}", {"model": model, "thinking": {
+        "type": "enabled", "budget_tokens": budget}},
+       config(maxOutputTokens=99, thinkingConfig={"includeThoughts": True, **told}), "")
+      for model, budget, told in [
+        (G25, 2000, {"thinkingBudget": 2000}), (G25, 30_000, {"thinkingBudget": 24576}),
+        (G25_PRO, 64, {"thinkingBudget": 128}), (G25_PRO, 40_000, {"thinkingBudget": 32768}),
+        (NEW, 4095, {"thinkingLevel": "LOW"}), (NEW, 4096, {"thinkingLevel": "MEDIUM"}),
+        (NEW, 16384, {"thinkingLevel": "HIGH"})]],
+    *[(f"7 {asks}, {model}", {"model": model, **asks},
+       config(maxOutputTokens=99, **({"thinkingConfig": told} if told else {})), loss)
+      for model, asks, told, loss in [
+        (NEW, {"thinking": {"type": "adaptive"}}, {"includeThoughts": True}, ""),
+        (NEW, {"thinking": {"type": "adaptive", "display": "omitted"},
+               "output_config": {"effort": "low"}},
+         {"includeThoughts": False, "thinkingLevel": "LOW"}, ""),
+        (NEWER, {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+         {"includeThoughts": True, "thinkingLevel": "HIGH"}, "reasoning_effort"),
+        (NEW, {"thinking": {"type": "disabled"}},
+         {"includeThoughts": False, "thinkingLevel": "MINIMAL"}, "reasoning_effort"),
+        (G25, {"thinking": {"type": "disabled"}},
+         {"includeThoughts": False, "thinkingBudget": 0}, ""), (NEW, {}, None, "")]],
+    ("7 output_config.format", {"output_config": {"format": typed(
+        "json_schema", schema=CHAT_SHAPE)}},
+     config(maxOutputTokens=99, responseMimeType="application/json",
+            responseJsonSchema=CHAT_SHAPE), ""),
+    ("7 hints", {"metadata": {"user_id": "u"}, "service_tier": "auto", "system": [
+        text("S", cache_control=MARK)]}, {"serviceTier": UNSET}, "(cache_control), (user)"),
+    ("1.7 Anthropic's thoughts", history(spoken("assistant", [*THOUGHTS, text("T")]), user("?")),
+     {"contents": [turn("Hi"), turn("T", role="model"), turn("?")]}, "(thinking)"),
+    ("1.9 media", {"messages": [user([PNG_BLOCK, PDF_BLOCK, TEXT_BLOCK, document(
+        {"type": "url", "url": "https://a/b"})])]},
+     {"contents": [turn(PNG_PART, PDF_PART, "T\n\nx", {"fileData": {
+         "mimeType": "application/pdf", "fileUri": "https://a/b"}})]}, ""),
+]
+
+# What Gemini's own schema dialect says, and the JSON Schema of it.
+GEMINI_SCHEMA = {"type": "OBJECT", "property_ordering": ["a"], "properties": {
+    "type": {"type": "STRING", "nullable": True, "format": "enum", "enum": ["A"], "example": "A"},
+    "a_b": {"type": "ARRAY", "minItems": "1", "items": {"type": "INTEGER", "maximum": 4.0}},
+    "c": {"anyOf": [{"type": "NUMBER"}, {"type": "STRING", "format": "date-time"}]}}}
+JSON_SCHEMA = {"type": "object", "properties": {
+    "type": {"type": ["string", "null"], "enum": ["A"]},
+    "a_b": {"type": "array", "minItems": 1, "items": {"type": "integer", "maximum": 4}},
+    "c": {"anyOf": [{"type": "number"}, {"type": "string", "format": "date-time"}]}}}
+GF = {"name": "f"}
+
+
+def minted(number: int, name: str = "f") -> str:
+    return f"call_{number}_{gateway.hashed(name, 8)}"
+
+
+GEMINI_TO_CHAT: list[Row] = [
+    ("7b systemInstruction", {"systemInstruction": {"parts": [{"text": "A"}, {"text": "B"}]}},
+     {"messages": [spoken("system", "A\n\nB"), user("Hi")]}, ""),
+    ("7b snake_case", {"system_instruction": {"parts": [{"text": "A"}]}, "generation_config": {
+        "max_output_tokens": 7, "response_mime_type": "application/json",
+        "response_json_schema": {**CHAT_SHAPE, "x_y": 1}}},
+     {"messages": [spoken("system", "A"), user("Hi")], "max_completion_tokens": 7,
+      **format_({**CHAT_SHAPE, "x_y": 1}, name="output")}, ""),
+    ("7b numbers and enums in any spelling", {"generationConfig": {
+        "topK": 4.0, "maxOutputTokens": "7", "candidateCount": 1.0}, **declared(
+            GF, mode="any", allowedFunctionNames=["f"])},
+     {"max_completion_tokens": 7, "tool_choice": function("f")}, "top_k"),
+    ("7b roles", contents({"parts": [{"text": "a"}]}, turn("b", role="MODEL"),
+                          turn("c", role="function"), turn("", role="model"), turn("d")),
+     {"messages": [user("a"), spoken("assistant", "b"), user([text("c"), text("d")])]}, ""),
+    ("7b media", contents(turn(
+        {"inline_data": {"mime_type": "image/png", "data": "-_-_"}}, PDF_PART,
+        {"inlineData": {"mimeType": "text/plain", "data": "w6k"}},
+        {"inlineData": {"mimeType": "audio/mpeg", "data": "aGk"}},
+        {"fileData": {"mimeType": "image/png", "fileUri": "https://a"}})),
+     {"messages": [user([image("data:image/png;base64,+/+/"),
+                         file(PDF_URI, filename="document.pdf"), text("é"),
+                         typed("input_audio", input_audio={"data": "aGk=", "format": "mp3"}),
+                         image("https://a")])]}, ""),
+    ("7b PDF by URL", contents(turn({"fileData": {
+        "mimeType": "application/pdf", "fileUri": "https://a"}})), "file", ""),
+    *[(f"7b fileData {uri}", contents(turn({"fileData": {"mimeType": kind, "fileUri": uri}})),
+       param, "") for uri, kind, param in [
+        ("gs://a/b", "image/png", "contents[0].parts[0].fileData.fileUri"),
+        ("https://generativelanguage.googleapis.com/v1beta/files/x", "image/png",
+         "contents[0].parts[0].fileData.fileUri"),
+        ("https://www.youtube.com/watch?v=x", "video/mp4",
+         "contents[0].parts[0].fileData.fileUri"),
+        ("https://a/b.mp4", "video/mp4", "contents[0].parts[0].fileData.mimeType")]],
+    ("7b video", contents(turn({"inlineData": {"mimeType": "video/mp4", "data": "aGk="}})),
+     "contents[0].parts[0].inlineData.mimeType", ""),
+    ("7b calls and results by id", contents(
+        turn("Hi"), turn("T", ran("f", "c", x=1), ran("f", "d"), role="model"),
+        turn(gave("2", id_="d"), gave("1", id_="c"), "b")),
+     {"messages": [user("Hi"), asked(call("c", arguments='{"x":1}'), call("d"), content="T"),
+                   answer("c", "1"), answer("d", "2"), user("b")]}, ""),
+    ("7b calls and results by name", contents(
+        turn("Hi"), turn({"functionCall": {"name": "f"}}, ran("g"), ran("f"), role="model"),
+        turn(gave("g", "g"), gave("1"), gave("2"))),
+     {"messages": [user("Hi"), asked(call(minted(1)), call(minted(2, "g"), "g"), call(minted(3))),
+                   answer(minted(1), "1"), answer(minted(2, "g"), "g"), answer(minted(3), "2")]},
+     ""),
+    ("7b minted ids differ in every step", contents(
+        turn("Hi"), turn(ran(), role="model"), turn(gave("1")), turn(ran(), role="model"),
+        turn(gave("2"))),
+     {"messages": [user("Hi"), asked(call(minted(1))), answer(minted(1), "1"),
+                   asked(call(minted(2))), answer(minted(2), "2")]}, ""),
+    *[(f"7b response {response}", contents(turn("Hi"), turn(ran("f", "c"), role="model"), turn(
+        gave(response, id_="c"))), {"messages": [user("Hi"), asked(call("c")), answer("c", told)]},
+       "") for response, told in [
+        ({"output": "a"}, "a"), ({"output": {"x": [1]}}, '{"x":[1]}'), ({"output": ""}, ""),
+        ({"output": "a", "y": 1}, '{"output":"a","y":1}'), ({"a_b": 1}, '{"a_b":1}'), ({}, "")]],
+    ("7b picture of a result", contents(turn("Hi"), turn(ran("f", "c"), role="model"), turn(
+        gave("a", id_="c", parts=[PNG_PART]))),
+     {"messages": [user("Hi"), asked(call("c")), answer("c", "a"), user([
+         text("From the tool call c:"), image(PNG)])]}, ""),
+    ("7b thoughts", contents(turn("Hi"), turn(
+        {"text": "Hm", "thought": True, "thoughtSignature": "c2ln"},
+        {"text": "no", "thought": True}, "T", role="model"), turn("?")),
+     {"messages": [user("Hi"), spoken("assistant", "T"), user("?")]}, "(thinking)"),
+    ("7b code that was run", contents(turn("Hi"), turn(
+        {"executableCode": {"code": "1"}}, "T", role="model"), turn("?")),
+     {"messages": [user("Hi"), spoken("assistant", "T"), user("?")]}, "(parts)"),
+    ("7b parametersJsonSchema", declared({**GF, "description": "D", "parametersJsonSchema": OPEN}),
+     {"tools": [function("f", description="D", parameters=OPEN)]}, ""),
+    ("7b parameters", declared({**GF, "parameters": GEMINI_SCHEMA}, {"name": "g"}),
+     {"tools": [function("f", parameters=JSON_SCHEMA), function("g", parameters=NO_ARGUMENTS)]},
+     ""),
+    ("7b responseSchema", config(responseMimeType="application/json",
+                                 responseSchema=GEMINI_SCHEMA), format_(JSON_SCHEMA, name="output"),
+     ""),
+    ("7b responseMimeType", config(responseMimeType="application/json"),
+     {"response_format": {"type": "json_object"}}, ""),
+    ("7b responseMimeType text/plain", config(responseMimeType="text/plain"),
+     {"response_format": UNSET}, ""),
+    ("7b responseMimeType text/x.enum", config(responseMimeType="text/x.enum"),
+     "generationConfig.responseMimeType", ""),
+    ("7b googleSearch", {"model": "gpt-5-search-api", "tools": [{"googleSearch": {}}]},
+     {"web_search_options": {}}, ""),
+    ("7b googleSearch of others", {"tools": [{"google_search": {}}]}, {"tools": UNSET},
+     "web_search"),
+    *[(f"7b {key}", {"tools": [{key: {}, "functionDeclarations": [GF]}]}, {"tools": [F_CHAT]}, key)
+      for key in ("codeExecution", "urlContext", "fileSearch", "computerUse", "googleMaps",
+                  "mcpServers")],
+    *[(f"7b mode {calling}", declared(GF, {"name": "g"}, **calling), told, "")
+      for calling, told in [
+        ({"mode": "AUTO"}, {"tool_choice": "auto"}), ({"mode": "VALIDATED"},
+        {"tool_choice": "auto"}), ({"mode": "ANY"}, {"tool_choice": "required"}),
+        ({"mode": "NONE"}, {"tool_choice": "none"}),
+        ({"mode": "ANY", "allowedFunctionNames": ["g"]}, {"tool_choice": function("g")}),
+        ({"mode": "ANY", "allowedFunctionNames": ["f", "g"]}, {"tool_choice": typed(
+            "allowed_tools", allowed_tools={"mode": "required", "tools": [
+                function("f"), function("g")]})})]],
+    ("7b VALIDATED over some", {"model": LOCAL, **declared(
+        GF, {"name": "g"}, mode="VALIDATED", allowedFunctionNames=["f"])},
+     {"tool_choice": "auto", "tools": [F_CHAT]}, ""),
+    ("7b ANY over several, compatible", {"model": LOCAL, **declared(
+        GF, {"name": "g"}, {"name": "h"}, mode="ANY", allowedFunctionNames=["f", "g"])},
+     {"tool_choice": "required", "tools": [F_CHAT, function("g", parameters=NO_ARGUMENTS)]}, ""),
+    ("7b mode unknown", declared(GF, mode="SOME"), "toolConfig.functionCallingConfig.mode", ""),
+    *[(f"7b {list(asks)[0]}", config(**asks), told, loss) for asks, told, loss in [
+        ({"maxOutputTokens": 7}, {"max_completion_tokens": 7}, ""),
+        ({"temperature": 1.5}, {"temperature": 1.5}, ""), ({"topP": 0.5}, {"top_p": 0.5}, ""),
+        ({"stopSequences": ["a"]}, {"stop": ["a"]}, ""), ({"topK": 4}, {"top_k": UNSET}, "top_k"),
+        ({"seed": 1}, {"seed": 1}, ""), ({"frequencyPenalty": 1}, {"frequency_penalty": 1}, ""),
+        ({"presencePenalty": 1}, {"presence_penalty": 1}, ""),
+        ({"mediaResolution": "LOW"}, {}, "(mediaResolution)")]],
+    ("7b five stopSequences", config(stopSequences=list("abcde")), "stop", ""),
+    *[(f"7b {key}", config(**{key: value}), f"generationConfig.{key}", "") for key, value in [
+        ("candidateCount", 2), ("responseModalities", ["TEXT", "IMAGE"]),
+        ("speechConfig", {"x": 1})]],
+    ("7b responseModalities of text", config(responseModalities=["Text"]), {}, ""),
+    ("7b cachedContent", {"cachedContent": "c"}, "cachedContent", ""),
+    ("7b continuationToken", {"continuationToken": "c"}, "continuationToken", ""),
+    *[(f"7b {asks}, {model}", {"model": model, **thinks(**asks)}, {"reasoning_effort": told}, loss)
+      for model, asks, told, loss in [
+        (GPT5, {"thinkingLevel": "LOW"}, "low", ""), (GPT5, {"thinking_level": "minimal"},
+        "minimal", ""), (GPT52, {"thinkingLevel": "XHIGH"}, "xhigh", ""),
+        (GPT5, {"thinkingLevel": "THINKING_LEVEL_UNSPECIFIED"}, UNSET, ""),
+        (GPT52, {"thinkingBudget": 0}, "none", ""), (GPT52, {"thinkingBudget": -1}, UNSET, ""),
+        (GPT52, {"thinkingBudget": 4095}, "low", ""), (GPT52, {"thinkingBudget": 4096}, "medium",
+        ""), (GPT52, {"thinkingBudget": "16384"}, "high", ""), (PLAIN, {"thinkingBudget": 0},
+        UNSET, ""), (PLAIN, {"includeThoughts": True}, UNSET, "")]],
+    ("7b logprobs", config(responseLogprobs=True, logprobs=3),
+     {"logprobs": True, "top_logprobs": 3}, ""),
+    ("7b safetySettings", {"safetySettings": [{"category": "X"}]}, {}, "safetySettings"),
+    ("7b hints", {"labels": {"a": "b"}, "store": True, "serviceTier": "flex"},
+     {"store": UNSET, "service_tier": UNSET}, "(labels), (store), (serviceTier)"),
+    ("0.2 P unknown", {"new": 1}, {"new": UNSET}, "unknown"),
+    ("7b no contents", {"contents": None}, "contents", ""),
+    ("7b only a system", {"contents": [], "systemInstruction": {"parts": [{"text": "S"}]}},
+     "messages", ""),
+]
+
+GEMINI_TO_RESPONSES: list[Row] = [
+    ("7b instructions and items", contents(
+        turn("Hi"), turn("T", ran("f", "c", x=1), role="model"), turn(gave(id_="c")),
+        systemInstruction={"parts": [{"text": "S"}]}),
+     {"instructions": "S", "input": [
+         user([typed("input_text", text="Hi")]), spoken("assistant", "T"),
+         fcall("c", arguments='{"x":1}'), output("c")]}, ""),
+    ("7b PDF by URL", contents(turn({"fileData": {
+        "mimeType": "application/pdf", "fileUri": "https://a"}})),
+     {"input": [user([typed("input_file", file_url="https://a")])]}, ""),
+    ("7b audio", contents(turn({"inlineData": {"mimeType": "audio/wav", "data": "aGk="}})),
+     "input_audio", ""),
+    ("7b only in Chat Completions", config(seed=1, frequencyPenalty=1, stopSequences=["a"]),
+     {"seed": UNSET, "stop": UNSET}, "stop, seed, frequency_penalty"),
+    ("7b thinkingLevel", thinks(thinkingLevel="HIGH", includeThoughts=True),
+     {"reasoning": {"effort": "high", "summary": "auto"}}, ""),
+    ("7b thoughts unasked", thinks(thinkingLevel="HIGH"), {"reasoning": {"effort": "high"}}, ""),
+    ("7b ANY over several", declared(GF, {"name": "g"}, mode="ANY", allowedFunctionNames=[
+        "f", "g"]),
+     {"tool_choice": typed("allowed_tools", mode="required", tools=[
+         typed("function", name="f"), typed("function", name="g")])}, ""),
+    ("7b googleSearch", {"tools": [{"googleSearch": {}}]}, {"tools": [typed("web_search")]}, ""),
+    ("7b schema", config(responseMimeType="application/json", responseJsonSchema=CHAT_SHAPE),
+     {"text": {"format": typed("json_schema", name="output", schema=CHAT_SHAPE)}}, ""),
+]
+
+GEMINI_TO_MESSAGES: list[Row] = [
+    ("7b system", {"systemInstruction": {"parts": [{"text": "A"}]}}, {"system": "A"}, ""),
+    ("7b media", contents(turn(
+        PNG_PART, PDF_PART, {"fileData": {"mimeType": "image/gif", "fileUri": "https://a"}},
+        {"fileData": {"mimeType": "application/pdf", "fileUri": "https://b"}},
+        {"inlineData": {"mimeType": "text/plain", "data": "eA==", "displayName": "T"}})),
+     {"messages": [user([
+         PNG_BLOCK, PDF_BLOCK, typed("image", source={"type": "url", "url": "https://a"}),
+         document({"type": "url", "url": "https://b"}), TEXT_BLOCK])]}, ""),
+    ("7b audio", contents(turn({"inlineData": {"mimeType": "audio/wav", "data": "aGk="}})),
+     "input_audio", ""),
+    ("7b a tool loop", contents(
+        turn("Hi"), turn("T", ran(), ran("f", x=1), role="model"),
+        turn(gave("no", key="error"), gave({"a": 1})), turn("b"), **declared(GF)),
+     {"messages": [user("Hi"), spoken("assistant", [
+         text("T"), use(minted(1)), use(minted(2), x=1)]), user([
+             {**result(minted(1), "no"), "is_error": True}, result(minted(2), '{"a":1}'),
+             text("b")])],
+      "tools": [{"name": "f", "input_schema": NO_ARGUMENTS}]}, ""),
+    ("7b parameters", declared({**GF, "parameters": {"properties": {"a": {"type": "STRING"}}}}),
+     {"tools": [{"name": "f", "input_schema": {
+         "type": "object", "properties": {"a": {"type": "string"}}}}]}, ""),
+    *[(f"7b mode {calling}", declared(GF, {"name": "g"}, **calling), told, "")
+      for calling, told in [
+        ({"mode": "AUTO"}, {"tool_choice": {"type": "auto"}}),
+        ({"mode": "NONE"}, {"tool_choice": {"type": "none"}}),
+        ({"mode": "ANY"}, {"tool_choice": {"type": "any"}}),
+        ({"mode": "ANY", "allowedFunctionNames": ["g"]},
+         {"tool_choice": {"type": "tool", "name": "g"}}),
+        ({"mode": "VALIDATED", "allowedFunctionNames": ["g"]},
+         {"tool_choice": {"type": "auto"}, "tools": [
+             {"name": "g", "input_schema": NO_ARGUMENTS}]})]],
+    ("7b ANY over several", declared(GF, {"name": "g"}, {"name": "h"}, mode="ANY",
+                                     allowedFunctionNames=["f", "g"]),
+     {"tool_choice": {"type": "any"}, "tools": [
+         {"name": name, "input_schema": NO_ARGUMENTS} for name in "fg"]}, ""),
+    ("7b numbers", config(maxOutputTokens=7, temperature=1.5, topK=4.0, stopSequences=["a"]),
+     {"max_tokens": 7, "temperature": 1, "top_k": 4, "stop_sequences": ["a"]}, "temperature"),
+    ("7b topK, 4.7+", {"model": NOW, **config(topK=4)}, {"top_k": UNSET}, "top_k"),
+    ("7b seed and penalties", config(seed=1, presencePenalty=1), {"seed": UNSET},
+     "seed, presence_penalty"),
+    ("7b responseMimeType", config(responseMimeType="application/json"), {"system": RULE}, ""),
+    ("7b schema", config(responseMimeType="application/json", responseSchema=GEMINI_SCHEMA),
+     {"output_config": {"format": typed("json_schema", schema={
+         **JSON_SCHEMA, "additionalProperties": False, "properties": {
+             **JSON_SCHEMA["properties"], "a_b": {"type": "array", "minItems": 1, "items": {
+                 "type": "integer", "description": "(maximum: 4)"}}}})}}, ""),
+    ("7b thinkingLevel", {"model": NOW, **thinks(thinkingLevel="XHIGH", includeThoughts=True)},
+     {"thinking": {"type": "adaptive", "display": "summarized"},
+      "output_config": {"effort": "xhigh"}}, ""),
+    ("7b thinkingLevel, budget", {"model": BUDGET, **thinks(thinkingLevel="MEDIUM")},
+     {"thinking": {"type": "enabled", "budget_tokens": 4096}}, ""),
+    ("7b thinkingBudget", {"model": BUDGET, **thinks(thinkingBudget=2000)},
+     {"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 10192}, ""),
+    ("7b thinkingBudget of 0", {"model": NOW, **thinks(thinkingBudget=0)},
+     {"thinking": {"type": "disabled"}}, ""),
+    ("7b thinkingBudget of -1", {"model": NOW, **thinks(thinkingBudget=-1)},
+     {"thinking": UNSET}, ""),
+    ("7b thinkingBudget over the cap", {"model": BUDGET, **config(
+        maxOutputTokens=2000, thinkingConfig={"thinkingBudget": 8000})},
+     {"thinking": {"type": "enabled", "budget_tokens": 1488}, "max_tokens": 2000}, ""),
+    ("7b thinkingBudget, adaptive only", {"model": NOW, **thinks(
+        thinkingBudget=8000, includeThoughts=True)},
+     {"thinking": {"type": "adaptive", "display": "summarized"},
+      "output_config": {"effort": "medium"}}, ""),
+    ("7b thinkingBudget of 0, cannot be disabled", {"model": FORCED, **thinks(thinkingBudget=0)},
+     {"thinking": UNSET, "output_config": {"effort": "low"}}, "reasoning_effort"),
+    ("7b thinkingBudget of a model without", {"model": OLD, **thinks(thinkingBudget=2000)},
+     {"thinking": UNSET}, "reasoning_effort"),
+    ("7b googleSearch", {"tools": [{"googleSearch": {}}]},
+     {"tools": [typed("web_search_20250305", name="web_search")]}, ""),
+    ("1.7 Gemini's thoughts", contents(turn("Hi"), turn(
+        {"text": "Hm", "thought": True, "thoughtSignature": "c2ln"}, "T",
+        ran("f", "c", "c2ln"), role="model"), turn(gave(id_="c")), **declared(GF)),
+     {"messages": [user("Hi"), spoken("assistant", [text("T"), use("c")]), user([result("c")])]},
+     "(thinking)"),
+]
+
+PAIRS: list[tuple[str, str, str, list[Row]]] = [  # client, wire, model unless a row names one
+    ("chat", "gemini", NEW, CHAT_TO_GEMINI), ("responses", "chat", PLAIN, RESPONSES_TO_CHAT),
+    ("responses", "messages", BOTH, RESPONSES_TO_MESSAGES),
+    ("responses", "gemini", NEW, RESPONSES_TO_GEMINI),
+    ("messages", "chat", PLAIN, MESSAGES_TO_CHAT),
+    ("messages", "responses", GPT52, MESSAGES_TO_RESPONSES),
+    ("messages", "gemini", NEW, MESSAGES_TO_GEMINI), ("gemini", "chat", PLAIN, GEMINI_TO_CHAT),
+    ("gemini", "responses", GPT52, GEMINI_TO_RESPONSES),
+    ("gemini", "messages", BOTH, GEMINI_TO_MESSAGES)]
+
+
+def check(client: str, wire: str, model: str, row: Row) -> None:
+    _, params, expected, lost = row
+    params = {"model": model, **params}
+    model = params.pop("model")
+    if isinstance(expected, str):
+        with pytest.raises(GatewayError) as caught:
+            carry(client, wire, params, model)
+        assert (caught.value.status, caught.value.param) == (400, expected)
+        return
+    before = json.dumps(params)
+    sent, losses, _ = carry(client, wire, params, model)
+    assert {key: sent.get(key) for key in expected} == expected
+    assert ", ".join(f"({name})" if is_hint else name for name, is_hint in losses.items()) == lost
+    again = carry(client, wire, json.loads(before), model)[0]
+    assert gateway.dump_json(again) == gateway.dump_json(sent), "prompt caches depend on it"
+
+
+@pytest.mark.parametrize("client, wire, model, row", [
+    pytest.param(client, wire, model, row, id=f"{row[0]} ({client} to {wire})")
+    for client, wire, model, rows in PAIRS for row in rows])
+def test_a_request_in_another_dialect(client: str, wire: str, model: str, row: Row) -> None:
+    check(client, wire, model, row)
+
+
+Asking = tuple[str, str, str, JSON]  # client, wire, model, request
+LONG = "mcp.server/" + "x" * 150
+NAMED: list[Asking] = [
+    ("chat", "gemini", NEW, loop(asked(call("c", LONG)), answer("c"), tools=[function(LONG)],
+                                 tool_choice=function(LONG))),
+    ("chat", "gemini", NEW, loop(asked(call("c", "2nd")), answer("c"), tools=[function("2nd")],
+                                 tool_choice=function("2nd"))),
+    ("responses", "chat", PLAIN, listed(
+        user("Hi"), fcall("c", LONG), output("c"), tools=[flat(function(LONG))],
+        tool_choice=typed("function", name=LONG))),
+    ("messages", "chat", PLAIN, history(
+        spoken("assistant", [use("c", LONG)]), user([result("c")]),
+        tools=[{**F_USE, "name": LONG}], tool_choice={"type": "tool", "name": LONG})),
+    ("messages", "responses", GPT5, history(
+        spoken("assistant", [use("c", LONG)]), user([result("c")]),
+        tools=[{**F_USE, "name": LONG}], tool_choice={"type": "tool", "name": LONG})),
+    *[("gemini", wire, model, contents(
+        turn("Hi"), turn(ran("a.b:c", "c"), role="model"), turn(gave(name="a.b:c", id_="c")),
+        **declared({"name": "a.b:c"}, mode="ANY", allowedFunctionNames=["a.b:c"])))
+      for wire, model in [("chat", PLAIN), ("responses", GPT5), ("messages", BOTH)]]]
+LEGAL = {"chat": "[A-Za-z0-9_-]{1,64}", "responses": "[A-Za-z0-9_-]{1,64}",
+         "messages": "[A-Za-z0-9_-]{1,128}", "gemini": "[A-Za-z_][A-Za-z0-9_.:-]{0,127}"}
+
+
+def strings(tree: Any) -> Iterator[str]:
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(value, (dict, list)):
+            yield from strings(value)
+        elif isinstance(value, str):
+            yield value
+
+
+@pytest.mark.parametrize("client, wire, model, params", NAMED, ids=[
+    f"{case[0]} to {case[1]}" for case in NAMED])
+def test_a_name_is_legal_wherever_it_stands_and_restored(
+        client: str, wire: str, model: str, params: JSON) -> None:
+    sent, losses, rewrites = carry(client, wire, params, model)
+    ((name, asked_for),) = rewrites.names.items()
+    assert re.fullmatch(LEGAL[wire], name) and losses == {}
+    places = {"chat": 3, "responses": 3, "messages": 3, "gemini": 4}  # in results too
+    assert list(strings(sent)).count(name) == places[wire] and asked_for not in strings(sent)
+    for reply in replies(wire, ANSWER_CALLING[wire](name), rewrites):
+        assert [block.name for block in reply.blocks] == [asked_for]
+
+
+# ---- every pair of dialects: answers ----
+
+
+def completion(finish: str = "stop", usage: Any = None, **said_: Any) -> JSON:
+    return {"id": "chatcmpl-1", "model": "m", "choices": [{
+        "index": 0, "message": {"role": "assistant", "content": None, **said_},
+        "finish_reason": finish}], "usage": usage or {"prompt_tokens": 3, "completion_tokens": 4}}
+
+
+def responded(*items: JSON, usage: Any = None, **more: Any) -> JSON:
+    return {"id": "resp_1", "object": "response", "model": "m", "status": "completed",
+            "output": [{"id": f"item_{i}", **item} for i, item in enumerate(items)],
+            "usage": usage or {"input_tokens": 3, "output_tokens": 4}, **more}
+
+
+def generated(*parts: Any, finish: str = "STOP", usage: Any = None, **more: Any) -> JSON:
+    return {"responseId": "r1", "modelVersion": "m", "usageMetadata": usage or {
+        "promptTokenCount": 3, "candidatesTokenCount": 4, "totalTokenCount": 7},
+        "candidates": [{"content": turn(*parts, role="model"), "finishReason": finish, "index": 0,
+                        **more}]}
+
+
+ANSWER_CALLING: dict[str, Callable[[str], JSON]] = {
+    "chat": lambda name: completion("tool_calls", tool_calls=[call("c", name)]),
+    "responses": lambda name: responded(fcall("c", name)),
+    "messages": lambda name: message(use("c", name), stop="tool_use"),
+    "gemini": lambda name: generated(ran(name, "c"))}
+
+
+def halves(said_: str) -> list[str]:
+    return [piece for piece in (said_[:2], said_[2:]) if piece]
+
+
+def chat_events(whole: JSON) -> Iterator[JSON]:
+    (choice,) = whole["choices"]
+    deltas: list[JSON] = [{"role": "assistant", "content": ""}]
+    message_ = choice["message"]
+    deltas += [{key: piece} for key in ("reasoning_content", "content", "refusal")
+               for piece in halves(message_.get(key) or "")]
+    deltas += [{"annotations": message_["annotations"]}] if "annotations" in message_ else []
+    for i, each in enumerate(message_.get("tool_calls", ())):
+        kind, name = each["type"], "input" if each["type"] == "custom" else "arguments"
+        deltas.append({"tool_calls": [{**each, "index": i, kind: {**each[kind], name: ""}}]})
+        deltas += [{"tool_calls": [{"index": i, kind: {name: piece}}]}
+                   for piece in halves(each[kind][name])]
+    for delta in deltas:
+        yield {**whole, "choices": [{"index": 0, "delta": delta}], "usage": None}
+    yield {**whole, "choices": [{**choice, "message": None, "delta": {}}], "usage": None}
+    yield {**whole, "choices": []}
+
+
+ITEM_TEXTS = {"function_call": ("arguments", "function_call_arguments"),
+              "custom_tool_call": ("input", "custom_tool_call_input")}
+
+
+def item_events(i: int, item: JSON) -> Iterator[JSON]:
+    place = {"output_index": i, "item_id": item["id"]}
+    key, name = ITEM_TEXTS.get(item["type"], ("content", ""))
+    key = "summary" if item["type"] == "reasoning" else key
+    empty = {**item, key: "" if name else []}
+    empty.pop("encrypted_content", None)
+    yield {"type": "response.output_item.added", "output_index": i, "item": empty}
+    for piece in halves(item[key]) if name else ():
+        yield {"type": f"response.{name}.delta", **place, "delta": piece}
+    for n, part in enumerate([] if name else item[key]):
+        kind = part["type"].replace("summary", "reasoning_summary")
+        added = "reasoning_summary_part" if key == "summary" else "content_part"
+        where = {**place, f"{key}_index": n}
+        told = "refusal" if kind == "refusal" else "text"
+        yield {"type": f"response.{added}.added", **where, "part": {**part, told: ""}}
+        for piece in halves(part[told]):
+            yield {"type": f"response.{kind}.delta", **where, "delta": piece}
+        for note in part.get("annotations", ()):
+            yield {"type": "response.output_text.annotation.added", **where, "annotation": note}
+        yield {"type": f"response.{kind}.done", **where, told: part[told]}
+    yield {"type": "response.output_item.done", "output_index": i, "item": item}
+
+
+def response_events(whole: JSON) -> Iterator[JSON]:
+    for name in ("created", "in_progress"):
+        yield {"type": f"response.{name}", "response": {**whole, "output": [], "usage": None}}
+    for i, item in enumerate(whole["output"]):
+        yield from item_events(i, item)
+    yield {"type": f"response.{whole['status']}", "response": whole}
+
+
+def generated_events(whole: JSON) -> Iterator[JSON]:
+    (candidate,) = whole.get("candidates") or [{}]
+    for part in candidate.get("content", {}).get("parts", ()):
+        for piece in halves(part["text"]) if part.get("text") else [None]:
+            said_ = part if piece is None else {**part, "text": piece}
+            if piece == part.get("text", "")[:2] != part.get("text"):
+                said_ = {key: value for key, value in said_.items() if key != "thoughtSignature"}
+            yield {**whole, "usageMetadata": {"promptTokenCount": 1}, "candidates": [
+                {"content": {"role": "model", "parts": [said_]}, "index": 0}]}
+    if candidate:
+        last = {**candidate, "content": {"role": "model", "parts": [{"text": ""}]}}
+        yield {**whole, "candidates": [last]}
+    else:
+        yield whole
+
+
+def unnamed(events: Iterable[JSON]) -> bytes:
+    return b"".join(gateway.sse(gateway.dump_json(event)) for event in events)
+
+
+SPELLERS: dict[str, Callable[[JSON], bytes]] = {  # what spells a whole answer of each upstream
+    "chat": lambda whole: unnamed(chat_events(whole)) + b"data: [DONE]\n\n",
+    "responses": lambda whole: wire_events(response_events(whole)),
+    "messages": lambda whole: wire_events(message_events(whole)),
+    "gemini": lambda whole: unnamed(generated_events(whole))}
+
+
+def replies(upstream: str, whole: JSON, rewrites: Rewrites | None = None) -> list[gateway.Reply]:
+    """As read from the body and from the stream."""
+    rewrites = rewrites or Rewrites()
+    return [gateway.DIALECTS[upstream].parse_reply(whole, rewrites),
+            gateway.collect(chat_parsed(upstream, [SPELLERS[upstream](whole)], rewrites))]
+
+
+# ---- what a client makes of a stream, each in its own way and by its own rules ----
+
+
+def read_events(stream: bytes, is_named: bool) -> list[JSON]:
+    """The events of a stream; where they are named, each twice alike."""
+    events = []
+    for block in stream.decode().split("\n\n")[:-1]:
+        *names, data = block.split("\n")
+        events.append(json.loads(data[len("data: "):]))
+        assert names == ([f"event: {events[-1]['type']}"] if is_named else [])
+    return events
+
+
+def read_chat(stream: bytes) -> JSON:
+    stream, done, rest = stream.partition(b"data: [DONE]\n\n")
+    chunks = read_events(stream, False)
+    *choices, usage = chunks
+    ends = [chunk["choices"][0]["finish_reason"] for chunk in choices]
+    assert done and not rest and usage["choices"] == [] and ends[:-1] == [None] * (len(ends) - 1)
+    assert len({(chunk["id"], chunk["model"], chunk["created"]) for chunk in chunks}) == 1
+    whole = merge(choices)
+    message_ = {"refusal": None, **whole, "content": whole["content"] or None}
+    return {**usage, "choices": [{"index": 0, "message": message_, "logprobs": None,
+                                  "finish_reason": ends[-1]}], "object": "chat.completion"}
+
+
+def read_messages(stream: bytes) -> JSON:
+    start, *events, delta, stop = read_events(stream, True)
+    assert (start["type"], delta["type"], stop) == (
+        "message_start", "message_delta", {"type": "message_stop"})
+    blocks: list[JSON] = []
+    is_open = False
+    for event in events:
+        kind = event["type"][len("content_block_"):]
+        assert is_open == (kind != "start")
+        blocks += [dict(event["content_block"], json="")] if kind == "start" else []
+        assert event["index"] == len(blocks) - 1
+        is_open = kind != "stop"
+        about, block = event.get("delta", {}), blocks[-1]
+        if "citation" in about:
+            block.setdefault("citations", []).append(about["citation"])
+        elif "signature" in about:
+            block["signature"] = about["signature"]
+        elif kind == "delta":
+            key = about["type"][:-len("_delta")].replace("input_json", "json")
+            (said_,) = (value for name, value in about.items() if name != "type")
+            block[key] += said_
+        if kind == "stop" and "input" in block:
+            block["input"] = json.loads(block["json"] or "{}")
+    assert not is_open
+    for block in blocks:
+        del block["json"]
+    return {**start["message"], "content": blocks, **delta["delta"],
+            "usage": {**start["message"]["usage"], **delta["usage"]}}
+
+
+ITEM_PREFIX = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
+               "custom_tool_call": "ctc_"}
+
+
+def read_responses(stream: bytes) -> JSON:
+    """As openai's helper: an item is added, told and done; the last event repeats all."""
+    events = read_events(stream, True)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    created, progress, *told, last = events
+    assert [created["type"], progress["type"]] == ["response.created", "response.in_progress"]
+    output_, open_, said_ = [], None, {}  # type: list[JSON], JSON | None, dict[Any, str]
+    for event in told:
+        kind = event["type"][len("response."):]
+        assert event["output_index"] == len(output_) and (open_ is None) == (
+            kind == "output_item.added")
+        if kind == "output_item.added":
+            open_, said_ = event["item"], {}
+            assert open_["id"].startswith(ITEM_PREFIX[open_["type"]])
+            continue
+        assert open_ is not None
+        if kind == "output_item.done":
+            assert event["item"]["id"] == open_["id"] and said_told(event["item"]) == said_
+            output_.append(event["item"])
+            open_ = None
+            continue
+        assert event["item_id"] == open_["id"]
+        at = event.get("content_index", event.get("summary_index"))
+        if kind.endswith(".delta"):
+            said_[at] = said_.get(at, "") + event["delta"]
+        elif not kind.startswith(("content_part", "reasoning_summary_part", "output_text.annot")):
+            key = next(key for key in ("text", "refusal", "arguments", "input") if key in event)
+            assert event[key] == said_.get(at, ""), kind
+    response = last["response"]
+    assert len({item["id"] for item in output_}) == len(output_)
+    assert last["type"] == f"response.{response['status']}" and response["output"] == output_
+    assert {created["response"]["id"], progress["response"]["id"]} == {response["id"]}
+    return response
+
+
+def said_told(item: JSON) -> dict[Any, str]:
+    """The texts of an item, by the index of their part."""
+    if "content" in item or "summary" in item:
+        parts = item.get("content", []) or item.get("summary", [])
+        said_ = {i: part.get("text", part.get("refusal")) for i, part in enumerate(parts)}
+    else:
+        said_ = {None: item.get("arguments", item.get("input"))}
+    return {at: each for at, each in said_.items() if each}
+
+
+def read_gemini(stream: bytes) -> JSON:
+    *chunks, last = read_events(stream, False)
+    assert not any("usageMetadata" in chunk or "finishReason" in chunk["candidates"][0]
+                   for chunk in chunks)
+    assert len({(each["responseId"], each["modelVersion"]) for each in [*chunks, last]}) == 1
+    parts = [part for chunk in [*chunks, last] for each in chunk.get("candidates", ())
+             for part in each["content"]["parts"]]
+    for each in last.get("candidates", ()):
+        each["content"]["parts"] = parts
+    return last
+
+
+READERS: dict[str, Callable[[bytes], JSON]] = {
+    "chat": read_chat, "messages": read_messages, "responses": read_responses,
+    "gemini": read_gemini}
+
+
+def seen(upstream: str, client: str, whole: JSON, chat: Chat | None = None,
+         rewrites: Rewrites | None = None) -> list[JSON]:
+    """An answer as the client gets it: in a body, and in a stream."""
+    chat, rewrites = chat or Chat("m", []), rewrites or Rewrites()
+    chat.include_usage = True
+    dialect, source = gateway.DIALECTS[client], gateway.DIALECTS[upstream]
+    reply = source.parse_reply(whole, rewrites)
+    reply.model = chat.model
+    renderer = dialect.renderer(chat, 7)
+    stream = b"".join(map(renderer.feed, chat_parsed(
+        upstream, [SPELLERS[upstream](whole)], rewrites)))
+    body = gateway.dump_json(dialect.render_reply(reply, chat, 7))
+    return [json.loads(body), READERS[client](stream)]
+
+
+def merged_parts(parts: list[JSON]) -> list[JSON]:
+    """Neighbouring texts in one, as an SDK shows them; a signature ends one."""
+    made: list[JSON] = []
+    for part in parts:
+        before = made[-1] if made else {}
+        is_same = part.get("thought") == before.get("thought") and "thoughtSignature" not in before
+        if "text" in part and "text" in before and is_same:
+            made[-1] = {**before, **part, "text": before["text"] + part["text"]}
+        else:
+            made.append(part)
+    return made
+
+
+def heart(client: str, body: JSON) -> tuple[Any, str]:
+    """What an answer says, and its end."""
+    if client == "chat":
+        (choice,) = body["choices"]
+        return {key: value for key, value in choice["message"].items()
+                if value is not None and key != "role"}, choice["finish_reason"]
+    if client == "messages":
+        return body["content"], body["stop_reason"]
+    if client == "responses":
+        items = [{key: value for key, value in item.items() if key not in ("id", "status")}
+                 for item in body["output"]]
+        return items, (body["incomplete_details"] or {"reason": body["status"]})["reason"]
+    (candidate,) = body.get("candidates") or [None]
+    if candidate is None:
+        return body["promptFeedback"], ""
+    *parts, last = [*merged_parts(candidate["content"]["parts"]), {"text": ""}]
+    if parts[-1:] == [last]:  # so that no content is without parts
+        parts.pop()
+    return parts, candidate["finishReason"]
+
+
+def spoke(said_: str, *notes: JSON) -> JSON:
+    return typed("message", role="assistant", content=[
+        typed("output_text", text=said_, annotations=list(notes), logprobs=[])])
+
+
+def refused(said_: str) -> JSON:
+    return typed("message", role="assistant", content=[typed("refusal", refusal=said_)])
+
+
+def thought_of(said_: str, *, signature: str = "") -> JSON:
+    return typed("reasoning", summary=[typed("summary_text", text=said_)] if said_ else [],
+                 **({"encrypted_content": signature} if signature else {}))
+
+
+def about_url(end: int) -> JSON:
+    return {"type": "url_citation", "url": "https://a", "title": "A", "start_index": 0,
+            "end_index": end}
+
+
+GROUNDED = {"groundingMetadata": {
+    "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
+    "groundingSupports": [{"groundingChunkIndices": [0], "segment": {
+        "startIndex": 3, "endIndex": 6}}]}}  # in bytes
+NOTED = [{"type": "url_citation", "url_citation": {
+    "url": "https://a", "title": "A", "start_index": 0, "end_index": 3}}]
+SAME_CITED = {**CITED, "cited_text": "", "encrypted_index": ""}
+CALL_1 = {"x": {"y": [1, "é"]}}
+SAID_1 = '{"x":{"y":[1,"é"]}}'
+
+# Section and what it is about; upstream and its answer; by client what it says, and its end.
+SEEN: list[tuple[str, str, JSON, dict[str, tuple[Any, str]]]] = [
+    ("3.3 text", "gemini", generated("abc\u2028", "d👋"), {
+        "chat": ({"content": "abc\u2028d👋"}, "stop"),
+        "messages": ([text("abc\u2028d👋")], "end_turn"),
+        "responses": ([spoke("abc\u2028d👋")], "completed")}),
+    ("3.3 thoughts", "gemini", generated({"text": "Hmm", "thought": True}, "abc"), {
+        "chat": ({"content": "abc", "reasoning_content": "Hmm"}, "stop"),
+        "messages": ([{**THOUGHT, "signature": ""}, text("abc")], "end_turn"),
+        "responses": ([thought_of("Hmm"), spoke("abc")], "completed")}),
+    ("3.3 calls", "gemini", generated("abc", ran("f", "c", **CALL_1), {
+        "functionCall": {"name": "g"}}), {
+        "chat": ({"content": "abc", "tool_calls": [
+            called("c", SAID_1), called("call_r1_1", "{}", "g")]}, "tool_calls"),
+        "messages": ([text("abc"), use("c", **CALL_1), use("call_r1_1", "g")], "tool_use"),
+        "responses": ([spoke("abc"), fcall("c", arguments=SAID_1), fcall("call_r1_1", "g")],
+                      "completed")}),
+    ("3.3 code that ran", "gemini", generated(
+        {"executableCode": {"code": "1"}}, "abc", {"codeExecutionResult": {"output": "1"}}),
+     {"chat": ({"content": "abc"}, "stop"), "messages": ([text("abc")], "end_turn")}),
+    ("3.3 grounding", "gemini", generated("é abc", **GROUNDED), {
+        "chat": ({"content": "é abc", "annotations": [{"type": "url_citation", "url_citation": {
+            "url": "https://a", "title": "A", "start_index": 2, "end_index": 5}}]}, "stop")}),
+    ("3.3 a blocked prompt", "gemini", {
+        "responseId": "r1", "modelVersion": "m", "promptFeedback": {"blockReason": "SAFETY"}}, {
+        "chat": ({}, "content_filter"), "messages": ([], "refusal"),
+        "responses": ([], "content_filter")}),
+    ("6.3 text", "chat", completion(content="abc"), {
+        "messages": ([text("abc")], "end_turn"), "responses": ([spoke("abc")], "completed"),
+        "gemini": ([{"text": "abc"}], "STOP")}),
+    ("6.3 thoughts", "chat", completion(content="abc", reasoning_content="Hmm"), {
+        "messages": ([{**THOUGHT, "signature": ""}, text("abc")], "end_turn"),
+        "responses": ([thought_of("Hmm"), spoke("abc")], "completed"),
+        "gemini": ([{"text": "Hmm", "thought": True}, {"text": "abc"}], "STOP")}),
+    ("6.3 refusal", "chat", completion(refusal="Never"), {
+        "messages": ([text("Never")], "refusal"), "responses": ([refused("Never")], "completed"),
+        "gemini": ([{"text": "Never"}], "SAFETY")}),
+    ("6.3 calls", "chat", completion("tool_calls", content="abc", tool_calls=[
+        call("c", arguments=SAID_1), call("d", "g", "")]), {
+        "messages": ([text("abc"), use("c", **CALL_1), use("d", "g")], "tool_use"),
+        "responses": ([spoke("abc"), fcall("c", arguments=SAID_1), fcall("d", "g")], "completed"),
+        "gemini": ([{"text": "abc"}, ran("f", "c", **CALL_1), ran("g", "d")], "STOP")}),
+    ("6.3 custom call", "chat", completion("tool_calls", tool_calls=[
+        typed("custom", id="c", custom={"name": "sh", "input": 'l"s\u2028'})]), {
+        "messages": ([use("c", "sh", input='l"s\u2028')], "tool_use"),
+        "responses": ([{**SH_ITEM, "input": 'l"s\u2028'}], "completed"),
+        "gemini": ([ran("sh", "c", input='l"s\u2028')], "STOP")}),
+    ("6.3 citations", "chat", completion(content="abc", annotations=NOTED), {
+        "responses": ([spoke("abc", about_url(3))], "completed")}),
+    ("6.3 nothing at all", "chat", completion(content=""), {
+        "messages": ([], "end_turn"), "responses": ([], "completed"), "gemini": ([], "STOP")}),
+    ("5 all kinds", "messages", message(
+        text("ab"), *SEARCH, text("cde", citations=[CITED]), use("c", **CALL_1), use("d"),
+        stop="tool_use"), {
+        "responses": ([spoke("ab"), spoke("cde", about_url(3)), fcall("c", arguments=SAID_1),
+                       fcall("d")], "completed"),
+        "gemini": ([{"text": "abcde"}, ran("f", "c", **CALL_1), ran("f", "d")], "STOP")}),
+    ("5 refusal", "messages", message(text("a"), stop="refusal", stop_details={
+        "type": "refusal", "category": None, "explanation": "No."}), {
+        "responses": ([spoke("a"), refused("No.")], "completed"),
+        "gemini": ([{"text": "a"}], "SAFETY")}),
+    ("5 refusal of nothing", "messages", message(stop="refusal"), {
+        "responses": ([], "content_filter"), "gemini": ({"blockReason": "SAFETY"}, "")}),
+    ("8.5 Responses, all kinds", "responses", responded(
+        thought_of("Hmm"), spoke("abc", about_url(3)), fcall("c", arguments=SAID_1),
+        {**SH_ITEM, "call_id": "d"}), {
+        "chat": ({"content": "abc", "reasoning_content": "Hmm", "annotations": NOTED,
+                  "tool_calls": [called("c", SAID_1), {**SH_CALL, "id": "d"}]}, "tool_calls"),
+        "messages": ([{**THOUGHT, "signature": ""}, {**text("abc"), "citations": [SAME_CITED]},
+                      use("c", **CALL_1), use("d", "sh", input="ls")], "tool_use"),
+        "gemini": ([{"text": "Hmm", "thought": True}, {"text": "abc"}, ran("f", "c", **CALL_1),
+                    ran("sh", "d", input="ls")], "STOP")}),
+    ("8.5 Responses, summaries", "responses", responded(typed("reasoning", summary=[
+        typed("summary_text", text="abc"), typed("summary_text", text="def")])), {
+        "chat": ({"reasoning_content": "abc\n\ndef"}, "stop")}),
+    ("8.5 Responses, refusal", "responses", responded(refused("Never")), {
+        "messages": ([text("Never")], "refusal"), "chat": ({"refusal": "Never"}, "content_filter"),
+        "gemini": ([{"text": "Never"}], "SAFETY")}),
+]
+
+
+@pytest.mark.parametrize("upstream, whole, client, expected", [
+    pytest.param(upstream, whole, client, expected, id=f"{name} ({upstream} to {client})")
+    for name, upstream, whole, clients in SEEN for client, expected in clients.items()])
+def test_an_answer_in_another_dialect(
+        upstream: str, whole: JSON, client: str, expected: tuple[Any, str]) -> None:
+    body, streamed = seen(upstream, client, whole)
+    assert heart(client, body) == expected
+    assert heart(client, streamed) == expected
+    prefix = {"chat": "chatcmpl-", "messages": "msg_", "responses": "resp_"}.get(client, "")
+    assert body.get("id", "").startswith(prefix)
+    assert {**streamed, "choices": 0, "candidates": 0} == {**body, "choices": 0, "candidates": 0}
+
+
+TARGETS = {"chat": PLAIN, "responses": GPT5, "messages": BOTH, "gemini": NEW}
+GEMINI_FILTERS = [
+    "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+    "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "ESCALATION", "PUP_LIMITED_DISABLED",
+    "MODEL_ARMOR"]
+BROKEN = ["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS",
+          "MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE"]
+CALLING: dict[str, JSON] = {
+    "chat": {"tool_calls": [call("c")]}, "messages": use("c"), "gemini": ran("f", "c"),
+    "responses": fcall("c")}
+
+
+def ended(upstream: str, reason: str, calls_: bool = False) -> JSON:
+    """An answer that says abc, and calls perhaps, and ends so."""
+    more = [CALLING[upstream]] * calls_
+    if upstream == "chat":
+        return completion(reason, content="abc", **(more[0] if more else {}))
+    if upstream == "messages":
+        return message(text("abc"), *more, stop=reason)
+    if upstream == "gemini":
+        return generated("abc", *more, finish=reason)
+    details = {} if reason == "completed" else {
+        "status": "incomplete", "incomplete_details": {"reason": reason}}
+    return responded(spoke("abc"), *more, **details)
+
+
+FULL = {"chat": "stop", "messages": "end_turn", "responses": "completed", "gemini": "STOP"}
+CALLS = {"chat": "tool_calls", "messages": "tool_use", "responses": "completed", "gemini": "STOP"}
+SHORT = {"chat": "length", "messages": "max_tokens", "responses": "max_output_tokens",
+         "gemini": "MAX_TOKENS"}
+BLOCKED = {"chat": "content_filter", "messages": "refusal", "responses": "content_filter",
+           "gemini": "SAFETY"}
+ENDS: list[tuple[str, Iterable[str], bool, JSON]] = [  # upstream, reasons, whether it calls, means
+    ("messages", ["end_turn", "stop_sequence", "pause_turn", "compaction", "new"], False, FULL),
+    ("messages", ["tool_use"], True, CALLS),
+    ("messages", ["max_tokens", "model_context_window_exceeded"], False, SHORT),
+    ("gemini", ["STOP", "OTHER", "NO_IMAGE", "IMAGE_OTHER", "FINISH_REASON_UNSPECIFIED", "NEW",
+                *BROKEN], False, FULL),
+    ("gemini", ["STOP"], True, CALLS), ("gemini", ["MAX_TOKENS", "CONTINUATION"], False, SHORT),
+    ("gemini", GEMINI_FILTERS, False, BLOCKED),
+    ("chat", ["stop", "eos"], False, FULL), ("chat", ["length"], False, SHORT),
+    ("chat", ["stop", "tool_calls", "function_call"], True, CALLS),
+    ("chat", ["content_filter"], False, BLOCKED),
+    ("responses", ["completed", "steered"], False, FULL), ("responses", ["completed"], True, CALLS),
+    ("responses", ["max_output_tokens", "max_messages"], False, SHORT),
+    ("responses", ["content_filter"], False, BLOCKED)]
+
+
+@pytest.mark.parametrize("upstream, reason, calls_, means", [
+    (upstream, reason, calls_, means)
+    for upstream, reasons, calls_, means in ENDS for reason in reasons])
+def test_an_end_means_the_same_everywhere(upstream: str, reason: str, calls_: bool,
+                                          means: JSON) -> None:
+    whole = ended(upstream, reason, calls_)
+    for client in [each for each in TRANSLATED if each != upstream]:
+        told = [heart(client, body)[1] for body in seen(upstream, client, whole)]
+        assert told == [means[client]] * 2, client
+
+
+FAILING: dict[str, tuple[str, JSON]] = {
+    **{f"finish {reason}": ("chat", completion(reason)) for reason in ("error", "abort")},
+    "arguments": ("chat", completion("tool_calls", tool_calls=[call("c", arguments="{")])),
+    **{reason: ("gemini", generated(finish=reason)) for reason in BROKEN},
+    "no candidates": ("gemini", {"responseId": "r1", "modelVersion": "m"}),
+    "failed": ("responses", responded(status="failed", error={
+        "code": "server_error", "message": "Broken."}))}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_answer_that_failed_is_an_error(name: str) -> None:
+    upstream, whole = FAILING[name]
+    with pytest.raises(GatewayError) as body:
+        gateway.DIALECTS[upstream].parse_reply(whole, Rewrites())
+    with pytest.raises(GatewayError) as stream:
+        chat_parsed(upstream, [SPELLERS[upstream](whole)])
+    assert body.value.status >= 500 and stream.value.status >= 500
+
+
+def usage_of(dialect: str, written: int = 100) -> JSON:
+    """One usage, as each dialect tells it: 1000 read (600 cached), 200 said (50 in thoughts)."""
+    read = {"cached_tokens": 600, "cache_write_tokens": written}
+    return {
+        "chat": {"prompt_tokens": 1000, "completion_tokens": 200, "total_tokens": 1200,
+                 "prompt_tokens_details": read,
+                 "completion_tokens_details": {"reasoning_tokens": 50}},
+        "responses": {"input_tokens": 1000, "output_tokens": 200, "total_tokens": 1200,
+                      "input_tokens_details": read,
+                      "output_tokens_details": {"reasoning_tokens": 50}},
+        "messages": {"input_tokens": 400 - written, "cache_read_input_tokens": 600,
+                     "cache_creation_input_tokens": written, "output_tokens": 200,
+                     "output_tokens_details": {"thinking_tokens": 50}},
+        "gemini": {"promptTokenCount": 1000, "cachedContentTokenCount": 600,
+                   "candidatesTokenCount": 150, "thoughtsTokenCount": 50,
+                   "totalTokenCount": 1200}}[dialect]
+
+
+SAYING: dict[str, Callable[[JSON], JSON]] = {
+    "chat": lambda usage: completion(content="abc", usage=usage),
+    "responses": lambda usage: responded(spoke("abc"), usage=usage),
+    "messages": lambda usage: message(text("abc"), usage=usage),
+    "gemini": lambda usage: generated("abc", usage=usage)}
+
+
+@pytest.mark.parametrize("upstream, client", list(itertools.permutations(TRANSLATED, 2)))
+def test_usage_is_told_in_every_dialects_own_sums(upstream: str, client: str) -> None:
+    written = 0 if upstream == "gemini" else 100
+    for body in seen(upstream, client, SAYING[upstream](usage_of(upstream))):
+        assert body["usageMetadata" if client == "gemini" else "usage"] == usage_of(client, written)
+
+
+# Upstream, what it tells, what that counts.
+USAGES: list[tuple[str, JSON, Usage]] = [
+    ("chat", {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": None},
+     Usage(5, 2)),
+    ("responses", {"input_tokens": 5, "output_tokens": 2}, Usage(5, 2)),
+    ("messages", {"input_tokens": 5, "output_tokens": 2, "cache_read_input_tokens": None,
+                  "cache_creation": {"ephemeral_1h_input_tokens": 3},
+                  "cache_creation_input_tokens": 4}, Usage(9, 2, 0, 4, 3)),
+    ("gemini", {"promptTokenCount": 5, "toolUsePromptTokenCount": 3, "candidatesTokenCount": 2,
+                "totalTokenCount": 10}, Usage(8, 2)),
+    ("gemini", {"promptTokenCount": 5, "candidatesTokenCount": 7, "thoughtsTokenCount": 4,
+                "totalTokenCount": 12}, Usage(5, 7, reasoning=4)),  # Vertex AI's
+    ("gemini", {"promptTokenCount": 5, "thoughtsTokenCount": 4, "totalTokenCount": 9},
+     Usage(5, 4, reasoning=4)),
+]
+
+
+@pytest.mark.parametrize("upstream, usage, counted", USAGES, ids=[row[0] for row in USAGES])
+def test_what_an_upstream_tells_is_counted(upstream: str, usage: JSON, counted: Usage) -> None:
+    assert [reply.usage for reply in replies(upstream, SAYING[upstream](usage))] == [counted] * 2
+
+
+def test_no_usage_at_all_is_told_as_0() -> None:
+    for client in ("messages", "responses"):
+        for body in seen("chat", client, completion(content="abc", usage={"x": 1})):
+            assert (body["usage"]["input_tokens"], body["usage"]["output_tokens"]) == (0, 0)
+
+
+# ---- what must come back, through clients that know nothing of it ----
+
+SIGNATURE = "c2ln+/8="
+RED = {"type": "redacted_thinking", "data": "red"}
+# By issuer its answer, and what of its next request holds all that must come back.
+SIGNED: dict[str, tuple[JSON, Callable[[JSON], Any], Any]] = {
+    "messages": (
+        message(THOUGHT, RED, text("T"), use("c", x=1), use("d"), stop="tool_use"),
+        lambda sent: sent["messages"][1]["content"],
+        [THOUGHT, RED, text("T"), use("c", x=1), use("d")]),
+    "responses": (
+        responded(thought_of("Hmm", signature="QQ"), spoke("T"), thought_of("Ah", signature="QR"),
+                  fcall("c"), thought_of("", signature="QS"), fcall("d")),
+        lambda sent: [{**item, "summary": 0} if item["type"] == "reasoning" else item
+                      for item in sent["input"]
+                      if item.get("type") in ("reasoning", "function_call")],
+        [typed("reasoning", id="item_0", encrypted_content="QQ", summary=0),
+         typed("reasoning", id="item_2", encrypted_content="QR", summary=0), fcall("c"),
+         typed("reasoning", id="item_4", encrypted_content="QS", summary=0), fcall("d")]),
+    "gemini": (
+        generated({"text": "Hmm", "thought": True}, "T", ran("f", "c", SIGNATURE, x=1),
+                  ran("f", "d")),
+        lambda sent: sent["contents"][1],
+        turn("T", ran("f", "c", SIGNATURE, x=1), ran("f", "d"), role="model")),
+}
+
+
+def echo(client: str, body: JSON) -> JSON:
+    """The next request of a client that sends an answer back as it came, with its results."""
+    if client == "chat":
+        said_ = body["choices"][0]["message"]
+        return loop(said_, *[answer(each["id"]) for each in said_["tool_calls"]])
+    if client == "responses":
+        ids = [item["call_id"] for item in body["output"] if "call_id" in item]
+        return listed(user("Hi"), *body["output"], *map(output, ids), tools=[flat(F)])
+    if client == "messages":
+        ids = [block["id"] for block in body["content"] if block["type"] == "tool_use"]
+        return history(spoken("assistant", body["content"]), user(list(map(result, ids))),
+                       tools=[F_USE])
+    said_ = body["candidates"][0]["content"]
+    ids = [part["functionCall"]["id"] for part in said_["parts"] if "functionCall" in part]
+    return contents(turn("Hi"), said_, turn(*[gave(id_=id_) for id_ in ids]), **declared(GF))
+
+
+CARRIERS = [(client, issuer, shows) for client in TRANSLATED for issuer in SIGNED
+            for shows in (True, False)
+            if client != issuer and (shows or client in ("messages", "gemini"))]
+
+
+@pytest.mark.parametrize("client, issuer, shows", CARRIERS)
+def test_what_is_signed_goes_through_every_client_and_back(client: str, issuer: str,
+                                                           shows: bool) -> None:
+    whole, find, expected = SIGNED[issuer]
+    for body in seen(issuer, client, whole, Chat("m", [], shows_thinking=shows)):
+        assert shows == ('"Hm' in json.dumps(body))
+        params = echo(client, body)
+        sent, losses, _ = carry(client, issuer, params, TARGETS[issuer])
+        assert find(sent) == expected
+        assert are_hints(losses), "Gemini's thoughts themselves need not come back"
+        for other in [each for each in TRANSLATED if each not in (client, issuer)]:
+            sent, losses, _ = carry(client, other, params, TARGETS[other])
+            assert is_unmarked(sent) and b"Hm" not in gateway.dump_json(sent)
+            assert are_hints(losses)
+        dialect = gateway.DIALECTS[client]
+        assert is_unmarked(gateway.without_marks(params[dialect.history]))
+
+
+def is_unmarked(sent: Any) -> bool:
+    """Whether nothing of what this gateway put there is left."""
+    body = gateway.dump_json(sent)
+    return not any(mark in body for mark in (*gateway.MARKS, SIGNATURE.encode()))
+
+
+def are_hints(losses: dict[str, bool]) -> bool:
+    return all(losses.values()) and set(losses) <= {"thinking", "reasoning_content"}
+
+
+@pytest.mark.parametrize("client", ["chat", "responses", "messages"])
+def test_a_signature_of_a_call_survives_a_client_that_keeps_ids_alone(client: str) -> None:
+    whole, find, expected = SIGNED["gemini"]
+    for body in seen("gemini", client, whole):
+        params = without(echo(client, body), {
+            "thinking_blocks", "reasoning_content", "extra_content", "encrypted_content"})
+        for messages in params.values():
+            for each in messages if client == "messages" else ():
+                if isinstance(each.get("content"), list):
+                    each["content"] = [block for block in each["content"]
+                                       if block["type"] != "thinking"]
+        sent, _, _ = carry(client, "gemini", params, NEW)
+        assert find(sent) == expected
+
+
+def without(tree: Any, keys: set[str]) -> Any:
+    if isinstance(tree, list):
+        return [without(item, keys) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: without(value, keys) for key, value in tree.items() if key not in keys}
+
+
+def test_an_empty_signed_text_is_no_text() -> None:
+    """1.7: Gemini may sign at the end of a stream; it goes out as a thought without words."""
+    whole = generated("abc", {"text": "", "thoughtSignature": SIGNATURE})
+    for client in ("chat", "responses", "messages"):
+        for body in seen("gemini", client, whole):
+            said_ = heart(client, body)[0]
+            if client == "chat":
+                assert said_.pop("content") == "abc" and set(said_) == {"thinking_blocks"}
+            else:
+                assert [item["type"] for item in said_][1:] in (["thinking"], ["reasoning"])
+
+
+def test_an_unsigned_thought_that_nobody_asked_for_is_hidden() -> None:
+    """6.3, 7: text never turns up as text; not asked for, it does not turn up at all."""
+    hidden = Chat("m", [], shows_thinking=False)
+    whole = completion(content="abc", reasoning_content="Hmm")
+    for body in seen("chat", "messages", whole, hidden):
+        assert body["content"] == [text("abc")]
+    for body in seen("chat", "gemini", whole, hidden):
+        assert heart("gemini", body)[0] == [{"text": "abc"}]
+
+
+# ---- tools that a wire does not know ----
+
+SHELLS: list[tuple[str, str, str]] = [("chat", "messages", BOTH), ("chat", "gemini", NEW), *[
+    ("responses", wire, model) for wire, model in [
+        ("chat", LOCAL), ("messages", BOTH), ("gemini", NEW)]]]
+
+
+@pytest.mark.parametrize("client, wire, model", SHELLS)
+def test_a_custom_tool_is_a_function_on_the_way(client: str, wire: str, model: str) -> None:
+    said_ = 'l"s\u2028\n'
+    params: JSON = {"tools": [CUSTOM if client == "chat" else flat(CUSTOM)]}
+    sent, losses, rewrites = carry(client, wire, params, model)
+    assert losses == {} and "custom" not in json.dumps(sent)
+    answers = {"chat": completion("tool_calls", tool_calls=[
+                   call("c", "sh", gateway.encode_json({"input": said_}))]),
+               "messages": message(use("c", "sh", input=said_), stop="tool_use"),
+               "gemini": generated(ran("sh", "c", input=said_))}
+    for body in seen(wire, client, answers[wire], rewrites=rewrites):
+        told_, end = heart(client, body)
+        assert end == CALLS[client]
+        assert told_ == ([{**SH_ITEM, "input": said_}] if client == "responses" else {
+            "tool_calls": [{**SH_CALL, "custom": {"name": "sh", "input": said_}}]})
+
+
+@pytest.mark.parametrize("wire, model", [("chat", PLAIN), ("chat", LOCAL), ("messages", BOTH),
+                                         ("gemini", NEW)])
+def test_a_namespace_is_restored(wire: str, model: str) -> None:
+    params = {"tools": [NAMESPACE, typed("namespace", name="o", tools=[flat(F), flat(CUSTOM)])]}
+    _, _, rewrites = carry("responses", wire, params, model)
+    answers: dict[str, JSON] = {
+        "chat": completion("tool_calls", tool_calls=[
+            call("a", "ns__f"), call("b", "o__f"), call("c", "o__sh", '{"input":"ls"}')
+            if model == LOCAL else {**SH_CALL, "custom": {"name": "o__sh", "input": "ls"}}]),
+        "messages": message(use("a", "ns__f"), use("b", "o__f"), use("c", "o__sh", input="ls")),
+        "gemini": generated(ran("ns__f", "a"), ran("o__f", "b"), ran("o__sh", "c", input="ls"))}
+    chat = understood("responses", params, Losses())
+    for body in seen(wire, "responses", answers[wire], chat, rewrites):
+        assert heart("responses", body)[0] == [
+            fcall("a", namespace="ns"), fcall("b", namespace="o"), {**SH_ITEM, "namespace": "o"}]
+
+
+# ---- what only one dialect has ----
+
+ECHOED: JSON = {
+    "instructions": "S", "max_output_tokens": 7, "metadata": {"a": "b"}, "temperature": 0.5,
+    "parallel_tool_calls": False, "reasoning": {"effort": "low"}, "tool_choice": "none",
+    "text": {"format": {"type": "json_object"}}, "tools": [flat(F)], "top_p": 0.5}
+UNASKED: JSON = {
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "temperature": None,
+    "parallel_tool_calls": True, "tool_choice": "auto", "text": {"format": {"type": "text"}},
+    "tools": [], "top_p": None}
+
+
+@pytest.mark.parametrize("asks, expected", [({}, UNASKED), (ECHOED, ECHOED)])
+def test_a_response_repeats_its_request(asks: JSON, expected: JSON) -> None:
+    """4.2: the SDK's type needs all of it."""
+    for body in seen("chat", "responses", completion(content="abc"),
+                     understood("responses", asks, Losses())):
+        assert {key: body[key] for key in expected} == expected
+        assert {key: body[key] for key in (
+            "object", "created_at", "model", "truncation", "store", "previous_response_id",
+            "error")} == {"object": "response", "created_at": 7, "model": "alias",
+                          "truncation": "disabled", "store": False, "previous_response_id": None,
+                          "error": None}
+        assert all(item["status"] == "completed" for item in body["output"])
+
+
+SUITED: list[tuple[str, JSON, bool]] = [  # model, request, whether /responses is to be asked
+    (PLAIN, {}, False), (GPT5, {}, True), ("o3", {}, True), (GPT55, {"tools": [F_USE]}, True),
+    (GPT55, {"stop_sequences": ["a"]}, False), ("chatgpt-4o-latest", {}, False)]
+
+
+@pytest.mark.parametrize("model, params, is_suited", SUITED)
+def test_reasoning_models_are_asked_in_responses(model: str, params: JSON,
+                                                 is_suited: bool) -> None:
+    chat = understood("messages", params, Losses())
+    caps = gateway.find_caps(gateway.KINDS["openai"], model)
+    assert gateway.DIALECTS["responses"].suits(chat, caps) is is_suited
+
+
+def test_what_only_chat_completions_has_is_asked_there() -> None:
+    caps = gateway.find_caps(gateway.KINDS["openai"], GPT5)
+    for more in (config(seed=1), config(frequencyPenalty=1), config(presencePenalty=1)):
+        chat = understood("gemini", more, Losses())
+        assert not gateway.DIALECTS["responses"].suits(chat, caps)
+
+
+# ---- what models of other vendors take ----
+
+LOW_HIGH = ("low", "medium", "high")
+CAPS_HELD = ("sampling", "thinking", "efforts", "default_effort", "chat_tools", "max_stops",
+             "max_tokens_field")
+OLD_GPT = ("both", "none", (), "none", "yes", 4, "max_completion_tokens")
+O_SERIES = ("none", "effort", LOW_HIGH, "medium", "yes")
+GPT_5 = ("none", "effort", ("minimal", *LOW_HIGH), "medium", "yes", 4, "max_completion_tokens")
+UP_TO_XHIGH = ("none", *LOW_HIGH, "xhigh")
+LATEST_GPT = ("idle", "effort", (*UP_TO_XHIGH, "max"), "medium", "idle", 4,
+              "max_completion_tokens")
+MORE_MODELS: list[tuple[str, str, tuple[Any, ...]]] = [  # kind, name, what it takes
+    *[("openai", name, OLD_GPT) for name in (
+        "gpt-3.5-turbo", "gpt-4o-2024-08-06", "gpt-4.1-mini", "chatgpt-4o-latest",
+        "ft:gpt-4o-mini-2024-07-18:acme::x")],
+    *[("openai", name, (*O_SERIES, stops, "max_completion_tokens"))
+      for name, stops in [("o1", 4), ("o1-2024-12-17", 4), ("o3", 0), ("o3-mini", 0),
+                          ("o4-mini-2025-04-16", 0)]],
+    *[("openai", name, GPT_5) for name in ("gpt-5", "gpt-5-mini", "gpt-5-2025-08-07")],
+    ("openai", "gpt-5.1", ("idle", "effort", ("none", *LOW_HIGH), "none", "yes", *GPT_5[5:])),
+    ("openai", "gpt-5.2-codex", ("idle", "effort", UP_TO_XHIGH, "none", "yes", *GPT_5[5:])),
+    ("openai", "gpt-5.4", ("idle", "effort", UP_TO_XHIGH, "none", "idle", *GPT_5[5:])),
+    *[("openai", name, ("idle", "effort", UP_TO_XHIGH, "medium", "idle", *GPT_5[5:]))
+      for name in ("gpt-5.5", "gpt-5.6")],
+    *[("openai", name, LATEST_GPT) for name in ("gpt-6", "gpt-6.1-mini")],
+    ("azure", "gpt-5", GPT_5), ("openrouter", "openai/o3", (*O_SERIES, 0, GPT_5[-1])),
+    ("openai-compatible", "gpt-oss-120b", ("both", "none", (), "none", "yes", 4, "max_tokens")),
+    *[("gemini", name, ("both", kind, efforts, "none", "yes", 5, "max_tokens"))
+      for name, kind, efforts in [
+        ("gemini-2.0-flash", "none", ()), ("gemini-2.5-flash", "budget", ()),
+        ("gemini-2.5-flash-lite", "budget", ()), ("gemini-2.5-pro", "budget", ()),
+        ("gemini-3-pro-preview", "level", LOW_HIGH), ("gemini-3.6-pro", "level", LOW_HIGH),
+        ("gemini-3-flash-preview", "level", ("minimal", *LOW_HIGH)),
+        ("gemini-3.6-flash", "level", ("minimal", *LOW_HIGH)),
+        ("gemini-3.7-flash", "level", LOW_HIGH), ("gemini-4-pro", "level", LOW_HIGH),
+        ("gemini-flash-latest", "level", LOW_HIGH), ("gemini-pro-latest", "level", LOW_HIGH)]],
+]
+
+
+@pytest.mark.parametrize("kind, name, held", MORE_MODELS, ids=[row[1] for row in MORE_MODELS])
+def test_what_another_vendors_model_takes(kind: str, name: str, held: tuple[Any, ...]) -> None:
+    caps = gateway.find_caps(gateway.KINDS[kind], name)
+    assert tuple(getattr(caps, each) for each in CAPS_HELD) == held
+
+
+@pytest.mark.parametrize("name, can", [
+    ("gemini-2.5-flash", True), ("gemini-2.5-pro", False), ("gemini-3-flash", False),
+    ("gemini-flash-latest", False)])
+def test_some_geminis_can_be_kept_from_thinking(name: str, can: bool) -> None:
+    assert gateway.find_caps(gateway.KINDS["gemini"], name).can_disable_thinking is can
+
+
+MORE_ROWS = [
+    ("messages", "responses", GPT52, [
+        ("0.2 R max_tokens raised to 16", {"max_tokens": 7}, {"max_output_tokens": 16},
+         "max_tokens")]),
+    ("messages", "chat", PLAIN, [
+        ("6.2 is_error", history(spoken("assistant", [use("c")]), user([
+            {**result("c", "no"), "is_error": True}])),
+         {"messages": [user("Hi"), asked(call("c")), answer("c", "Error: no")]}, "")]),
+    ("chat", "gemini", NEW, [
+        ("1.9 detail", asking(image(PNG, detail="low")), {"contents": [turn(PNG_PART)]},
+         "(detail)")]),
+    ("responses", "chat", PLAIN, [
+        ("0.2 H include_obfuscation", {"stream": True, "stream_options": {
+            "include_obfuscation": True}}, {}, "(include_obfuscation)"),
+    ]),
+]
+
+
+@pytest.mark.parametrize("client, wire, model, row", [
+    pytest.param(client, wire, model, row, id=f"{row[0]} ({client} to {wire})")
+    for client, wire, model, rows in MORE_ROWS for row in rows])
+def test_a_row_of_several_tables(client: str, wire: str, model: str, row: Any) -> None:
+    check(client, wire, model, row)
+
+
+@pytest.mark.parametrize("client, issuer", [
+    (client, issuer) for client, issuer, shows in CARRIERS if client != "gemini" and shows])
+def test_no_thought_of_anothers_is_passed(client: str, issuer: str) -> None:
+    """0.1, 1.7, 6.3: after a switch to the client dialect's own vendor, where bytes pass."""
+    for body in seen(issuer, client, SIGNED[issuer][0]):
+        told = echo(client, body)[gateway.DIALECTS[client].history]
+        assert "Hm" not in json.dumps(gateway.without_marks(told))
+
+
+def test_a_refusal_is_seen_behind_a_text() -> None:
+    """11: refusal -> a refusal part, or incomplete/content_filter."""
+    for body in seen("messages", "responses", message(text("abc"), stop="refusal")):
+        assert body["status"] == "incomplete" or "refusal" in json.dumps(body["output"])
+
+
+def test_a_cancelled_response_is_an_error() -> None:
+    """11: failed / cancelled -> error."""
+    with pytest.raises(GatewayError):
+        gateway.DIALECTS["responses"].parse_reply(
+            responded(spoke("abc"), status="cancelled"), Rewrites())
+
+
 # ---- Chat Completions streams, as servers send them ----
 
 
@@ -5638,7 +7621,7 @@ def test_any_dialect_stands_in_front_of_any(gate_for: Any, client: str, wire: st
     assert answer_.status == 200, answer_.body
     came = json.loads(gate.upstream.requests.get(timeout=WAIT).body)
     heard = hears.parse_request({"model": "up", "stream": stream, **came}, Losses())
-    assert [said(turn) for turn in heard.turns] == [said(turn) for turn in ASKED_TURNS]
+    assert [kept(turn) for turn in heard.turns] == [kept(turn) for turn in ASKED_TURNS]
     assert [tool.name for tool in heard.tools] == ["f"]
     told = gateway.collect(chat_parsed(client, [answer_.body])) if stream else (
         speaks.parse_reply(json.loads(answer_.body), Rewrites()))
@@ -5648,7 +7631,7 @@ def test_any_dialect_stands_in_front_of_any(gate_for: Any, client: str, wire: st
     assert gate.total("llm_tokens_total", direction="prompt") == 30
 
 
-def said(turn: Turn) -> list[Any]:
+def kept(turn: Turn) -> list[Any]:
     """What stays of a turn in every dialect."""
     return [turn.role, *((type(block), getattr(block, "text", ""), getattr(block, "arguments", ""))
                          for block in turn.blocks)]
