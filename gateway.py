@@ -335,17 +335,21 @@ class Form:
             raise GatewayError(400, "The form is malformed or cut short.")
 
     def _find(self, name: str) -> Tuple[int, int] | None:
-        """Where a field's value starts and ends."""
+        """Where a field's value starts and ends. A second one of its name is a 400: which of them
+        counts, two servers may see differently."""
         at, wanted = 0, f'; name="{name}"'.encode()
+        found: Tuple[int, int] | None = None
         while at >= 0:
             start = self.body.find(b"\r\n\r\n", at) + 4
             end = self.body.find(self._boundary, start)
             if start < 4 or end < 0:
-                return None
+                return found
             if wanted in self.body[at:start] and b"filename" not in self.body[at:start]:
-                return start, end
+                if found:
+                    raise GatewayError(400, f"The form's {name!r} stands twice.", name)
+                found = start, end
             at = end + 2
-        return None
+        return found
 
     def get(self, key: str) -> Any:
         span = self._find(key)
@@ -1101,6 +1105,7 @@ MADE_ID = "rs_gw_"  # of a thought that its own vendor did not number
 MARKS = (ENVELOPE.encode(), RIDER.encode(), MADE_ID.encode(), b"thinking_blocks", b"extra_content",
          b"Z3cxL", b'"signature":""', b'"signature": ""')
 ID_FIELDS = frozenset(["id", "tool_call_id", "call_id", "tool_use_id"])
+TOOL_FIELDS = frozenset(["input", "args", "response"])  # what a call holds is the tool's own
 SIGNATURE_FIELDS = ("signature", "encrypted_content", "thoughtSignature", "thought_signature")
 
 
@@ -1117,7 +1122,8 @@ def without_marks(value: Any) -> Any:
                                              (RIDER, "extra_content"))):
         foreign.add("reasoning_content")
     return {key: plain_id(item) if key in ID_FIELDS and isinstance(item, str) else
-            without_marks(item) for key, item in value.items() if key not in foreign
+            item if key in TOOL_FIELDS else without_marks(item)
+            for key, item in value.items() if key not in foreign
             and not (key in SIGNATURE_FIELDS and is_marked({key: item}))}
 
 
@@ -2573,7 +2579,7 @@ class ChatWatch(Watch):
     that it was the last before [DONE], and dropped. Without `needs_done` a stream also ends well
     when each of its choices gave a finish_reason."""
 
-    def __init__(self, dialect: ChatCompletions, hide_usage: bool, needs_done: bool) -> None:
+    def __init__(self, dialect: Dialect, hide_usage: bool, needs_done: bool) -> None:
         super().__init__()
         self._dialect = dialect
         self._hide_usage = hide_usage
@@ -2663,6 +2669,14 @@ class ChatWatch(Watch):
         if DONE.match(block, follows):
             return block
         return held + self._take_usage(block)
+
+
+class LooseWatch(ChatWatch):
+    """Of an endpoint whose events nobody here knows: it ends where its body does."""
+
+    def end(self) -> bytes:
+        self.ended = not self.failure
+        return super().end()
 
 
 def said_in(choice: JSON) -> List[Any]:
@@ -4322,7 +4336,8 @@ class ResponsesWatch(MarkedWatch):
         elif kind in ("response.failed", "error"):
             told = about.get("error") or wire.get("error") or wire
             self._error = self._dialect.parse_error(told, 200)
-            self.failure = self._error if kind == "response.failed" else None
+            is_first = not self._id and not self.has_content
+            self.failure = self._error if kind == "response.failed" or is_first else None
 
     def end(self) -> bytes:
         self.failure = self.failure or self._error
@@ -5978,6 +5993,9 @@ class Keyring:
     def __init__(self, keys: Iterable[ApiKey], parse_day: Callable[[str], float]) -> None:
         self._apps = {digest(entry.key): make_app(entry, parse_day) for entry in keys}
 
+    def knows(self, key: str) -> bool:
+        return digest(key) in self._apps
+
     def authenticate(self, headers: Mapping[str, str], now: float, query: str = "") -> App:
         """The app whose key the request carries; `now` in unix seconds. Raises 401."""
         presented = presented_keys(headers, query)
@@ -6173,7 +6191,7 @@ class Router:
 
     def route_to(self, provider: str) -> Route:
         """For what names no model."""
-        return self._route(provider, "")
+        return self._route(provider, "", "")
 
     def find_keeper(self, path: str, endpoints: Mapping[str, str]) -> Tuple[Provider, str]:
         """The provider that a path without a model goes to, and the path there. Raises 404."""
@@ -7262,6 +7280,7 @@ class Connection(Wire):
     def fail_late(self, now: float) -> None:
         phase = "total" if now >= self.final else self.phase
         self.deadline = self.final = FOREVER
+        self.resume_writing()
         self.fail(upstream_error(
             504, f"The provider did not answer in time (timeouts.{phase}).", "timeout",
             code=f"{phase}_timeout"))
@@ -7720,6 +7739,7 @@ class Exchange(Record):
     dialect = DIALECTS["chat"]  # the client's
     route: Route | None = None
     is_generation = False
+    is_array = False  # a stream of one JSON array
     is_shared = False  # it shows what all apps left under one key of the provider's
     error = ""
     upstream_id = ""
@@ -7819,13 +7839,15 @@ class Gateway:
     async def generate(self, exchange: Exchange, request: Request) -> Response:
         """Answers one generation request; the order of the steps is what clients rely on."""
         app, body, route = await self.admit(exchange, request)
-        if exchange.is_stream:
+        exchange.is_array = (exchange.is_stream and exchange.dialect.streams_arrays
+                             and "alt=sse" not in request.head.query)
+        if exchange.is_stream and not exchange.is_array:
             exchange.keepalive = exchange.dialect.keepalive
             exchange.keepalive_seconds = self.config.sse_keepalive
         name = exchange.dialect.name
-        if name in route.provider.paths and route.wire in (None, name):
-            return await self.pass_through(exchange, request, route, body, name)
         is_strict = app.is_strict or route.is_strict
+        if name in route.provider.paths and route.wire in (None, name):
+            return await self.pass_through(exchange, request, route, body, name, is_strict)
         if isinstance(body, Form):
             raise GatewayError(400, "The body must be a JSON object.")
         return await self.translate(exchange, request, route, body, is_strict)
@@ -7835,28 +7857,31 @@ class Gateway:
         app = self.authenticate(exchange, request)  # 401
         raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
         body = Form(raw, kind) if kind.lower().startswith("multipart/form-data") else Body(raw)
-        if exchange.model and isinstance(body, Body):  # in the path
-            body = Body(body.with_values({"model": exchange.model}))
         exchange.bytes_in = len(body.body)
-        model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
+        if exchange.model:
+            model, exchange.is_stream = exchange.model, body.get("stream") is True
+        else:
+            model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
         app.check_may_use(model)  # 403
         exchange.route = self.router.resolve(model)  # 404
         exchange.model = model
         return app, body, exchange.route
 
     async def pass_through(self, exchange: Exchange, request: Request, route: Route,
-                           body: Body | Form, path: str) -> Response:
+                           body: Body | Form, path: str, is_strict: bool = False) -> Response:
         """`path` is the name of one in the kind's row: the dialect's, or another."""
         dialect, losses = exchange.dialect, Losses()
         is_dialect = path == dialect.name
         hides_usage, values = False, {}  # type: bool, JSON
         if is_dialect and isinstance(body, Body):
             hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
-                           and "stream_options" not in route.provider.row.drop)
+                           and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
             if any(map(body.body.__contains__, MARKS)):
                 values = {**values, dialect.history: without_marks(body.get(dialect.history))}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
+        if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
+            losses.refuse()  # 400
         self.count_losses(losses, route)
         body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
@@ -7864,9 +7889,11 @@ class Gateway:
             return await self.pass_error(exchange, route, answer)
         fields = answer_fields(answer) + lost_fields(losses)
         if exchange.is_stream:
-            watch = dialect.watch(hides_usage, route.provider.done and is_dialect)
+            is_known = is_dialect or path in CHAT_STREAMS
+            watch = (dialect.watch(hides_usage, route.provider.done and is_dialect) if is_known
+                     else LooseWatch(dialect, hide_usage=False, needs_done=False))
             stream = PassedStream(self, exchange, route, answer, watch)
-            return await self.open_stream(exchange, stream, fields, request.head.query)
+            return await self.open_stream(exchange, stream, fields)
         if not is_dialect and "json" not in answer.headers.get("content-type", "json"):
             return Response(200, fields, stream=HandedOn(self, exchange, answer))
         raw = await self.read_answer(exchange, answer)
@@ -7911,7 +7938,7 @@ class Gateway:
             stream = TranslatedStream(self, exchange, route, answer, wire.parser(rewrites),
                                       dialect.renderer(chat, created))
             fields.append(("content-type", "text/event-stream"))
-            return await self.open_stream(exchange, stream, fields, request.head.query)
+            return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
         reply = wire.parse_reply(told, rewrites)
         reply.model = chat.model
@@ -7958,10 +7985,10 @@ class Gateway:
         content = body.with_values(values, gone)
         query = head.query and passing_query(head.query)
         if query:
-            start = "&" if "?" in provider.paths[path] else "?"
+            start = "&" if "?" in lines.partition("\r\n")[0] else "?"
             lines = lines.replace(" HTTP/1.1", f"{start}{query} HTTP/1.1", 1)
         if provider.forward_auth:
-            lines += forwarded_auth(head.headers)
+            lines += forwarded_auth(head.headers, self.keyring)
         lines += passing_fields(head, dropped)
         if provider.row.headers:
             lines += default_lines(provider, head.headers)
@@ -7972,26 +7999,32 @@ class Gateway:
         exchange.sent = self.clock()
         answer = await self.pool.send(
             route.provider, route.deadlines, payload, exchange.is_stream, self.config.limits.answer)
-        exchange.came = self.clock()
-        headers = answer.headers
-        exchange.upstream_id = clipped(headers.get("x-request-id") or headers.get("request-id", ""))
-        exchange.answered = answer.status == 200
+        self.note_answer(exchange, answer)
         return answer
+
+    def note_answer(self, exchange: Exchange, answer: Answer) -> None:
+        headers = answer.headers
+        exchange.came, exchange.answered = self.clock(), answer.status == 200
+        exchange.upstream_id = clipped(headers.get("x-request-id") or headers.get("request-id", ""))
 
     # ---- answers ----
 
     async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
+        body = await self.read_body(answer)
+        exchange.came = self.clock()
+        return body
+
+    async def read_body(self, answer: Answer) -> bytes:
         try:
             body = await answer.read_all()
         except BaseException:
             self.pool.drop(answer.connection)
             raise
-        exchange.came = self.clock()
         self.pool.release(answer)
         return body
 
     async def open_stream(self, exchange: Exchange, stream: PassedStream | TranslatedStream,
-                          fields: List[Tuple[str, str]], query: str) -> Response:
+                          fields: List[Tuple[str, str]]) -> Response:
         """A stream whose first event is awaited while the status can still be told honestly."""
         try:
             check_event_stream(stream.answer)
@@ -8007,7 +8040,7 @@ class Gateway:
             if isinstance(error, GatewayError):  # nothing was generated
                 exchange.usage, exchange.usage_from = None, "none"
             raise
-        if exchange.dialect.streams_arrays and "alt=sse" not in query:
+        if exchange.is_array:
             fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
             return Response(200, fields, stream=ArrayStream(stream))
         return Response(200, fields, stream=stream)
@@ -8087,42 +8120,61 @@ class Gateway:
         head = request.head
         provider, path = self.router.find_keeper(head.path, self.config.endpoints)
         exchange.route = route = self.router.route_to(provider.name)
-        query = passing_query(head.query)
+        query = "&".join(part for part in head.query.split("&") if part[:4] != "key=")
         method = "GET" if head.method == "HEAD" else head.method
         target = target_of(provider.base_url, path) + (f"?{query}" if query else "")
         lines, dropped = provider_lines(provider, target, method, "")
         if provider.forward_auth:
-            lines += forwarded_auth(head.headers)
+            lines += forwarded_auth(head.headers, self.keyring)
         lines += passing_fields(head, dropped - {"content-encoding"})
         lines += default_lines(provider, head.headers)
         has_body = head.length != 0
-        if has_body:
+        if has_body or method in ("POST", "PUT", "PATCH"):
             lines += field_lines([("transfer-encoding", "chunked") if head.length is None else
                                   ("content-length", str(head.length))])
 
         async def upload(connection: Connection) -> bool:
-            async def put(piece: bytes) -> bool:
-                exchange.bytes_in += len(piece)
-                connection.transport.write(render_chunk(piece) if head.length is None else piece)
-                await connection.drain()
-                return not (connection.buffer or connection.at_eof)  # an answer before the end
-
-            is_whole = await request.pump(put)
-            if is_whole and head.length is None:
-                connection.transport.write(LAST_CHUNK)
-            return is_whole
+            return await self.upload(exchange, request, connection, route.deadlines.idle)
 
         answer = await self.pool.send(
-            provider, route.deadlines, [f"{lines}\r\n".encode("latin-1")], False,
+            provider, route.deadlines, [f"{lines}\r\n".encode("latin-1")], True,
             self.config.limits.answer, upload if has_body else None)
-        exchange.came, exchange.answered = self.clock(), answer.status < 400
-        if not exchange.answered:
+        answer.connection.expect("idle", self.clock(), route.deadlines.idle, renews=True)
+        self.note_answer(exchange, answer)
+        if answer.status >= 300:
             return await self.pass_error(exchange, route, answer)
         if head.method == "HEAD" or answer.framing.done:
             self.pool.drop(answer.connection)
             return Response(answer.status, answer_fields(answer))
         return Response(answer.status, answer_fields(answer),
                         stream=HandedOn(self, exchange, answer))
+
+    async def upload(self, exchange: Exchange, request: Request, connection: Connection,
+                     idle: float) -> bool:
+        """Sends the body as it comes, no faster than the provider takes it; returns whether all of
+        it went: an answer may come before its end."""
+        is_chunked = request.head.length is None
+
+        async def put(piece: bytes) -> bool:
+            exchange.bytes_in += len(piece)
+            if connection.buffer or connection.at_eof:
+                return False
+            connection.transport.write(render_chunk(piece) if is_chunked else piece)
+            connection.expect("idle", self.clock(), idle)
+            try:
+                await connection.drain()
+            except ConnectionResetError:
+                if not connection.buffer:
+                    raise
+            connection.deadline = FOREVER
+            if connection.error and not connection.buffer:
+                raise connection.error
+            return not (connection.buffer or connection.at_eof)
+
+        is_whole = await request.pump(put)
+        if is_whole and is_chunked:
+            connection.transport.write(LAST_CHUNK)
+        return is_whole
 
     async def list_models(self, exchange: Exchange, request: Request) -> Response:
         app = self.authenticate(exchange, request)
@@ -8143,12 +8195,14 @@ class Gateway:
         try:
             answer = await self.pool.send(
                 provider, provider.deadlines, [head], False, self.config.limits.answer)
-            told = json_object(await answer.read_all()) if answer.status == 200 else None
-            self.pool.release(answer)
+            body = await self.read_body(answer)
+            told = json_object(body) if answer.status == 200 else None
         except GatewayError:
             told = None
         listed = [*list_of_objects(told or {}, "data"), *list_of_objects(told or {}, "models")]
-        names = [text_of(each, "id") or text_of(each, "name").partition("/")[2] for each in listed]
+        told_names = (text_of(each, "id") or text_of(each, "name").partition("/")[2]
+                      for each in listed)
+        names = [name for name in told_names if name]
         self._listed[provider.name] = self.clock() + LIST_SECONDS, names
         return names
 
@@ -8416,6 +8470,7 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
 GENERATIONS = (Gateway.generate, Gateway.forward, Gateway.call_model, Gateway.hand_on)
 PREFIXES = tuple(path for path in ROUTES if path.endswith("/") and path != "/")
 LIST_SECONDS = 300.0  # that a provider's list of models is believed
+CHAT_STREAMS = frozenset(["/completions"])  # end as those of Chat Completions do
 COUNTS = frozenset(["/messages/count_tokens", ":countTokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
@@ -8446,16 +8501,19 @@ def target_of(base_url: str, path: str) -> str:
 
 def quoted(path: str) -> str:
     """For a request's target; it must not lead out of what it stands below."""
-    if ".." in path.split("/"):
-        raise GatewayError(400, "A path must not hold '..'.")
+    if not {".", ".."}.isdisjoint(path.split("/")):
+        raise GatewayError(400, "The path must not have dot segments.")
     return urllib.parse.quote(path, safe="/:@!$&'()*+,;=~")
 
 
-def forwarded_auth(headers: Headers) -> str:
+def forwarded_auth(headers: Headers, keyring: Keyring) -> str:
     """The client's own, which must not be a key of ours."""
     if "x-gateway-key" not in headers or "authorization" not in headers:
         raise GatewayError(401, "This provider takes the client's own Authorization; send the "
                                 "gateway's key in x-gateway-key.", code="invalid_api_key")
+    if keyring.knows(headers["authorization"].partition(" ")[2].strip()):
+        raise GatewayError(401, "The Authorization is a key of the gateway's; it is not for the "
+                                "provider.", code="invalid_api_key")
     return field_lines([("authorization", headers["authorization"])])
 
 
@@ -8833,7 +8891,10 @@ class ClientRequest:
         client = self._client
         goes_on = True
         while goes_on and not framing.done:
-            data = await client.read()
+            try:
+                data = await client.read()
+            except OSError as error:
+                raise ClientLeft from error
             if not data:
                 raise ClientLeft
             client.consumed += len(data)
@@ -8841,7 +8902,10 @@ class ClientRequest:
                 piece = framing.feed(data)
             except ValueError as error:
                 raise GatewayError(400, f"The request's body is malformed: {error}.") from error
+            phase, renewal = client.phase, client.renewal
+            client.expect("answer", 0.0, FOREVER)  # while the other side takes its time
             goes_on = await put(piece)
+            client.expect(phase, self._server.clock(), renewal, renews=True)
         client.buffer[:0] = framing.rest
         client.consumed -= len(framing.rest)
         return framing.done
@@ -9032,7 +9096,8 @@ class Server:
                 client.write(
                     response.event if head.is_http10 else render_chunk(response.event) + LAST_CHUNK)
             else:
-                fields.append(("content-length", str(len(response.body))))
+                if response.status != 204 and (response.body or head.method != "HEAD"):
+                    fields.append(("content-length", str(len(response.body))))
                 data = render_head(response.status, fields)
                 if head.method != "HEAD":
                     data += response.body

@@ -8474,6 +8474,1003 @@ def test_a_missing_certificate_store_is_told_at_the_start(run: Any) -> None:
 
 
 # ==================================================================================================
+# 12. Gateway: endpoints of which only bytes pass
+# ==================================================================================================
+
+
+def TAKE_HEAD(wire: Wire) -> None:
+    """Reads a request up to its body."""
+    wire.upstream.requests.put(Sent(*read_head(wire.file), b""))
+
+
+def taking(size: int) -> Step:
+    """Reads so much of a body, as it is framed."""
+    return lambda wire: wire.upstream.requests.put(Sent("", [], wire.file.read(size)))
+
+
+def serving(answer: bytes) -> Script:
+    """Answers every request of a connection, also such as have no body."""
+    def step(wire: Wire) -> None:
+        while True:
+            line, fields = read_head(wire.file)
+            body = wire.file.read(int(dict(fields).get("content-length", 0)))
+            wire.upstream.requests.put(Sent(line, fields, body))
+            wire.sock.sendall(answer)
+    return [step]
+
+
+def went_to(gate: Gate) -> str:
+    """The target of the request that reached the provider."""
+    return gate.upstream.requests.get(timeout=WAIT).line.split()[1]
+
+
+ALL_OPEN = [{"key": APP_KEY, "app": "chatbot", "allowed_endpoints": ["*"]}]
+
+
+@pytest.fixture
+def providers_for(gate_for: Any) -> Callable[..., Gate]:
+    """A gateway with these providers, each at /NAME/v1 of the one upstream."""
+    def start(script: Script, providers: dict[str, Any], **config: Any) -> Gate:
+        upstream = gate_for(script).upstream
+        gate: Gate = gate_for(providers={name: {
+            "api_key": PROVIDER_KEY, "base_url": f"http://127.0.0.1:{upstream.port}/{name}/v1",
+            **about} for name, about in providers.items()}, **{
+                "models": {}, "routing": [], "api_keys": ALL_OPEN, **config})
+        gate.upstream.close()
+        gate.upstream = upstream
+        return gate
+    return start
+
+
+# ---- forms ----
+
+FORM_TYPE = 'Content-Type: Multipart/Form-Data; boundary="B-0"; charset=utf-8'
+FORM_MODEL = b'name="model"', b"house"
+SOUND = (b'name="file"; filename="model"\r\nContent-Type: audio/wav',
+         bytes(range(256)) + b'\r\n--B-1\r\nContent-Disposition: form-data; name="model"')
+
+
+def form(*parts: tuple[bytes, bytes], end: bytes = b"--\r\n") -> bytes:
+    return b"--B-0\r\n" + b"\r\n--B-0\r\n".join(
+        b"Content-Disposition: form-data; %b\r\n\r\n%b" % part for part in parts
+    ) + b"\r\n--B-0" + end
+
+
+@pytest.mark.parametrize("path", ["/audio/transcriptions", "/audio/translations", "/images/edits",
+                                  "/images/variations"])
+@pytest.mark.parametrize("model, sent", [(b"house", b"gpt-real"), (b"gpt-x", b"gpt-x"),
+                                         (b"openai/long-name", b"long-name")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_form_passes_but_for_the_model(gate_for: Any, path: str, model: bytes, sent: bytes,
+                                         turned: bool) -> None:
+    parts = [SOUND, (b'name="n"', b""), FORM_MODEL, (b'name="models"', b"x")]
+    body = form(*(parts[::-1] if turned else parts), end=b"--")
+    gate = gate_for(always(reply(b'{"text": 1.0, "usage": {"input_tokens": 9}}')))
+    answer = gate.call(body.replace(b"\nhouse\r", b"\n%b\r" % model), FORM_TYPE, path=f"/v1{path}")
+    assert answer.body == b'{"text": 1.0, "usage": {"input_tokens": 9}}'
+    got = gate.upstream.requests.get()
+    assert got.body == body.replace(b"\nhouse\r", b"\n%b\r" % sent)
+    assert (got.line.split()[1], f'Content-Type: {got.headers["content-type"]}') == (
+        f"/v1{path}", FORM_TYPE)
+    assert gate.access()["prompt_tokens"] == "9"
+
+
+GOOD_FORM = form(FORM_MODEL, SOUND)
+BAD_FORMS: dict[str, tuple[str, bytes]] = {
+    "no boundary": ("Content-Type: multipart/form-data", GOOD_FORM),
+    "an empty boundary": ('Content-Type: multipart/form-data; boundary=""', GOOD_FORM),
+    "another boundary": (FORM_TYPE.replace("B-0", "B-9"), GOOD_FORM),
+    "empty": (FORM_TYPE, b""), "no end": (FORM_TYPE, form(FORM_MODEL, end=b"\r\n")),
+    "cut": (FORM_TYPE, GOOD_FORM[:-9]), "no start": (FORM_TYPE, GOOD_FORM[1:]),
+    "JSON": (FORM_TYPE, chat()), "a form that says it is JSON": ("X: y", GOOD_FORM),
+    "no model": (FORM_TYPE, form(SOUND)), "an empty model": (FORM_TYPE, form((FORM_MODEL[0], b""))),
+    "a model in a file": (FORM_TYPE, form((b'name="model"; filename="x"', b"house"))),
+    "stream of words": (FORM_TYPE, form(FORM_MODEL, (b'name="stream"', b"yes"))),
+    "two models": (FORM_TYPE, form(FORM_MODEL, (FORM_MODEL[0], b"gpt-secret"))),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FORMS)
+def test_a_bad_form_is_refused(gate_for: Any, name: str) -> None:
+    field, body = BAD_FORMS[name]
+    gate = gate_for(always(reply()))
+    answer = gate.call(body, field, path="/v1/audio/transcriptions")
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    assert gate.upstream.connects == 0
+
+
+@pytest.mark.parametrize("model, path, status", [
+    ("house", "/audio/transcriptions", 200), ("gpt-x", "/audio/transcriptions", 403),
+    ("tiny-none", "/images/edits", 404), ("house", "/chat/completions", 400),
+])
+def test_a_forms_model_is_judged_as_any(gate_for: Any, model: str, path: str, status: int) -> None:
+    gate = gate_for(always(reply()), provider={"kind": "anthropic"} if status == 400 else {})
+    body = form((FORM_MODEL[0], model.encode()), SOUND)
+    answer = gate.call(body, FORM_TYPE, path=f"/v1{path}", key=NARROW_KEY)
+    assert answer.status == status and gate.upstream.connects == (status == 200)
+
+
+@pytest.mark.parametrize("path, field, body", [
+    ("/audio/transcriptions", FORM_TYPE, form(SOUND, (b'name="stream"', b"true"), FORM_MODEL)),
+    ("/images/generations", "X: y", b'{"model": "house", "stream": true}'),
+])
+def test_streams_of_no_dialect_pass(gate_for: Any, path: str, field: str, body: bytes) -> None:
+    """OpenAI ends them with an event of their own, without [DONE]."""
+    told = named({"type": "transcript.text.delta", "delta": "x"},
+                 {"type": "transcript.text.done", "text": "x", "usage": {"input_tokens": 9}})
+    gate = gate_for(always(streamed(told)))
+    answer = gate.call(body, field, path=f"/v1{path}")
+    assert (answer.status, answer.body) == (200, told)
+    assert gate.access()["status"] == "200"
+
+
+# ---- answers that are no JSON ----
+
+SPEECH = bytes(range(256)) * 40
+SPEECH_HEAD = reply(b"", kind="audio/mpeg").partition(b"Content-Length")[0]
+
+
+@pytest.mark.parametrize("script, status", [
+    ([reply(SPEECH, kind="audio/mpeg")], "200"),
+    ([SPEECH_HEAD + TE.encode() + b"\r\n\r\n" + chunks(SPEECH[:1], SPEECH[1:]) + END], "200"),
+    ([SPEECH_HEAD + b"\r\n" + SPEECH, CLOSE], "200"),
+    ([reply(SPEECH + b"x", kind="audio/mpeg")[:-1], CLOSE], "502"),
+    ([SPEECH_HEAD + TE.encode() + b"\r\n\r\n" + chunks(SPEECH), CLOSE], "502"),
+    ([SPEECH_HEAD + TE.encode() + b"\r\n\r\n" + chunks(SPEECH), RESET], "502"),
+], ids=["length", "chunked", "until it closes", "cut length", "cut chunks", "reset"])
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/responses/r/audio"])
+def test_sound_comes_down_unheld_and_a_cut_is_no_end(gate_for: Any, script: Script, status: str,
+                                                     path: str) -> None:
+    *pieces, last = [step for step in script if isinstance(step, bytes)]
+    gate = gate_for([READ, *pieces, last[:300], GO, last[300:], *script[len(pieces) + 1:]])
+    client = gate.client().send(request(chat(), path=path))
+    code, fields = client.head()
+    assert (code, dict(fields)["content-type"]) == (200, "audio/mpeg")
+    assert "transfer-encoding" in dict(fields)
+    body = client.chunk()  # before all is there
+    gate.upstream.go.release()
+    with contextlib.suppress(ConnectionError, ValueError):  # ValueError: no chunk where one must be
+        while len(body) < len(SPEECH) or status == "200":
+            piece = client.chunk()
+            body += piece
+            if not piece:
+                break
+        else:
+            assert client.is_closed()
+    assert SPEECH.startswith(body) and (status == "502" or body == SPEECH)
+    assert gate.access()["status"] == status
+
+
+# ---- which provider ----
+
+TWO = {"one": {"kind": "openai"}, "two": {"kind": "openai"}}
+
+
+@pytest.mark.parametrize("providers, endpoints, path, target", [
+    ({"one": {"kind": "openai"}, "local": {"kind": "openai-compatible"},
+      "claude": {"kind": "anthropic"}}, {}, "/v1/files", "/one/v1/files"),
+    ({"one": {"kind": "openai"}, "off": {"kind": "openai", "api_key": ""}}, {}, "/v1/batches/b",
+     "/one/v1/batches/b"),
+    ({"one": {"kind": "openai"}}, {}, "/v1/responses/resp_1/input_items",
+     "/one/v1/responses/resp_1/input_items"),
+    (TWO, {}, "/v1/files", None), ({"claude": {"kind": "anthropic"}}, {}, "/v1/files", None),
+    ({"off": {"kind": "openai", "api_key": ""}}, {}, "/v1/files", None),
+    (TWO, {"/v1/files": "two"}, "/v1/files/file-1/content", "/two/v1/files/file-1/content"),
+    (TWO, {"/v1/files": "two", "/v1/batches": "one"}, "/v1/batches", "/one/v1/batches"),
+    (TWO, {"/v1/files/": "two"}, "/v1/files/f", "/two/v1/files/f"),
+    (TWO, {"/v1/file": "two"}, "/v1/files", None),
+    ({"claude": {"kind": "anthropic"}}, {"/v1/files": "claude"}, "/v1/files", "/claude/v1/files"),
+    ({"one": {"kind": "openai"}, "off": {"kind": "openai", "api_key": ""}}, {"/v1/files": "off"},
+     "/v1/files", None),
+])
+def test_paths_without_a_model_find_their_provider(
+        providers_for: Any, providers: Any, endpoints: Any, path: str, target: str | None) -> None:
+    gate = providers_for(serving(reply(b"{}")), providers, endpoints=endpoints)
+    answer = gate.get(path)
+    if target:
+        assert (answer.status, went_to(gate)) == (200, target)
+    else:
+        assert (answer.status, answer.error["code"]) == (404, "not_found")
+        assert "endpoints" in answer.error["message"] and gate.upstream.connects == 0
+
+
+@pytest.mark.parametrize("method, path, sent, status", [
+    ("GET", "/v1/files?purpose=batch&limit=2", b"", "200 OK"),
+    ("DELETE", "/v1/files/f", b"", "200 OK"), ("POST", "/v1/batches", b"{ \n}", "201 Created"),
+    ("GET", "/v1/responses/r?include=a&include=b", b"", "200 OK"),
+    ("DELETE", "/v1/responses/r", b"", "200 OK"),
+    ("POST", "/v1/responses/r/cancel", b"", "200 OK"), ("PATCH", "/v1/files/f", b"x", "200 OK"),
+    ("HEAD", "/v1/files/f", b"", "200 OK"), ("DELETE", "/v1/files/f", b"", "204 No Content"),
+])
+def test_methods_and_answers_pass(gate_for: Any, method: str, path: str, sent: bytes,
+                                  status: str) -> None:
+    body = b"" if status[:3] == "204" or method == "HEAD" else b'{ "id" :1.0}\n'
+    gate = gate_for(serving(reply(
+        body, "x-request-id: req-up", "Set-Cookie: c=1", "openai-version: 1", status=status)
+        if status[:3] != "204" else b"HTTP/1.1 204 No Content\r\nx-request-id: req-up\r\n\r\n"),
+        api_keys=ALL_OPEN)
+    client = gate.client().send(request(sent, "x-custom: a", "Cookie: c=1", method=method,
+                                        path=path), request(method="GET", path="/health"))
+    answer = client.answer(is_head=method == "HEAD" or status[:3] == "204")
+    got = gate.upstream.requests.get()
+    assert (answer.status, answer.body) == (int(status[:3]), body)
+    assert answer.headers["x-request-id"] == "req-up" and "set-cookie" not in answer.headers
+    assert got.line == f"{'GET' if method == 'HEAD' else method} {path} HTTP/1.1"
+    assert got.body == sent and got.headers["x-custom"] == "a" and "cookie" not in got.headers
+    assert got.headers["authorization"] == f"Bearer {PROVIDER_KEY}"
+    assert ("content-length" in got.headers) == (method in ("POST", "PATCH"))
+    if method == "HEAD" or status[:3] == "204":  # RFC 9110, section 8.6
+        assert "content-length" not in answer.headers
+    assert client.answer().body == b'{"status":"ok"}'
+    assert gate.access()["provider"] == "openai"
+
+
+@pytest.mark.parametrize("sent, status", [
+    (failure(404, "invalid_request_error"), 404), (failure(429), 429), (failure(500), 500),
+    (failure(400, message=f"Look at {PROVIDER_KEY}."), 400), (failure(401), 502),
+    (failure(402), 502), (failure(403), 403), (failure(403, code="invalid_api_key"), 502),
+    ((503, b"<html>"), 503), ((302, b"{}"), 502),
+], ids=lambda value: str(value)[:40] if isinstance(value, tuple) else "")
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/audio/speech", "/openai/v1/any"])
+def test_errors_pass_where_only_bytes_do(gate_for: Any, sent: tuple[int, bytes], status: int,
+                                         path: str) -> None:
+    gate = gate_for(serving(reply(sent[1], "Retry-After: 7", "Location: http://127.0.0.1:9/",
+                                  status=f"{sent[0]} Odd")), api_keys=ALL_OPEN)
+    answer = gate.call(chat(), path=path)
+    assert answer.status == status and PROVIDER_KEY not in str(answer)
+    if status == sent[0] and sent[1][:1] == b"{":
+        assert answer.body == sent[1].replace(PROVIDER_KEY.encode(), b"***")
+        assert answer.headers["retry-after"] == "7"
+    else:
+        assert answer.error["type"] and (status != 502 or "location" not in answer.headers)
+    assert gate.access()["status"] == str(status)
+
+
+# ---- uploads ----
+
+HALVES = b"\x00\x01first\r\n", b"0\r\n\r\nsecond\xff"
+BOTH_HALVES = f"Content-Length: {len(HALVES[0] + HALVES[1])}"
+
+
+@pytest.mark.parametrize("field, frame, end", [
+    (BOTH_HALVES, bytes, b""), (TE, chunks, END)], ids=["length", "chunked"])
+@pytest.mark.parametrize("expect", [[], ["Expect: 100-continue"]])
+def test_an_upload_goes_up_as_it_comes(gate_for: Any, field: str, frame: Any, end: bytes,
+                                       expect: list[str]) -> None:
+    first, second = frame(HALVES[0]), frame(HALVES[1]) + end
+    gate = gate_for([TAKE_HEAD, taking(len(first)), taking(len(second)), reply(b'{"id": 1}')],
+                    limits={"body": 5, "bodies": 5}, api_keys=ALL_OPEN)
+    client = gate.client().send(request(b"", field, FORM_TYPE, "Content-Encoding: gzip", *expect,
+                                        path="/v1/files"))
+    if expect:
+        assert client.head() == (100, [])
+    head = gate.upstream.requests.get(timeout=WAIT)
+    assert f'Content-Type: {head.headers["content-type"]}' == FORM_TYPE
+    assert head.headers["content-encoding"] == "gzip" and "expect" not in head.headers
+    name, _, value = field.lower().partition(": ")
+    assert head.headers[name] == value
+    assert ("content-length" in head.headers) == (field == BOTH_HALVES)
+    client.send(first)
+    assert gate.upstream.requests.get(timeout=WAIT).body == first
+    assert client.send(second).answer().body == b'{"id": 1}'
+    assert gate.upstream.requests.get(timeout=WAIT).body == second
+    assert gate.access()["bytes_in"] == BOTH_HALVES.split()[1]
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+@pytest.mark.parametrize("sent, status", [
+    (request(b"", "Content-Length: 101", path="/v1/files"), 413),
+    (request(b"", "Content-Length: 101", "Expect: 100-continue", path="/v1/files"), 413),
+    (request(bytes(100), path="/v1/files"), 200),
+    (request(chunks(bytes(99), bytes(2)), TE, path="/v1/files"), 413),
+    (request(b"-1\r\n", TE, path="/v1/files"), 400),
+    (request(bytes(101), path="/openai/v1/any"), 413),
+], ids=["length", "expected", "just", "chunked", "malformed", "another path"])
+def test_uploads_are_bounded(gate_for: Any, sent: bytes, status: int) -> None:
+    gate = gate_for(serving(reply(b"{}")), limits={"upload": 100}, api_keys=ALL_OPEN)
+    answer = gate.client().send(sent).answer()
+    assert answer.status == status and gate.access()["status"] == str(status)
+    assert status == 200 or answer.error["message"]
+
+
+@pytest.mark.parametrize("then", [[], [CLOSE], [RESET]], ids=["stays", "closes", "resets"])
+@pytest.mark.parametrize("field, frame", [
+    ("Content-Length: 1000", bytes), (TE, chunks)], ids=["length", "chunked"])
+def test_an_answer_before_the_uploads_end_counts(gate_for: Any, then: Script, field: str,
+                                                 frame: Any) -> None:
+    status, body = failure(413, "invalid_request_error")
+    gate = gate_for([TAKE_HEAD, reply(body, status=f"{status} Too Large"), TELL, GO, *then],
+                    serving(reply(b"{}")), api_keys=ALL_OPEN)
+    client = gate.client().send(request(frame(b"x"), field, path="/v1/files"))
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    gate.settle()  # the answer is there
+    gate.upstream.go.release()
+    eventually(lambda: not then or any(each.at_eof for each in gate.gateway.pool._open))
+    answer = client.send(frame(b"x")).answer()
+    assert (answer.status, answer.body) == (413, body)
+    assert answer.headers["connection"] == "close"
+    assert gate.get("/v1/files").status == 200 and gate.upstream.connects == 2
+
+
+@pytest.mark.parametrize("leave", [Client.close, Client.reset], ids=["closes", "resets"])
+@pytest.mark.parametrize("field, frame", [
+    ("Content-Length: 1000", bytes), (TE, chunks)], ids=["length", "chunked"])
+def test_a_client_that_leaves_in_its_upload_cancels_it(gate_for: Any, leave: Any, field: str,
+                                                       frame: Any) -> None:
+    gate = gate_for([TAKE_HEAD, taking(len(frame(b"half")))], api_keys=ALL_OPEN)
+    client = gate.client().send(request(frame(b"half"), field, path="/v1/files"))
+    for _ in range(2):
+        gate.upstream.requests.get(timeout=WAIT)
+    leave(client)
+    assert gate.access()["status"] == "499"
+    gate.upstream.left.get(timeout=WAIT)
+
+
+def fill(client: Client) -> None:
+    """Sends until nobody takes any more."""
+    client.sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.sock.send(bytes(1 << 16))
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_an_upload_that_its_provider_does_not_take_ends(gate_for: Any, leaves: bool) -> None:
+    gate = gate_for([TAKE_HEAD, GO], api_keys=ALL_OPEN)
+    client = gate.client().send(request(b"", "Content-Length: 99999999", path="/v1/files"))
+    gate.upstream.requests.get(timeout=WAIT)
+    for _ in range(20):
+        fill(client)
+        gate.settle()
+    if leaves:
+        client.reset()
+    gate.later(301)
+    try:
+        assert gate.access()["status"] in (("499", "504") if leaves else ("504",))
+    finally:
+        gate.upstream.go.release()
+    gate.upstream.left.get(timeout=WAIT)
+
+
+# ---- /PROVIDER/... ----
+
+
+@pytest.mark.parametrize("path, target", [
+    ("/openai/v1/files", "/v1/files"), ("/openai/files", "/v1/files"),
+    ("/openai/v1/a%20b:c@d", "/v1/a%20b:c@d"), ("/openai/v1/v1/x", "/v1/v1/x"),
+    (f"/openai/v1/x?limit=2&key={APP_KEY}&after=a%2Fb", "/v1/x?limit=2&after=a%2Fb"),
+    (f"/openai/v1/x?key={APP_KEY}", "/v1/x"),
+    ("/openai/v1/x?api-version=2025-01-01&alt=sse", "/v1/x?api-version=2025-01-01&alt=sse"),
+    ("/nobody/v1/files", None), ("/v1/openai/files", None), ("/OpenAI/v1/files", None),
+])
+def test_a_path_may_name_its_provider(gate_for: Any, path: str, target: str | None) -> None:
+    gate = gate_for(serving(reply(b"{}")), api_keys=ALL_OPEN)
+    answer = gate.get(path)
+    assert answer.status == (200 if target else 404)
+    assert went_to(gate) == target if target else gate.upstream.connects == 0
+
+
+def test_fields_pass_to_a_named_provider_but_for_what_is_ours(providers_for: Any) -> None:
+    gate = providers_for(serving(reply(b"{}")), {"claude": {
+        "kind": "anthropic", "headers": {"X-Team": "ours"}}})
+    kept = ["anthropic-beta: b", "user-agent: sdk/1", "content-type: application/x", "accept: a"]
+    gate.call(b"x", *kept, f"x-api-key: {APP_KEY}", f"x-gateway-key: {APP_KEY}", "cookie: c",
+              "x-gateway-strict: 1", "x-team: theirs", "api-key: x", "x-goog-api-key: x",
+              "accept-encoding: br", method="PUT", path="/claude/v1/x")
+    sent = gate.upstream.requests.get()
+    assert sent.line == "PUT /claude/v1/x HTTP/1.1"
+    assert joined(sent.fields) == joined([
+        *(field.split(": ") for field in kept), ("x-team", "ours"), ("x-api-key", PROVIDER_KEY),
+        ("anthropic-version", "2023-06-01"), ("host", f"127.0.0.1:{gate.upstream.port}"),
+        ("accept-encoding", "identity"), ("content-length", "1")])
+
+
+SHARED_THINGS = [("GET", "/v1/files"), ("POST", "/v1/files"), ("GET", "/v1/files/f/content"),
+                 ("GET", "/v1/batches/b"), ("GET", "/openai/v1/files"),
+                 ("POST", "/openai/v1/chat/completions")]
+OWN_THINGS = [("GET", "/v1/models"), ("GET", "/v1/models/house"), ("POST", PATH),
+              ("GET", "/v1/responses/r"), ("POST", "/v1/audio/speech"),
+              ("POST", "/openai/deployments/house/chat/completions")]
+
+
+@pytest.mark.parametrize("globs, open_to", [
+    (None, OWN_THINGS), (["*"], OWN_THINGS + SHARED_THINGS), ([], []),
+    (["/v1/files*"], SHARED_THINGS[:3]), (["/v1/*"], OWN_THINGS + SHARED_THINGS[:4]),
+    (["/openai/v1/files", "/v1/models"], [OWN_THINGS[0], SHARED_THINGS[4]]),
+    (["/v1/batches/?"], [SHARED_THINGS[3]]),
+])
+def test_which_endpoints_a_key_may_use(gate_for: Any, globs: Any, open_to: Any) -> None:
+    key = {"key": APP_KEY, "app": "a", **({} if globs is None else {"allowed_endpoints": globs})}
+    gate = gate_for(serving(reply(b"{}")), api_keys=[key])
+    for method, path in OWN_THINGS + SHARED_THINGS:
+        answer = gate.call(chat() if method == "POST" else b"", method=method, path=path)
+        assert answer.status == (200 if (method, path) in open_to else 403), path
+        assert answer.status == 200 or answer.error["code"] == "endpoint_not_allowed"
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/responses/../files", "/v1/responses/r/../../files", "/v1/responses/%2e%2e/files",
+    "/v1/responses/..%2Ffiles", "/v1/models/../files", "/v1/responses/./../files",
+])
+def test_no_path_climbs_out_of_what_a_key_may_use(gate_for: Any, path: str) -> None:
+    """A provider's front end may resolve the dots, with our key."""
+    gate = gate_for(serving(reply(b"{}")))
+    assert gate.get(path).status in (400, 403, 404)
+    assert gate.upstream.connects == 0
+
+
+# ---- Azure ----
+
+
+@pytest.mark.parametrize("kind, sent", [
+    ("openai", "/v1/{}"), ("azure", "/v1/openai/deployments/gpt-real/{}?api-version=2024-10-21")])
+@pytest.mark.parametrize("path, field, body", [
+    ("chat/completions", "X: y", chat()), ("embeddings", "X: y", b'{"input": "x"}'),
+    ("audio/transcriptions", FORM_TYPE, GOOD_FORM),
+    ("audio/transcriptions", FORM_TYPE, form(SOUND)),
+], ids=["chat", "embeddings", "form", "form without model"])
+def test_azures_clients_name_the_model_in_the_path(gate_for: Any, kind: str, sent: str, path: str,
+                                                   field: str, body: bytes) -> None:
+    gate = gate_for(always(reply()), provider={"kind": kind})
+    answer = gate.call(body, f"api-key: {APP_KEY}", field, key="",
+                       path=f"/openai/deployments/house/{path}?api-version=2025-01-01&x=1")
+    assert answer.body == b"".join(reply().partition(b"\r\n\r\n")[2:])
+    got = gate.upstream.requests.get()
+    query = "&x=1" if kind == "azure" else "?x=1"
+    assert got.line.split()[1] == sent.format(path) + query
+    key = ("api-key", PROVIDER_KEY) if kind == "azure" else (
+        "authorization", f"Bearer {PROVIDER_KEY}")
+    assert key in got.fields and APP_KEY not in str(got)
+    assert gate.access()["model"] == "house" and b"house" not in got.body
+
+
+def test_azure_streams_and_is_translated_for(gate_for: Any) -> None:
+    gate = gate_for(always(streamed(STREAMED)), provider={"kind": "azure"})
+    assert gate.call(chat(True)).body == STREAMED
+    body = json.dumps({"model": "house", "max_tokens": 9, "stream": True,
+                       "messages": [{"role": "user", "content": PROMPT}]}).encode()
+    assert b"message_stop" in gate.call(body, path=MESSAGES).body
+    assert len({gate.upstream.requests.get().line for _ in range(2)}) == 1
+
+
+# ---- the client's own authorization ----
+
+OWN = f"Authorization: Bearer {'own-token-' * 3}"
+VIRTUAL = f"x-gateway-key: {APP_KEY}"
+
+
+@pytest.mark.parametrize("fields, status", [
+    ([OWN, VIRTUAL], 200), ([VIRTUAL], 401), ([OWN, f"x-api-key: {APP_KEY}"], 401),
+    ([f"Authorization: Bearer {APP_KEY}"], 401), ([OWN, "x-gateway-key: wrong"], 401),
+    ([f"Authorization: Bearer {APP_KEY}", VIRTUAL], 401),
+    ([f"Authorization: bearer   {NARROW_KEY}", VIRTUAL], 401),
+])
+@pytest.mark.parametrize("path", [MESSAGES, "/openai/v1/any"])
+def test_the_clients_authorization_goes_up_and_no_key_of_ours(
+        gate_for: Any, fields: list[str], status: int, path: str) -> None:
+    gate = gate_for(serving(reply(b'{"usage": {}}')), api_keys=[
+        *ALL_OPEN, {"key": NARROW_KEY, "app": "narrow", "allowed_endpoints": ["*"]}],
+        provider={"kind": "anthropic", "forward_auth": True})
+    assert gate.call(chat(), *fields, path=path, key="").status == status
+    assert gate.upstream.connects == (status == 200)
+    if status == 200:
+        sent = gate.upstream.requests.get()
+        assert sent.headers["authorization"] == OWN.partition(": ")[2]
+        assert APP_KEY not in str(sent) and PROVIDER_KEY not in str(sent)
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403])
+@pytest.mark.parametrize("path", [MESSAGES, "/openai/v1/any"])
+def test_errors_about_the_clients_own_account_pass(gate_for: Any, status: int, path: str) -> None:
+    body = failure(status, "authentication_error", "invalid x-api-key")[1]
+    gate = gate_for(serving(reply(body, status=f"{status} No")), api_keys=ALL_OPEN,
+                    provider={"kind": "anthropic", "forward_auth": True, "api_key": ""})
+    answer = gate.call(chat(), OWN, VIRTUAL, path=path, key="")
+    assert (answer.status, answer.body) == (status, body)
+
+
+def test_who_brings_his_own_authorization_speaks_the_providers_dialect(gate_for: Any) -> None:
+    gate = gate_for([], provider={"kind": "anthropic", "forward_auth": True})
+    answer = gate.call(chat(), OWN, VIRTUAL, key="")
+    assert (answer.status, answer.error["code"]) == (400, "unsupported_dialect")
+    assert gate.upstream.connects == 0
+
+
+# ---- what a kind does not take ----
+
+
+@pytest.mark.parametrize("kind, sent, went, lost", [
+    ("groq", '{"model":"house", "logprobs":true,"x":1.0, "top_logprobs":null }',
+     '{"model":"gpt-real","x":1.0 }', "logprobs"),
+    ("mistral", '{"max_completion_tokens": 5 ,"model": "house","messages": []}',
+     '{"model": "gpt-real","messages": [],"max_tokens":5}', ""),
+    ("mistral", '{"model": "house","stream": true,"x": 1.0}',
+     '{"model": "gpt-real","stream": true,"x": 1.0}', ""),
+    ("perplexity", '{"tools": [1], "model":"house", "stream":true, "stream_options": {}}',
+     '{"model":"gpt-real", "stream":true}', "tools, stream_options"),
+    ("cohere", '{"n":1,"model":"house","metadata":{"n":2}}', '{"model":"gpt-real"}', "n, metadata"),
+    ("xai", '{"model":"house","logprobs":true}', '{"model":"gpt-real","logprobs":true}', ""),
+    ({"kind": "vllm", "drop": ["a.b"], "rename": {"c": "d.e"}, "set": {"f": [1]}},
+     '{"a": {"b": 1, "g": 2}, "c": 3, "model": "house"}',
+     '{"a": {"g":2}, "model": "gpt-real","d":{"e":3},"f":[1]}', "a.b"),
+    ({"kind": "vllm", "drop": ["stream_options"]}, '{"model":"house","stream":true}',
+     '{"model":"gpt-real","stream":true}', ""),
+], ids=range(8))
+def test_a_kinds_row_and_the_config_change_a_passed_body(
+        gate_for: Any, kind: Any, sent: str, went: str, lost: str) -> None:
+    answered = streamed(STREAMED) if '"stream":' in sent else reply()
+    gate = gate_for(always(answered), provider=kind if isinstance(kind, dict) else {"kind": kind})
+    answer = gate.call(sent.encode())
+    got = gate.upstream.requests.get().body.decode()
+    assert json.loads(got) == json.loads(went.replace(" }", "}"))
+    assert [value for name, value in answer.fields if name == "x-gateway-lost"] == (
+        [lost] if lost else [])
+    for name in filter(None, lost.split(", ")):
+        assert gate.total("llm_params_dropped_total", param=name, provider="openai") == 1
+    assert ("1.0" in got) == ("1.0" in went)  # what is not edited keeps its bytes
+
+
+def test_under_strict_nothing_is_left_out_of_a_passed_body(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), provider={"kind": "groq"})
+    assert gate.call(chat(logprobs=True), "x-gateway-strict: 1").status == 400
+    assert gate.upstream.connects == 0
+
+
+# ---- lists of models ----
+
+
+def listed_by(gate: Gate, **how: str) -> list[str]:
+    return [each["id"] for each in json.loads(gate.get("/v1/models", **how).body)["data"]]
+
+
+@pytest.mark.parametrize("kind, told, names", [
+    ("openai", {"data": [{"id": "b"}, {"id": "a/c"}, {"id": 7}, 7]}, ["openai/b", "openai/a/c"]),
+    ("anthropic", {"data": [{"id": "claude-x"}], "has_more": False}, ["openai/claude-x"]),
+    ("gemini", {"models": [{"name": "models/gemini-x"}]}, ["openai/gemini-x"]),
+    ("openai", {}, []), ("openai", {"data": 7}, []),
+])
+def test_a_providers_own_models_are_listed_for_5_minutes(gate_for: Any, kind: str, told: Any,
+                                                         names: list[str]) -> None:
+    gate = gate_for(serving(reply(json.dumps(told).encode())),
+                    provider={"kind": kind, "list_models": True})
+    assert listed_by(gate) == ["house", *names] == listed_by(gate)
+    assert went_to(gate) == "/v1/models"
+    gate.later(299)
+    assert listed_by(gate) == ["house", *names] and gate.upstream.requests.empty()
+    gate.later(2)
+    assert listed_by(gate) == ["house", *names] and went_to(gate) == "/v1/models"
+
+
+def test_a_key_sees_the_listed_models_that_it_may_use(gate_for: Any) -> None:
+    told = {"data": [{"id": name} for name in ("tiny-1", "tiny-2", "large")]}
+    gate = gate_for(serving(reply(json.dumps(told).encode())), provider={"list_models": True},
+                    api_keys=[{"key": APP_KEY, "app": "a", "allowed_models": ["openai/tiny-*"]}])
+    assert listed_by(gate) == ["openai/tiny-1", "openai/tiny-2"]
+
+
+@pytest.mark.parametrize("script", [
+    [CLOSE], [reply(status="401 No")], [reply(b"[]")], [reply(b"{}")[:-1], CLOSE],
+    [reply(b"x", status="302 Found")],
+], ids=["closed", "refused", "a list", "cut", "elsewhere"])
+def test_a_provider_that_cannot_list_its_models_is_left_out(gate_for: Any, script: Script) -> None:
+    gate = gate_for([TAKE_HEAD, *script], provider={"list_models": True})
+    assert listed_by(gate) == ["house"]
+
+
+@pytest.mark.parametrize("answered", [b"", reply(b"{}")[:-1]], ids=["nothing", "half"])
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_list_that_stalls_leaves_no_connection_behind(gate_for: Any, answered: bytes,
+                                                        leaves: bool) -> None:
+    gate = gate_for([TAKE_HEAD, answered], provider={"list_models": True})
+    client = gate.client().send(request(method="GET", path="/v1/models"))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.settle()
+    if leaves:
+        client.close()
+    else:
+        gate.later(601)
+        assert client.answer().status == 200
+    gate.upstream.left.get(timeout=WAIT)
+
+
+@pytest.mark.parametrize("query, page, more", [
+    ("", 20, True), ("?limit=2", "ab", True), ("?limit=2&after_id=b", "cd", True),
+    ("?after_id=w&limit=2", "xy", True), ("?after_id=x&limit=2", "yz", False),
+    ("?after_id=z", "", False), ("?limit=1000", 26, False), ("?after_id=none&limit=1", "a", True),
+    ("?limit=0", 20, True), ("?limit=x", 20, True),
+])
+def test_anthropics_list_has_pages(gate_for: Any, query: str, page: Any, more: bool) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    gate = gate_for([], models={name: {"provider": "openai"} for name in letters})
+    told = json.loads(gate.get(f"/v1/models{query}", "anthropic-version: x").body)
+    names = letters[:page] if isinstance(page, int) else page
+    assert [each["id"] for each in told["data"]] == list(names)
+    assert (told["has_more"], told["first_id"], told["last_id"]) == (
+        more, names[:1] or None, names[-1:] or None)
+    assert {key for each in told["data"] for key in each} <= {
+        "type", "id", "display_name", "lifecycle", "created_at"}
+
+
+CODEX_NEEDS = {
+    "slug", "display_name", "supported_reasoning_levels", "shell_type", "visibility",
+    "supported_in_api", "priority", "base_instructions", "supports_reasoning_summaries",
+    "support_verbosity", "truncation_policy", "supports_parallel_tool_calls",
+    "experimental_supported_tools"}
+
+
+@pytest.mark.parametrize("path, fields, top, name, keys", [
+    ("/v1/models", [], "data", "id", {"object", "owned_by"}),
+    ("/v1/models?client_version=0.169.0", [], "models", "slug", CODEX_NEEDS),
+    ("/v1/models", ["x-goog-api-key: " + APP_KEY], "models", "name",
+     {"displayName", "supportedGenerationMethods"}),
+    ("/v1/models?pageSize=9&key=" + APP_KEY, [], "models", "name", {"displayName"}),
+    ("/v1beta/models", [], "models", "name", {"displayName"}),
+    ("/v1/models", ["anthropic-version: x"], "data", "id", {"display_name", "lifecycle"}),
+])
+def test_each_dialect_has_its_list(gate_for: Any, path: str, fields: list[str], top: str, name: str,
+                                   keys: set[str]) -> None:
+    gate = gate_for([], models={each: {"provider": "openai"} for each in ("house", "a/b")})
+    entries = json.loads(gate.get(path, *fields).body)[top]
+    start = "models/" if name == "name" else ""
+    assert [each[name] for each in entries] == [f"{start}house", f"{start}a/b"]
+    assert all(keys <= each.keys() for each in entries)
+    one, _, query = path.partition("?")
+    assert json.loads(gate.get(f"{one}/a/b?{query}", *fields).body)[name] == f"{start}a/b"
+
+
+# ---- Gemini's keys and paths ----
+
+ASKED = json.dumps({"contents": [{"role": "user", "parts": [{"text": PROMPT}]}]}).encode()
+GENERATE, GEMINI_STREAM = (f"/v1beta/models/house:{action}" for action in (
+    "generateContent", "streamGenerateContent?alt=sse"))
+
+
+@pytest.mark.parametrize("fields, query, status", [
+    ([f"x-goog-api-key: {APP_KEY}"], "", 200), ([], f"?key={APP_KEY}", 200),
+    ([], f"?a=1&key={APP_KEY}&b=2", 200), ([], "?key=wrong", 401), ([], "", 401),
+    ([], f"?monkey={APP_KEY}", 401), ([f"x-goog-api-key: {APP_KEY}"], "?key=wrong", 200),
+    (["x-gateway-key: wrong"], f"?key={APP_KEY}", 401),
+])
+@pytest.mark.parametrize("version", ["v1", "v1beta"])
+def test_geminis_keys(gate_for: Any, fields: list[str], query: str, status: int,
+                      version: str) -> None:
+    gate = gate_for(always(reply(b"{}")), provider={"kind": "gemini"})
+    path = f"/{version}/models/house:generateContent"
+    answer = gate.call(ASKED, *fields, path=path + query, key="")
+    assert answer.status == status and APP_KEY not in str(answer)
+    line = gate.access()
+    assert (line["path"], APP_KEY in str(line)) == (path, False)
+    if status == 401:
+        error = json.loads(answer.body)["error"]
+        assert (error["code"], error["status"]) == (401, "UNAUTHENTICATED")
+        assert gate.upstream.connects == 0
+        return
+    sent = gate.upstream.requests.get()
+    assert sent.line.split()[1].startswith("/v1/models/gpt-real:generateContent")
+    assert ("a=1&b=2" in sent.line) == ("a=1" in query) and "key=" not in sent.line
+    assert sent.headers["x-goog-api-key"] == PROVIDER_KEY and APP_KEY not in str(sent)
+
+
+@pytest.mark.parametrize("path, sent", [
+    ("house:generateContent", "gpt-real:generateContent"),
+    ("house:streamGenerateContent?alt=sse", "gpt-real:streamGenerateContent?alt=sse"),
+    ("house:streamGenerateContent", "gpt-real:streamGenerateContent?alt=sse"),
+    ("house:streamGenerateContent?alt=sse&prettyPrint=false",
+     "gpt-real:streamGenerateContent?alt=sse&prettyPrint=false"),
+    ("openai/a%20%C3%A9%3F:generateContent?x=%20", "a%20%C3%A9%3F:generateContent?x=%20"),
+    ("openai/tunedModels/t:generateContent", "tunedModels/t:generateContent"),
+    ("openai/a:b:countTokens", "a:b:countTokens"), ("house:embedContent", "gpt-real:embedContent"),
+    ("house:batchEmbedContents", "gpt-real:batchEmbedContents"),
+    ("house:explode", None), ("house", None),
+])
+def test_geminis_paths(gate_for: Any, path: str, sent: str | None) -> None:
+    ends = streamed(gemini_chunk("", finishReason="STOP")) if "stream" in path else reply(b"{}")
+    gate = gate_for(always(ends), provider={"kind": "gemini"})
+    answer = gate.call(ASKED, path=f"/v1beta/models/{path}")
+    assert answer.status == (200 if sent else 404)
+    if sent:
+        got = gate.upstream.requests.get()
+        assert (got.line.split()[1], got.body) == (f"/v1/models/{sent}", ASKED)
+
+
+def test_an_alias_is_replaced_in_a_batch_of_embeddings_too(gate_for: Any) -> None:
+    """Gemini refuses a batch whose requests name another model than the path."""
+    gate = gate_for(always(reply(b"{}")), provider={"kind": "gemini"})
+    body = b'{"requests": [{"model": "models/house", "content": {}}]}'
+    gate.call(body, path="/v1beta/models/house:batchEmbedContents")
+    assert json.loads(gate.upstream.requests.get().body)["requests"][0]["model"] == (
+        "models/gpt-real")
+
+
+# ---- Responses and Gemini, passed ----
+
+
+def gemini_chunk(text: str = COMPLETION, **more: Any) -> bytes:
+    return event({"candidates": [{"content": {"role": "model", "parts": [{"text": text}]},
+                                  "index": 0, **more}],
+                  "usageMetadata": {"promptTokenCount": 1000}}).replace(b"\n\n", b"\r\n\r\n")
+
+
+GEMINI_USAGE = {"promptTokenCount": 1000, "candidatesTokenCount": 150, "thoughtsTokenCount": 50,
+                "totalTokenCount": 1200}
+GEMINI_PIECES = [gemini_chunk(), gemini_chunk("\u00e9\u2028"), event({
+    "candidates": [{"finishReason": "STOP", "index": 0}], "usageMetadata": GEMINI_USAGE})]
+RESPONSES_USAGE = {"input_tokens": 1000, "output_tokens": 200,
+                   "output_tokens_details": {"reasoning_tokens": 50}}
+OUTLINE = {"id": "resp_1", "status": "in_progress", "output": []}
+RESPONSES_PIECES = [
+    named({"type": "response.created", "response": OUTLINE}), named({"type": "response.new"}),
+    named({"type": "response.output_text.delta", "delta": COMPLETION}),
+    named({"type": "response.completed", "response": {
+        **OUTLINE, "status": "completed", "error": None, "usage": RESPONSES_USAGE}})]
+SPOKEN: dict[str, tuple[str, str, bytes, list[bytes]]] = {
+    # name: (the provider's kind, the path of a stream, the body, the stream's events)
+    "responses": ("openai", "/v1/responses", b'{ "model":\t"house","stream":true,"input":"\\u00e9" '
+                  b',"temperature":0.30,"new":{"a":1,"a":2}}', RESPONSES_PIECES),
+    "gemini": ("gemini", GEMINI_STREAM, b'{ "contents":[{"parts":[{"text":"\\u00e9"}]}],"new":'
+               b'{"a":1,"a":2},"generationConfig":{"topP":0.30}}', GEMINI_PIECES),
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+@pytest.mark.parametrize("model", [b"house", b"openai/gpt-real"])
+def test_a_dialects_bytes_pass_and_are_counted(gate_for: Any, name: str, model: bytes) -> None:
+    kind, path, body, pieces = SPOKEN[name]
+    gate = gate_for([READ, streamed(*pieces)], provider={"kind": kind})
+    path = path.replace("house", model.decode())
+    answer = gate.call(body.replace(b"house", model), path=path)
+    assert answer.body == b"".join(pieces)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    sent = gate.upstream.requests.get()
+    assert sent.body == body.replace(b"house", b"gpt-real")
+    assert sent.line.split()[1] == path.replace("beta", "").replace(model.decode(), "gpt-real")
+    line = gate.access()
+    assert (line["usage"], line["prompt_tokens"], line["completion_tokens"],
+            line["reasoning_tokens"]) == ("reported", "1000", "200", "50")
+    assert gate.total("llm_tokens_total", direction="completion") == 200
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_a_plain_answer_of_a_dialect_passes_and_is_counted(gate_for: Any, name: str) -> None:
+    kind, path, body, _ = SPOKEN[name]
+    usage = b'{ "usage": %b, "usageMetadata": %b, "n":1.0}\n' % (
+        json.dumps(RESPONSES_USAGE).encode(), json.dumps(GEMINI_USAGE).encode())
+    gate = gate_for(always(reply(usage)), provider={"kind": kind})
+    path = path.replace("streamG", "g").replace("?alt=sse", "")
+    assert gate.call(body.replace(b"true", b"false"), path=path).body == usage
+    line = gate.access()
+    assert (line["prompt_tokens"], line["completion_tokens"]) == ("1000", "200")
+
+
+GEMINI_ERROR = event({"error": {"code": 429, "message": "Full", "status": "RESOURCE_EXHAUSTED"}})
+BARE_ERROR = named({"type": "error", "code": "rate_limit_exceeded", "message": "Full"})
+FAILED_RESPONSE = named({"type": "response.failed", "response": {
+    **OUTLINE, "status": "failed", "error": {"code": "rate_limit_exceeded", "message": "Full"}}})
+ENDS: dict[str, tuple[str, list[Step], str]] = {
+    # name: (dialect, what comes after some content, the status in the log)
+    **{f"{name}, {how}": (name, script, "502") for name in SPOKEN for how, script in (
+        ("cut", [CLOSE]), ("reset", [RESET]), ("ended early", [END, CLOSE]),
+        ("cut in an event", [chunks(b"data: {"), CLOSE]))},
+    "gemini, failed": ("gemini", [chunks(GEMINI_ERROR) + END], "429"),
+    "responses, failed": ("responses", [chunks(FAILED_RESPONSE) + END], "429"),
+    "responses, an error and failed": ("responses", [chunks(BARE_ERROR + FAILED_RESPONSE) + END],
+                                       "429"),
+    "responses, an error, then failed": ("responses", [chunks(BARE_ERROR), GO,
+                                                       chunks(FAILED_RESPONSE) + END], "429"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("array", [False, True])
+def test_a_stream_that_fails_says_so_in_its_dialect(gate_for: Any, name: str, array: bool) -> None:
+    dialect, script, status = ENDS[name]
+    kind, path, body, pieces = SPOKEN[dialect]
+    gate = gate_for([READ, STREAM_HEAD + chunks(*pieces[:3 if kind == "openai" else 2]), GO,
+                     *script], provider={"kind": kind})
+    client = gate.client().send(request(body, path=path.partition("?")[0] if array else path))
+    code, fields = client.head()
+    assert (code, client.chunk()[:1] == b"[") == (200, array and kind == "gemini")
+    for _ in range(2):
+        gate.upstream.go.release()
+    said = b"".join(iter(client.chunk, b""))
+    if array and kind == "gemini":
+        assert dict(fields)["content-type"] == "application/json" and said[-1:] == b"}"
+        last = json.loads(b"[" + said.lstrip(b",") + b"]")[-1]
+    else:
+        last = Answer(200, [], said).events[-1]
+    assert b"response.completed" not in said and b"[DONE]" not in said
+    if kind == "gemini":
+        assert last["error"]["code"] == int(status) and last["error"]["status"]
+    else:
+        assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+        assert last["response"]["error"]["code"] in ("server_error", "rate_limit_exceeded")
+    line = gate.access()
+    assert (line["status"], line["usage"]) == (status, "estimated")
+
+
+@pytest.mark.parametrize("name, first, status", [
+    ("gemini", GEMINI_ERROR, 429), ("responses", BARE_ERROR, 429), ("gemini", b"", 502),
+    ("responses", RESPONSES_PIECES[0] + FAILED_RESPONSE, 429), ("responses", b"", 502),
+])
+def test_a_stream_that_fails_at_once_has_a_real_status(gate_for: Any, name: str, first: bytes,
+                                                       status: int) -> None:
+    kind, path, body, _ = SPOKEN[name]
+    gate = gate_for([READ, streamed(*filter(None, [first]))], provider={"kind": kind})
+    answer = gate.call(body, path=path)
+    error = json.loads(answer.body)["error"]
+    assert answer.status == status and (error["code"] == status or kind == "openai")
+
+
+@pytest.mark.parametrize("pieces", [GEMINI_PIECES, [gemini_chunk(finishReason="STOP")]])
+@pytest.mark.parametrize("cut", [1, 7, 10_000])
+def test_a_gemini_stream_may_be_an_array(gate_for: Any, pieces: list[bytes], cut: int) -> None:
+    whole = b"".join(pieces)
+    gate = gate_for([READ, streamed(*(whole[at:at + cut] for at in range(0, len(whole), cut)))],
+                    provider={"kind": "gemini"})
+    answer = gate.call(ASKED, path=GEMINI_STREAM.replace("?alt=sse", ""))
+    assert answer.headers["content-type"] == "application/json"
+    assert json.loads(answer.body) == Answer(200, [], whole.replace(b"\r", b"")).events
+
+
+def test_a_translated_gemini_stream_may_be_an_array(gate_for: Any) -> None:
+    gate = gate_for([READ, streamed(STREAMED), READ, streamed(STREAMED.replace(FINAL, b""))],
+                    provider={"kind": "vllm"})
+    path = GEMINI_STREAM.replace("?alt=sse", "")
+    assert json.loads(gate.call(ASKED, path=path).body)[-1]["candidates"][0]["finishReason"]
+    cut = gate.call(ASKED, path=path).body
+    assert json.loads(cut + b"]")[-1]["error"]["code"] == 502
+
+
+# ---- what another vendor's answer left in a passed conversation ----
+
+ENVELOPE_GW, GEMINI_ENVELOPE = "gw1.W10=", "Z3cxLlsid"
+
+
+@pytest.mark.parametrize("kind, path, history, before, after", [
+    ("openai", PATH, "messages",
+     [{"role": "assistant", "content": "x", "thinking_blocks": [{"signature": "s"}], "n": 1},
+      {"tool_calls": [{"id": "c__ts_QUJD", "extra_content": {"google": {}}, "function": {
+          "name": "f", "arguments": '{"id": "c__ts_QUJD", "extra_content": 1}'}}]},
+      {"role": "tool", "tool_call_id": "c__ts_QUJD", "content": "c__ts_QUJD gw1."}],
+     [{"role": "assistant", "content": "x", "n": 1},
+      {"tool_calls": [{"id": "c", "function": {
+          "name": "f", "arguments": '{"id": "c__ts_QUJD", "extra_content": 1}'}}]},
+      {"role": "tool", "tool_call_id": "c", "content": "c__ts_QUJD gw1."}]),
+    ("openai", "/v1/responses", "input",
+     [{"type": "reasoning", "id": "r", "encrypted_content": ENVELOPE_GW, "summary": []},
+      {"type": "reasoning", "id": "r", "encrypted_content": "gAAA", "summary": []},
+      {"type": "function_call", "call_id": "c__ts_QUJD", "arguments": "{}"},
+      {"type": "function_call_output", "call_id": "c__ts_QUJD", "output": "x"}],
+     [{"type": "reasoning", "id": "r", "encrypted_content": "gAAA", "summary": []},
+      {"type": "function_call", "call_id": "c", "arguments": "{}"},
+      {"type": "function_call_output", "call_id": "c", "output": "x"}]),
+    ("anthropic", MESSAGES, "messages",
+     [{"role": "assistant", "content": [
+         {"type": "thinking", "thinking": "t", "signature": ENVELOPE_GW},
+         {"type": "thinking", "thinking": "t", "signature": "EqQB"},
+         {"type": "tool_use", "id": "c__ts_QUJD", "name": "f", "input": {"a": 1}}]},
+      {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c__ts_QUJD"}]}],
+     [{"role": "assistant", "content": [
+         {"type": "thinking", "thinking": "t", "signature": "EqQB"},
+         {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+      {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c"}]}]),
+    ("anthropic", MESSAGES, "messages",  # a tool's own arguments are nobody's marks
+     [{"content": [{"type": "tool_use", "id": "c__ts_QUJD",
+                    "input": {"id": "a__ts_b", "extra_content": 1}}]}],
+     [{"content": [{"type": "tool_use", "id": "c",
+                    "input": {"id": "a__ts_b", "extra_content": 1}}]}]),
+    ("gemini", GENERATE, "contents",
+     [{"parts": [{"text": "t", "thought": True, "thoughtSignature": GEMINI_ENVELOPE},
+                 {"functionCall": {"name": "f", "args": {}}, "thoughtSignature": GEMINI_ENVELOPE},
+                 {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}],
+     [{"parts": [{"functionCall": {"name": "f", "args": {}}},
+                 {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}]),
+], ids=["chat", "responses", "messages", "arguments", "gemini"])
+def test_a_passed_conversation_loses_other_vendors_marks(
+        gate_for: Any, kind: str, path: str, history: str, before: Any, after: Any) -> None:
+    gate = gate_for(always(reply(b"{}")), provider={"kind": kind})
+    rest = b', "temperature" :0.30, "tools": [{"extra_content": 1}]}'
+    model = b"" if kind == "gemini" else b'"model": "gpt-real", '
+    gate.call(b'{%b"%b": %b%b' % (model, history.encode(), json.dumps(before).encode(), rest),
+              path=path)
+    sent = gate.upstream.requests.get().body
+    assert sent.endswith(rest) and json.loads(sent)[history] == after
+
+
+# ---- counts ----
+
+
+@pytest.mark.parametrize("path, body, field", [
+    (f"{MESSAGES}/count_tokens?beta=true",
+     lambda text: {"model": "house", "messages": [{"role": "user", "content": text}]},
+     "input_tokens"),
+    ("/v1beta/models/house:countTokens", lambda text: {"contents": [{"parts": [{"text": text}]}]},
+     "totalTokens"),
+    ("/v1beta/models/house:countTokens", lambda text: {"generateContentRequest": {
+        "contents": [{"parts": [{"text": text}]}]}}, "totalTokens"),
+])
+def test_tokens_are_estimated_where_the_provider_cannot_count(gate_for: Any, path: str, body: Any,
+                                                              field: str) -> None:
+    gate = gate_for([])
+    answers = [gate.call(json.dumps(body("x" * size)).encode(), path=path) for size in (3, 3003)]
+    small, large = (json.loads(answer.body)[field] for answer in answers)
+    assert (large - small, small >= 8) == (1000, True)  # on the high side
+    assert all(answer.headers["x-gateway-estimate"] == field for answer in answers)
+    assert gate.call(b'{"model": "house", "messages": 7, "contents": 7}', path=path).status == 400
+    assert gate.upstream.connects == 0
+
+
+@pytest.mark.parametrize("path, provider", [
+    (f"{MESSAGES}/count_tokens", "anthropic"), ("/v1beta/models/house:countTokens", "gemini")])
+def test_who_can_count_is_asked(gate_for: Any, path: str, provider: str) -> None:
+    gate = gate_for(always(reply(b'{ "n":1.0}')), provider={"kind": provider})
+    answer = gate.call(chat(), path=path)
+    assert answer.body == b'{ "n":1.0}' and "x-gateway-estimate" not in answer.headers
+
+
+# ---- in which of its dialects a provider is asked ----
+
+THINKS, PLAIN = "openai/gpt-5.2", "openai/gpt-4.1"
+CHAT_WIRE, RESPONSES_WIRE = "/v1/chat/completions", "/v1/responses"
+
+
+@pytest.mark.parametrize("client, model, more, provider, wire", [
+    ("messages", THINKS, {}, {}, RESPONSES_WIRE), ("gemini", THINKS, {}, {}, RESPONSES_WIRE),
+    ("messages", "openai/o3", {}, {}, RESPONSES_WIRE), ("messages", PLAIN, {}, {}, CHAT_WIRE),
+    ("gemini", PLAIN, {}, {}, CHAT_WIRE), ("chat", THINKS, {}, {}, CHAT_WIRE),
+    ("responses", PLAIN, {}, {}, RESPONSES_WIRE),
+    ("messages", THINKS, {"stop_sequences": ["x"]}, {}, CHAT_WIRE),
+    ("gemini", THINKS, {"generationConfig": {"stopSequences": ["x"]}}, {}, CHAT_WIRE),
+    ("gemini", THINKS, {"generationConfig": {"seed": 7}}, {}, CHAT_WIRE),
+    ("gemini", THINKS, {"generationConfig": {"presencePenalty": 1}}, {}, CHAT_WIRE),
+    ("messages", THINKS, {}, {"wire": "chat"}, CHAT_WIRE),
+    ("messages", PLAIN, {}, {"wire": "responses"}, RESPONSES_WIRE),
+    ("messages", THINKS, {"stop_sequences": ["x"]}, {"wire": "responses"}, RESPONSES_WIRE),
+    ("chat", PLAIN, {}, {"wire": "responses"}, RESPONSES_WIRE),
+    ("responses", THINKS, {}, {"wire": "chat"}, CHAT_WIRE),
+    ("messages", THINKS, {}, {"kind": "vllm"}, CHAT_WIRE),
+    ("responses", THINKS, {}, {"kind": "vllm"}, CHAT_WIRE),
+    ("responses", THINKS, {}, {"kind": "vllm", "responses": True}, RESPONSES_WIRE),
+    ("messages", THINKS, {}, {"kind": "vllm", "responses": True}, CHAT_WIRE),
+])
+def test_the_wire_suits_the_model_and_what_is_asked(gate_for: Any, client: str, model: str,
+                                                    more: Any, provider: Any, wire: str) -> None:
+    path, asked = {
+        "chat": (PATH, json.loads(chat())), "responses": ("/v1/responses", {"input": PROMPT}),
+        "messages": (MESSAGES, {"max_tokens": 99, **json.loads(chat())}),
+        "gemini": (f"/v1beta/models/{model}:generateContent", json.loads(ASKED))}[client]
+    body = {**asked, **more, **({} if client == "gemini" else {"model": model})}
+    gate = gate_for(always(reply(b"{}", status="500 No")), provider=provider)
+    gate.call(json.dumps(body).encode(), path=path)
+    assert went_to(gate) == wire
+
+
+def test_an_alias_has_the_last_word_on_its_wire(gate_for: Any) -> None:
+    gate = gate_for(always(reply(b"{}", status="500 No")), provider={"wire": "responses"}, models={
+        "house": {"provider": "openai", "model": "gpt-5.2", "wire": "chat"}})
+    gate.call(json.dumps({"max_tokens": 99, **json.loads(chat())}).encode(), path=MESSAGES)
+    assert went_to(gate) == CHAT_WIRE
+
+
+# ---- what is asked of a server before it is used ----
+
+
+@pytest.mark.parametrize("method, path, fields, key, status", [
+    ("GET", "/v1/responses", ["Upgrade: websocket", "Connection: Upgrade"], APP_KEY, 426),
+    ("GET", "/v1/responses", [], APP_KEY, 405), ("HEAD", "/", [], "", 200),
+    ("GET", "/", [], "", 200), ("HEAD", "/v1/models", [], "", 401),
+])
+def test_what_is_asked_before_a_server_is_used(gate_for: Any, method: str, path: str,
+                                               fields: list[str], key: str, status: int) -> None:
+    gate = gate_for([])
+    client = gate.client().send(request(b"", *fields, method=method, path=path, key=key))
+    answer = client.answer(is_head=method == "HEAD")
+    assert (answer.status, answer.headers.get("upgrade")) == (
+        status, "HTTP/1.1" if status == 426 else None)
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+# ==================================================================================================
 # Secrets
 # ==================================================================================================
 
