@@ -9410,23 +9410,23 @@ def test_who_can_count_is_asked(gate_for: Any, path: str, provider: str) -> None
 
 # ---- in which of its dialects a provider is asked ----
 
-THINKS, PLAIN = "openai/gpt-5.2", "openai/gpt-4.1"
+THINKS, PLAIN_TEXT = "openai/gpt-5.2", "openai/gpt-4.1"
 CHAT_WIRE, RESPONSES_WIRE = "/v1/chat/completions", "/v1/responses"
 
 
 @pytest.mark.parametrize("client, model, more, provider, wire", [
     ("messages", THINKS, {}, {}, RESPONSES_WIRE), ("gemini", THINKS, {}, {}, RESPONSES_WIRE),
-    ("messages", "openai/o3", {}, {}, RESPONSES_WIRE), ("messages", PLAIN, {}, {}, CHAT_WIRE),
-    ("gemini", PLAIN, {}, {}, CHAT_WIRE), ("chat", THINKS, {}, {}, CHAT_WIRE),
-    ("responses", PLAIN, {}, {}, RESPONSES_WIRE),
+    ("messages", "openai/o3", {}, {}, RESPONSES_WIRE), ("messages", PLAIN_TEXT, {}, {}, CHAT_WIRE),
+    ("gemini", PLAIN_TEXT, {}, {}, CHAT_WIRE), ("chat", THINKS, {}, {}, CHAT_WIRE),
+    ("responses", PLAIN_TEXT, {}, {}, RESPONSES_WIRE),
     ("messages", THINKS, {"stop_sequences": ["x"]}, {}, CHAT_WIRE),
     ("gemini", THINKS, {"generationConfig": {"stopSequences": ["x"]}}, {}, CHAT_WIRE),
     ("gemini", THINKS, {"generationConfig": {"seed": 7}}, {}, CHAT_WIRE),
     ("gemini", THINKS, {"generationConfig": {"presencePenalty": 1}}, {}, CHAT_WIRE),
     ("messages", THINKS, {}, {"wire": "chat"}, CHAT_WIRE),
-    ("messages", PLAIN, {}, {"wire": "responses"}, RESPONSES_WIRE),
+    ("messages", PLAIN_TEXT, {}, {"wire": "responses"}, RESPONSES_WIRE),
     ("messages", THINKS, {"stop_sequences": ["x"]}, {"wire": "responses"}, RESPONSES_WIRE),
-    ("chat", PLAIN, {}, {"wire": "responses"}, RESPONSES_WIRE),
+    ("chat", PLAIN_TEXT, {}, {"wire": "responses"}, RESPONSES_WIRE),
     ("responses", THINKS, {}, {"wire": "chat"}, CHAT_WIRE),
     ("messages", THINKS, {}, {"kind": "vllm"}, CHAT_WIRE),
     ("responses", THINKS, {}, {"kind": "vllm"}, CHAT_WIRE),
