@@ -4804,7 +4804,7 @@ class GeminiRequest(RequestWriter):
         description, schema = self.as_function(tool)
         if tool.strict:
             self.losses.drop("strict")
-        has_any = bool(schema.get("properties")) or len(schema) > 2
+        has_any = any(map(schema.get, ("properties", "$ref", "anyOf", "oneOf", "allOf")))
         return {"name": self.tool_name(tool.name), **without_none(
             description=description,
             parametersJsonSchema=typed_object(schema) if has_any else None)}
