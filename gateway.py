@@ -4239,9 +4239,10 @@ class ResponsesRenderer(Renderer):
             block.logprobs = [*event.logprobs]
         out = self._say("{}") if isinstance(block, ToolCall) and not (
             said or block.is_custom) else b""
-        close_block(block, said)
-        if isinstance(block, ToolCall):
-            said = said or "" if block.is_custom else said or "{}"
+        if isinstance(block, ToolCall) and not block.is_custom:
+            said = said or "{}"  # as it came: it may be cut off
+        else:
+            close_block(block, said)
         name, _ = self._grammar(block)
         part, key = self._part(block, said), GRAMMAR_KEYS.get(name, "text")
         if said or not isinstance(block, Thinking):
@@ -4302,7 +4303,6 @@ def render_responses_usage(usage: Usage) -> JSON:
             "output_tokens_details": {"reasoning_tokens": usage.reasoning}}
 
 
-RESPONSE_ID = re.compile(rb'"id": ?"(resp_[!#-~]{1,200})"')
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?([0-9]{1,15})')
 
 
@@ -4316,7 +4316,8 @@ class ResponsesWatch(MarkedWatch):
     """Only its last event tells the usage."""
 
     content_mark, noise = b'.delta"', (b'.done"', b'.added"')
-    marks = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
+    marks = (b'"response.created"', b'"response.completed"', b'"response.incomplete"',
+             b'"response.failed"', b'"error"')
 
     def __init__(self, dialect: Dialect) -> None:
         super().__init__(dialect)
@@ -4324,20 +4325,21 @@ class ResponsesWatch(MarkedWatch):
         self._error: GatewayError | None = None  # after which the response itself fails
 
     def feed(self, block: bytes) -> bytes:
-        found = None if self._id else RESPONSE_ID.search(block)
-        self._id, self._last = found[1].decode() if found else self._id, block
+        self._last = block
         return super().feed(block)
 
     def look_at(self, wire: JSON) -> None:
         kind, about = text_of(wire, "type"), part_of(wire, "response")
-        if kind in ("response.completed", "response.incomplete"):
+        if kind == "response.created":
+            self._id = text_of(about, "id")
+        elif kind in ("response.completed", "response.incomplete"):
             self.ended = self.has_content = True
             self.usage = self._dialect.parse_usage(about.get("usage"))
         elif kind in ("response.failed", "error"):
             told = about.get("error") or wire.get("error") or wire
             self._error = self._dialect.parse_error(told, 200)
-            is_first = not self._id and not self.has_content
-            self.failure = self._error if kind == "response.failed" or is_first else None
+            is_last = kind == "response.failed" or not self._id
+            self.failure = self._error if is_last else None
 
     def end(self) -> bytes:
         self.failure = self.failure or self._error
@@ -5178,7 +5180,10 @@ class GeminiRenderer(Renderer):
         """A call goes out whole."""
         block = self._open
         self._logprobs += event.logprobs
-        close_block(block, "".join(self._pieces))
+        try:
+            close_block(block, "".join(self._pieces))
+        except GatewayError:
+            return b""  # arguments that were cut off
         if isinstance(block, Text) or not block.signature and isinstance(block, Thinking) or (
                 is_in_call(block)):
             return b""
@@ -5208,14 +5213,16 @@ class GeminiWatch(MarkedWatch):
     marks = (b'"error"', b'"finishReason"', b'"promptFeedback"')
 
     def feed(self, block: bytes) -> bytes:
-        at = block.rfind(b'"usageMetadata"')
-        if at >= 0:
-            start, end = event_span(block, at)
-            self.look_at(parse_chunk(block[start:end]))
-        return super().feed(block)
+        passed = super().feed(block)
+        at, usage = passed.rfind(b'"usageMetadata"'), None
+        while at >= 0 and usage is None:
+            start, end = event_span(passed, at)
+            usage = self._dialect.parse_usage(parse_chunk(passed[start:end]).get("usageMetadata"))
+            at = passed.rfind(b'"usageMetadata"', 0, start)
+        self.usage = usage or self.usage
+        return passed
 
     def look_at(self, wire: JSON) -> None:
-        self.usage = self._dialect.parse_usage(wire.get("usageMetadata")) or self.usage
         reasons = [text_of(each, "finishReason") for each in list_of_objects(wire, "candidates")]
         self._is_complete = self._is_complete or any(reasons) or "promptFeedback" in wire
         self.has_content = self.has_content or self._is_complete

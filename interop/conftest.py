@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import anthropic_wire
+import gemini_wire
 import openai_wire
 import pytest
 from drive import KEY, LIMITED_KEY, MANNERS, UPSTREAM_KEY, Ask, Gateway, Launch
@@ -20,6 +21,7 @@ def upstream() -> Iterator[Upstream]:
         "/v1/chat/completions": openai_wire.judge,
         "/v1/messages": anthropic_wire.judge,
         "/v1/messages/count_tokens": anthropic_wire.judge_count,
+        **gemini_wire.JUDGES,
     }
     server = Upstream(judges)
     yield server

@@ -152,9 +152,135 @@ MESSAGES_EVENTS: list[JSON] = [
         "explanation": "e"}}, "usage": MESSAGES_USAGE},
     {"type": "message_stop"},
     {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}]
-REQUESTS = {"chat": CHAT_REQUEST, "messages": MESSAGES_REQUEST}
-REPLIES = {"chat": CHAT_REPLY, "messages": MESSAGES_REPLY}
-STREAMS = {"chat": CHAT_EVENTS, "messages": MESSAGES_EVENTS}
+RESPONSES_REQUEST: JSON = {
+    "model": "m", "instructions": "s", "max_output_tokens": 9, "temperature": 1.5, "top_p": 0.5,
+    "input": [
+        {"type": "message", "role": "developer", "content": "d", "id": "msg_1"},
+        {"role": "user", "content": [
+            {"type": "input_text", "text": "t"},
+            {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "low"},
+            {"type": "input_file", "filename": "f", "file_data": "data:text/plain;base64,AAAA"}]},
+        {"type": "reasoning", "id": "rs_1", "encrypted_content": "e", "summary": [
+            {"type": "summary_text", "text": "h"}]},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+        {"type": "function_call", "call_id": "c", "name": "f", "namespace": "n",
+         "arguments": "{\"a\": 1}"},
+        {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "i"},
+        {"type": "function_call_output", "call_id": "c", "output": "r"},
+        {"type": "custom_tool_call_output", "call_id": "d", "output": [
+            {"type": "input_text", "text": "r"}]},
+        {"type": "additional_tools", "role": "developer", "tools": [
+            {"type": "function", "name": "k", "parameters": {"type": "object"}}]},
+        {"type": "message", "role": "assistant", "content": [
+            {"type": "output_text", "text": "a", "annotations": []},
+            {"type": "refusal", "refusal": "r"}]}],
+    "tools": [
+        {"type": "namespace", "name": "n", "tools": [
+            {"type": "function", "name": "f", "strict": True, "parameters": {
+                "type": "object", "properties": {"a": {}}, "required": ["a"],
+                "additionalProperties": False}}]},
+        {"type": "custom", "name": "g", "format": {
+            "type": "grammar", "syntax": "lark", "definition": "start: \"a\""}},
+        {"type": "web_search", "user_location": {"type": "approximate", "city": "c"}},
+        {"type": "tool_search", "execution": "client"}],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [
+        {"type": "custom", "name": "g"}]},
+    "reasoning": {"effort": "high", "summary": "auto"}, "parallel_tool_calls": False,
+    "text": {"verbosity": "low", "format": {"type": "json_schema", "name": "n", "schema": {}}},
+    "include": ["reasoning.encrypted_content", "message.output_text.logprobs"], "top_logprobs": 0,
+    "store": False, "stream": True, "metadata": {"a": "b"}, "user": "u", "truncation": "disabled",
+    "previous_response_id": None, "background": False, "service_tier": "auto", "x": 1}
+GEMINI_REQUEST: JSON = {
+    "model": "m", "stream": True, "system_instruction": {"parts": [{"text": "s"}]},
+    "contents": [
+        {"role": "user", "parts": [
+            {"text": "t"}, {"inline_data": {"mime_type": "image/png", "data": "AA_-"}},
+            {"fileData": {"mimeType": "application/pdf", "fileUri": "https://a.example"}}]},
+        {"role": "model", "parts": [
+            {"text": "h", "thought": True, "thoughtSignature": "Z3cxLg=="},
+            {"text": "a", "thoughtSignature": "c2ln"},
+            {"functionCall": {"id": "c", "name": "f", "args": {"a": 1}},
+             "thoughtSignature": "c2ln"},
+            {"functionCall": {"name": "f"}}, {"executableCode": {"code": "1"}}]},
+        {"role": "function", "parts": [
+            {"functionResponse": {"id": "c", "name": "f", "response": {"output": "r"}, "parts": [
+                {"inlineData": {"mimeType": "image/png", "data": "AA=="}}]}},
+            {"functionResponse": {"name": "f", "response": {"error": "r"}}}]}],
+    "tools": [{"functionDeclarations": [
+        {"name": "f", "description": "d", "parameters": {
+            "type": "OBJECT", "properties": {"a": {"type": "STRING", "nullable": True,
+                                                   "minLength": "1"}}}},
+        {"name": "g.h", "parameters_json_schema": {"type": "object", "properties": {"a": {}}}}]},
+        {"googleSearch": {}}],
+    "toolConfig": {"functionCallingConfig": {"mode": "any", "allowedFunctionNames": ["f", "g.h"]}},
+    "generationConfig": {
+        "maxOutputTokens": "9", "temperature": 1.5, "topP": 0.5, "topK": 4.0, "seed": 1,
+        "stopSequences": ["\n"], "candidateCount": 1, "presencePenalty": 0.5, "logprobs": 1,
+        "responseMimeType": "application/json", "responseSchema": {"type": "OBJECT"},
+        "thinkingConfig": {"include_thoughts": True, "thinkingBudget": 2000}},
+    "safetySettings": [{"category": "c", "threshold": "t"}], "labels": {"a": "b"}, "x": 1}
+RESPONSES_USAGE: JSON = {
+    "input_tokens": 9, "output_tokens": 9, "total_tokens": 18,
+    "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 1},
+    "output_tokens_details": {"reasoning_tokens": 1}}
+ITEMS: list[JSON] = [
+    {"type": "reasoning", "id": "rs_1", "encrypted_content": "e", "summary": [
+        {"type": "summary_text", "text": "h"}]},
+    {"type": "message", "id": "msg_1", "role": "assistant", "content": [
+        {"type": "output_text", "text": "t", "annotations": [
+            {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}]},
+        {"type": "refusal", "refusal": "r"}]},
+    {"type": "web_search_call", "id": "ws_1"},
+    {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": "{}"},
+    {"type": "custom_tool_call", "id": "ctc_1", "call_id": "d", "name": "custom", "input": "i"}]
+RESPONSES_REPLY: JSON = {
+    "id": "resp_1", "object": "response", "created_at": 1, "model": "m", "output": ITEMS,
+    "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"},
+    "service_tier": "default", "usage": RESPONSES_USAGE}
+PLACE: JSON = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "sequence_number": 7}
+RESPONSES_EVENTS: list[JSON] = [
+    {"type": "response.created", "response": {**RESPONSES_REPLY, "output": []}},
+    *({"type": f"response.output_item.{when}", "output_index": 0, "item": item}
+      for item in ITEMS for when in ("added", "done")),
+    *({"type": "response.content_part.added", **PLACE, "part": part}
+      for part in ITEMS[1]["content"]),
+    *({"type": f"response.{kind}.delta", **PLACE, "delta": "t", "logprobs": []} for kind in (
+        "output_text", "refusal", "function_call_arguments", "custom_tool_call_input",
+        "reasoning_summary_text")),
+    {"type": "response.reasoning_summary_part.added", **PLACE, "summary_index": 1},
+    {"type": "response.output_text.annotation.added", **PLACE,
+     "annotation": ITEMS[1]["content"][0]["annotations"][0]},
+    {"type": "response.completed", "response": RESPONSES_REPLY},
+    {"type": "response.incomplete", "response": RESPONSES_REPLY},
+    {"type": "response.failed", "response": {"error": {"code": "server_error", "message": "m"}}},
+    {"type": "error", "error": {"code": "rate_limit_exceeded", "message": "m"}}]
+PARTS: list[JSON] = [
+    {"text": "h", "thought": True, "thoughtSignature": "c2ln"}, {"text": "t"},
+    {"text": "", "thoughtSignature": "c2ln"},
+    {"functionCall": {"id": "c", "name": "f", "args": {"a": 1}}, "thoughtSignature": "c2ln"},
+    {"functionCall": {"name": "custom", "args": {"input": "i"}}}, {"executableCode": {"code": "1"}}]
+GEMINI_REPLY: JSON = {
+    "candidates": [{
+        "content": {"role": "model", "parts": PARTS}, "index": 0, "finishReason": "STOP",
+        "groundingMetadata": {
+            "groundingChunks": [{"web": {"uri": "u", "title": "t"}}], "groundingSupports": [
+                {"segment": {"startIndex": 0, "endIndex": 1}, "groundingChunkIndices": [0]}]},
+        "logprobsResult": {"chosenCandidates": [{"token": "t", "logProbability": -1}],
+                           "topCandidates": [{"candidates": [{"token": "t"}]}]}}],
+    "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 8, "thoughtsTokenCount": 1,
+                      "totalTokenCount": 18, "cachedContentTokenCount": 1},
+    "modelVersion": "m", "responseId": "i"}
+GEMINI_EVENTS: list[JSON] = [
+    *({**GEMINI_REPLY, "candidates": [{"content": {"role": "model", "parts": [part]}}]}
+      for part in PARTS),
+    GEMINI_REPLY, {"promptFeedback": {"blockReason": "SAFETY"}},
+    {"error": {"code": 503, "message": "m", "status": "UNAVAILABLE"}}]
+REQUESTS = {"chat": CHAT_REQUEST, "messages": MESSAGES_REQUEST, "responses": RESPONSES_REQUEST,
+            "gemini": GEMINI_REQUEST}
+REPLIES = {"chat": CHAT_REPLY, "messages": MESSAGES_REPLY, "responses": RESPONSES_REPLY,
+           "gemini": GEMINI_REPLY}
+STREAMS = {"chat": CHAT_EVENTS, "messages": MESSAGES_EVENTS, "responses": RESPONSES_EVENTS,
+           "gemini": GEMINI_EVENTS}
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 1.5, 1e308, 10**30, "", "x", "{}", "\ud800", "\u2028\0", "tool",
     [], [None], [[]], [{}], {}, {"type": None}, {"type": []}, {"type": "text"}, {"": {"": []}},
@@ -228,7 +354,7 @@ def events_of(draw: Draw, name: str) -> list[bytes]:
         event = edited(draw, event) if draw.ConsumeBool() else event
         spaced = (", ", ": ") if draw.ConsumeBool() else (",", ":")
         data = json.dumps(event, separators=spaced).encode()
-        events.append(gw.sse(data, "x" * (name == "messages")))
+        events.append(gw.sse(data, "x" * (name in ("messages", "responses"))))
     return [*events, b"data: [DONE]\n\n"] if draw.ConsumeBool() else events
 
 
@@ -335,7 +461,7 @@ def decoder(draw: Draw) -> None:
 def watch(draw: Draw) -> None:
     """A passed stream goes out the same, and is judged the same, wherever it is cut."""
     hide, needs_done = draw.ConsumeBool(), draw.ConsumeBool()
-    name = "messages" if draw.ConsumeBool() else "chat"
+    name = list(DIALECTS)[draw.ConsumeIntInRange(0, 3)]
     data = b"".join(events_of(draw, name))
     pieces = cut(draw, data)
 
@@ -371,7 +497,7 @@ def body(draw: Draw) -> None:
         changed = found.with_values({"a": "ü", "b": [1]})
         assert json.loads(changed) == {**found.tree(), "a": "ü", "b": [1]}
         assert found.with_values({}) == data
-        outcome(lambda: gw.read_call(found), GatewayError)
+        outcome(lambda: DIALECTS["chat"].read_call(found, ""), GatewayError)
 
 
 class Pairs(list):  # type: ignore[type-arg]
@@ -402,10 +528,12 @@ def render_twice(dialect: Any, chat: Any, target: Any) -> None:
     if made is not GatewayError:
         sent = gw.dump_json(made[0])
         assert gw.dump_json(dialect.render_request(chat, target, Losses())[0]) == sent
-        outcome(lambda: dialect.parse_request(json.loads(sent), Losses()), GatewayError)
+        told = {"model": "m", "stream": False, **json.loads(sent)}
+        outcome(lambda: dialect.parse_request(told, Losses()), GatewayError)
 
 
-MODELS = ("claude-haiku-4-5", "claude-sonnet-4-6", "claude-opus-4-1", "claude-opus-5-5", "llama")
+MODELS = ("claude-haiku-4-5", "claude-sonnet-4-6", "claude-opus-4-1", "claude-opus-5-5", "llama",
+          "gpt-4.1", "gpt-5.2", "gpt-5.5", "o3", "gemini-2.5-pro", "gemini-3-flash")
 
 
 def reply(name: str, draw: Draw) -> None:

@@ -29,17 +29,6 @@ CHAT, HOME, CLAUDE, NEWEST = "gpt-4.1", "llama-4", "claude-haiku-4-5", "claude-o
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    foreign = {
-        "/v1/chat/completions": openai_wire.judge,
-        "/v1/messages": anthropic_wire.judge,
-    }
-    server = Upstream({**wire.JUDGES, **foreign})
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def gateway(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     provider: JSON = {"api_key": UPSTREAM_KEY, "base_url": upstream.url}
     chat = {**provider, "base_url": f"{upstream.url}/v1"}

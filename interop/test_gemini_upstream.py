@@ -49,13 +49,6 @@ NEW, CLAUDE = "gemini-3.8-flash", "claude-haiku-4-5"
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    server = Upstream({**wire.JUDGES, "/v1/messages": anthropic_wire.judge})
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def gateway(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """Stand in for the other suites' gateway. This kind knows its version; the URL has none."""
     provider: JSON = {"api_key": UPSTREAM_KEY, "base_url": upstream.url}
