@@ -228,7 +228,10 @@ def encode_json(value: object) -> str:
 
 
 def finite(value: object) -> object:
-    """The value without infinity: 1e400 is JSON, but what Python makes of it has no spelling."""
+    """The value without infinity (1e400 is JSON, but what Python makes of it has no spelling) and
+    without NaN, which some providers send."""
+    if isinstance(value, float) and not -float("inf") <= value <= float("inf"):
+        return None
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -326,10 +329,10 @@ class Form:
 
     def __init__(self, body: bytes, content_type: str) -> None:
         self.body = body
-        found = re.search(r'boundary="?([^";,\s]{1,70})', content_type)
-        if not found:
-            raise GatewayError(400, "The form's content-type names no boundary.")
-        self._boundary = b"\r\n--" + found[1].encode("latin-1")
+        found = re.findall(r'[;\s]boundary="?([^";,\s]{1,70})', content_type, re.IGNORECASE)
+        if len(found) != 1:
+            raise GatewayError(400, "The form's content-type names not one boundary.")
+        self._boundary = b"\r\n--" + found[0].encode("latin-1")
         if b"\r\n" + body[:len(self._boundary) - 2] != self._boundary or (
                 body.rfind(self._boundary + b"--") < 0):
             raise GatewayError(400, "The form is malformed or cut short.")
@@ -743,7 +746,10 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
         if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
             said.append(event.text)
         elif isinstance(event, BlockStart):
-            reply.blocks.append(copy.copy(event.block))
+            block = copy.copy(event.block)
+            if isinstance(block, Text):
+                block.citations = [*block.citations]
+            reply.blocks.append(block)
             said = []
         elif isinstance(event, BlockStop):
             closed = reply.blocks[-1]
@@ -758,7 +764,7 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
         elif isinstance(event, CitationDelta):
             cited = reply.blocks[event.block]
             if isinstance(cited, Text):
-                cited.citations = [*cited.citations, event.citation]
+                cited.citations.append(event.citation)
         elif isinstance(event, Start):
             reply.id, reply.model = event.id, event.model
         else:
@@ -1144,7 +1150,8 @@ class Watch:
     once the first token is there. Only blocks that hold a telling word are looked into: to parse
     every event costs ten times as much as to pass it."""
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: Dialect, hide_usage: bool, needs_done: bool) -> None:
+        self._dialect, self._hide_usage, self._needs_done = dialect, hide_usage, needs_done
         self.usage: Usage | None = None
         self.has_content = self.ended = False
         self.failure: GatewayError | None = None
@@ -1182,9 +1189,8 @@ class MarkedWatch(Watch):
     noise: Tuple[bytes, ...] = ()  # marks events that bring no content, or repeat it
     marks: Tuple[bytes, ...] = ()
 
-    def __init__(self, dialect: Dialect) -> None:
-        super().__init__()
-        self._dialect = dialect
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
         self._usage: JSON = {}
         self._is_complete = False
 
@@ -1364,7 +1370,8 @@ DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
 class Renderer:
     events: Mapping[type, Callable[[Any, Any], bytes]] = {}  # all but the deltas of the open block
 
-    def __init__(self) -> None:
+    def __init__(self, chat: Chat, created: int) -> None:
+        self._chat = chat
         self._open: Block = Text()
         self._say: Callable[[str], bytes] = lambda text: b""  # a delta of the open block
         self._said = 0  # characters of it
@@ -1398,6 +1405,11 @@ class Dialect(Protocol):
     def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
         """The same chat gives the same bytes, since prompt caches depend on it.
         Raises GatewayError(400) for what would make the answer wrong."""
+        request = ENDS[self.name].writer(chat, target, losses)
+        try:
+            return request.render(), request.rewrites
+        except RecursionError as error:
+            raise GatewayError(400, "The request is nested too deeply.") from error
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Raises GatewayError(502)."""
@@ -1405,15 +1417,19 @@ class Dialect(Protocol):
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         """`created` in unix seconds."""
 
-    def parser(self, rewrites: Rewrites) -> Parser: ...
+    def parser(self, rewrites: Rewrites) -> Parser:
+        return ENDS[self.name].parser(self, rewrites)
 
-    def renderer(self, chat: Chat, created: int) -> Renderer: ...
+    def renderer(self, chat: Chat, created: int) -> Renderer:
+        return ENDS[self.name].renderer(chat, created)
 
     def watch(self, hide_usage: bool, needs_done: bool) -> Watch:
-        return Watch()
+        return ENDS[self.name].watch(self, hide_usage, needs_done)
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        """As a body."""
+        """As a body; here OpenAI's."""
+        return dump_json({"error": {"message": error.message, "type": error.type,
+                                    "param": error.param, "code": error.code}})
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body)
@@ -1504,11 +1520,6 @@ class Dialect(Protocol):
                 wire[key] = value
 
 
-def render_openai_error(error: GatewayError) -> bytes:
-    return dump_json({"error": {"message": error.message, "type": error.type,
-                                "param": error.param, "code": error.code}})
-
-
 def parse_content(
         holder: Fields, key: str, parts: Mapping[str, Callable[[Fields], Block]]) -> List[Block]:
     """A string, or a list of parts read by their type ("" for any other); empty text is none."""
@@ -1566,6 +1577,9 @@ class RequestWriter:
         self.choice = chat.choice or ToolChoice("auto")
         self.wire: JSON = {"model": target.model}
 
+    def render(self) -> JSON:
+        raise NotImplementedError
+
     def tool_name(self, name: str) -> str:
         if self.legal_name.fullmatch(name):
             return name
@@ -1609,7 +1623,7 @@ class RequestWriter:
 
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
-        names = [tool.name for tool in chat.tools]
+        names, allowed = {tool.name for tool in chat.tools}, set(choice.allowed or [])
         for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
             if name not in names:
                 raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
@@ -1619,7 +1633,7 @@ class RequestWriter:
         if not self.takes_cache and any(tool.cache for tool in chat.tools):
             self.losses.hint("cache_control")
         return [tool for tool in chat.tools
-                if choice.allowed is None or tool.name in choice.allowed]
+                if choice.allowed is None or tool.name in allowed]
 
     def as_function(self, tool: Tool) -> Tuple[str, JSON]:
         """Its description and schema; a custom tool's function takes one string."""
@@ -1712,7 +1726,8 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
     for ids, others, said in (
             (results, calls, "result {!r} answers no tool call of the message before it."),
             (calls, results, "call {!r} has no result in the message after it.")):
-        alone = [id_ for id_ in ids if id_ not in others]
+        known = set(others)
+        alone = [id_ for id_ in ids if id_ not in known]
         if alone and (ids is results or turn.role == "user"):
             raise GatewayError(
                 400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
@@ -1727,7 +1742,7 @@ def is_closed(schema: object, needs_all: bool = False) -> bool:
     required, properties = schema.get("required"), part_of(schema, "properties")
     is_object = schema.get("type") == "object" or "properties" in schema
     is_open = schema.get("additionalProperties") is not False or needs_all and not (
-        isinstance(required, list) and all(name in required for name in properties))
+        isinstance(required, list) and set(properties).issubset(map(str, required)))
     return not (is_object and is_open) and all(
         is_closed(value, needs_all) for value in schema.values())
 
@@ -1790,7 +1805,7 @@ class ChatCompletions(Dialect):
             root.need("model"), canonical(parse_chat_turns(root, losses)),
             parallel=root.get("parallel_tool_calls", bool), choice=parse_chat_choice(root),
             stop=[stop] if isinstance(stop, str) else root.strings("stop"),
-            format=parse_chat_format(root), stream=bool(root.get("stream", bool)))
+            format=parse_format(root, "response_format"), stream=bool(root.get("stream", bool)))
         if root.get("n", int) not in (None, 1):
             raise unsupported("n", "'n' must be 1 for this model.")
         for key, is_asked in (("audio", root.get("audio", dict) is not None),
@@ -1817,10 +1832,6 @@ class ChatCompletions(Dialect):
         chat.options = {key: value for key, value in told.items() if value is not None}
         root.name_unknown(losses)
         return chat
-
-    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        request = ChatRequest(chat, target, losses)
-        return request.render(), request.rewrites
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         if not list_of_objects(wire, "choices") and not wire.get("error"):
@@ -1856,18 +1867,6 @@ class ChatCompletions(Dialect):
                 "usage": render_chat_usage(reply.usage),
                 **without_none(service_tier=reply.service_tier)}
 
-    def parser(self, rewrites: Rewrites) -> ChatParser:
-        return ChatParser(self, rewrites)
-
-    def renderer(self, chat: Chat, created: int) -> ChatRenderer:
-        return ChatRenderer(chat, created)
-
-    def watch(self, hide_usage: bool, needs_done: bool) -> ChatWatch:
-        return ChatWatch(self, hide_usage, needs_done)
-
-    def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        return render_openai_error(error)
-
     def render_model(self, name: str, owner: str) -> JSON:
         return {"id": name, "object": "model", "created": 0, "owned_by": owner}
 
@@ -1875,14 +1874,7 @@ class ChatCompletions(Dialect):
         return {"object": "list", "data": [self.render_model(*model) for model in models]}
 
     def parse_usage(self, wire: object) -> Usage | None:
-        if not isinstance(wire, dict):
-            return None
-        read = part_of(wire, "prompt_tokens_details")
-        written = part_of(wire, "completion_tokens_details")
-        return Usage(count(wire.get("prompt_tokens", wire.get("input_tokens"))),
-                     count(wire.get("completion_tokens", wire.get("output_tokens"))),
-                     count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
-                     0, count(written.get("reasoning_tokens")))
+        return parse_openai_usage(wire, "prompt_tokens", "completion_tokens")
 
     def count_content(self, reply: JSON) -> int:
         return sum(
@@ -1943,8 +1935,11 @@ CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assist
 
 
 def parse_image_part(part: Fields) -> Block:
-    image = part.child("image_url")
-    url, detail = image.need("url"), image.get("detail") or ""
+    return image_at(part.child("image_url"), "url")
+
+
+def image_at(about: Fields, key: str) -> Image:
+    url, detail = about.need(key), about.get("detail") or ""
     media_type, data = parse_data_uri(url) or ("", "")
     return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
 
@@ -2078,15 +2073,12 @@ def parse_chat_choice(root: Fields) -> ToolChoice | None:
     return ToolChoice("tool", about.need("name"))
 
 
-def parse_chat_format(root: Fields) -> Format | None:
-    form = root.child("response_format", {"type": "text"})
+def parse_format(holder: Fields, key: str) -> Format | None:
+    form = holder.child(key, {"type": "text"})
     kind = form.one_of("type", ("text", "json_object", "json_schema"))
     if kind != "json_schema":
         return None if kind == "text" else Format()
-    return parse_schema_format(form.child("json_schema"))
-
-
-def parse_schema_format(about: Fields) -> Format:
+    about = form.child(kind) if key == "response_format" else form
     return Format(about.get("schema", dict) or {"type": "object"}, about.need("name"),
                   about.get("description") or "", about.get("strict", bool))
 
@@ -2114,9 +2106,10 @@ class ChatRequest(RequestWriter):
             self.losses.drop("web_search")
         if chat.logprobs is not None:
             wire.update(logprobs=True, top_logprobs=chat.logprobs)
-        if not caps.custom_tools and chat.options.pop("verbosity", None) not in (None, "medium"):
+        options = dict(chat.options)
+        if not caps.custom_tools and options.pop("verbosity", None) not in (None, "medium"):
             self.losses.drop("verbosity")
-        wire.update(chat.options)
+        wire.update(options)
         if chat.stream:
             wire.update(stream=True, stream_options={"include_usage": True})
         return wire
@@ -2285,12 +2278,26 @@ def render_schema_format(form: Format) -> JSON:
             **without_none(description=form.description)}
 
 
+def parse_openai_usage(wire: object, asked: str, said: str) -> Usage | None:
+    """By its two names of either; the Responses API's come in other answers too."""
+    if not isinstance(wire, dict):
+        return None
+    read, written = part_of(wire, f"{asked}_details"), part_of(wire, f"{said}_details")
+    return Usage(count(wire.get(asked, wire.get("input_tokens"))),
+                 count(wire.get(said, wire.get("output_tokens"))),
+                 count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
+                 0, count(written.get("reasoning_tokens")))
+
+
+def render_openai_usage(usage: Usage, asked: str, said: str) -> JSON:
+    return {asked: usage.input, said: usage.output, "total_tokens": usage.input + usage.output,
+            f"{asked}_details": {"cached_tokens": usage.cache_read,
+                                 "cache_write_tokens": usage.cache_write},
+            f"{said}_details": {"reasoning_tokens": usage.reasoning}}
+
+
 def render_chat_usage(usage: Usage) -> JSON:
-    return {"prompt_tokens": usage.input, "completion_tokens": usage.output,
-            "total_tokens": usage.input + usage.output,
-            "prompt_tokens_details": {"cached_tokens": usage.cache_read,
-                                      "cache_write_tokens": usage.cache_write},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+    return render_openai_usage(usage, "prompt_tokens", "completion_tokens")
 
 
 def annotation(citation: JSON, start: int, end: int) -> JSON:
@@ -2448,8 +2455,7 @@ def listed_content(delta: JSON) -> Iterator[Tuple[str, str]]:
 
 class ChatRenderer(Renderer):
     def __init__(self, chat: Chat, created: int) -> None:
-        super().__init__()
-        self._chat = chat
+        super().__init__(chat, created)
         self._base = chat_head("chat.completion.chunk", "", chat.model, created)
         self._ends = [0]  # of the blocks in the content, after a first end at its start
         self._citations: List[CitationDelta] = []
@@ -2548,7 +2554,7 @@ TEXT_DELTA = re.compile(
     rb'"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?"(?!")')
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 DONE = re.compile(rb"data:[ \t]*\[DONE\]")
-COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)*")
+COMMENTS = re.compile(rb"(?:(?::[^\r\n]*)?[\r\n])*")  # in one way only, lest it backtrack
 
 
 def find_usage(block: bytes, before: int) -> int:
@@ -2579,11 +2585,8 @@ class ChatWatch(Watch):
     that it was the last before [DONE], and dropped. Without `needs_done` a stream also ends well
     when each of its choices gave a finish_reason."""
 
-    def __init__(self, dialect: Dialect, hide_usage: bool, needs_done: bool) -> None:
-        super().__init__()
-        self._dialect = dialect
-        self._hide_usage = hide_usage
-        self._needs_done = needs_done
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
         self._held = b""
         self._open_choices: Dict[object, bool] = {}
 
@@ -2746,13 +2749,6 @@ class Messages(Dialect):
         chat.estimate = estimate_tokens(chat)
         return chat
 
-    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        request = MessagesRequest(chat, target, losses)
-        try:
-            return request.render(), request.rewrites
-        except RecursionError as error:
-            raise GatewayError(400, "The request is nested too deeply.") from error
-
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the stream that it could have been."""
         if not isinstance(wire.get("content"), list):
@@ -2771,12 +2767,6 @@ class Messages(Dialect):
                 **messages_end(reply.finish, has_calls, reply.refusal),
                 "usage": render_messages_usage(reply.usage)}
 
-    def parser(self, rewrites: Rewrites) -> MessagesParser:
-        return MessagesParser(self, rewrites)
-
-    def renderer(self, chat: Chat, created: int) -> MessagesRenderer:
-        return MessagesRenderer(chat)
-
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         fallback = "invalid_request_error" if error.status < 500 else "api_error"
         kind, message = MESSAGES_ERRORS.get(error.status, fallback), error.message
@@ -2790,9 +2780,6 @@ class Messages(Dialect):
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
-
-    def watch(self, hide_usage: bool, needs_done: bool) -> MessagesWatch:
-        return MessagesWatch(self)
 
     def is_spoken_in(self, headers: Headers, query: str) -> bool:
         return "anthropic-version" in headers
@@ -3023,9 +3010,6 @@ class MessagesRequest(RequestWriter):
             return wire
         return {**wire, "cache_control": cache}
 
-    def _text(self, block: Text) -> JSON:
-        return render_text_block(block)
-
     def _image(self, block: Image) -> JSON:
         if block.detail not in ("", "auto"):
             self.losses.hint("detail")
@@ -3045,9 +3029,6 @@ class MessagesRequest(RequestWriter):
     def _audio(self, block: Audio) -> JSON:
         raise unsupported("input_audio", "This model does not take audio.")
 
-    def _thinking(self, block: Thinking) -> JSON:
-        return render_thinking_block(block)
-
     def _call(self, block: ToolCall) -> JSON:
         return {"type": "tool_use", "id": self.call_id(block.id),
                 "name": self.tool_name(block.name), "input": call_arguments(block)}
@@ -3057,12 +3038,10 @@ class MessagesRequest(RequestWriter):
                 "content": plain_content(self.blocks(block.content)) or "",
                 **({"is_error": True} if block.is_error else {})}
 
-    def _opaque(self, block: Opaque) -> JSON:
-        return block.wire
-
     kinds: Mapping[type, Callable[[Any, Any], JSON]] = {
-        Text: _text, Image: _image, Document: _document, Audio: _audio, Thinking: _thinking,
-        ToolCall: _call, ToolResult: _result, Opaque: _opaque}
+        Text: lambda self, block: render_text_block(block), Image: _image, Document: _document,
+        Audio: _audio, Thinking: lambda self, block: render_thinking_block(block),
+        ToolCall: _call, ToolResult: _result, Opaque: lambda self, block: block.wire}
 
 
     def _add_turns(self) -> None:
@@ -3207,7 +3186,8 @@ class MessagesRequest(RequestWriter):
         blocks = next(
             (turn.blocks for turn in reversed(self.chat.turns) if turn.role == "assistant"), [])
         return bool(blocks_of(blocks, ToolCall)) and not any(
-            map(is_signed, blocks_of(blocks, Thinking)))
+            block.issuer == self.issuer and block.signature
+            for block in blocks_of(blocks, Thinking))
 
     def _add_sampling(self) -> None:
         """Newer models take none of it, and none of them any while thinking."""
@@ -3233,13 +3213,9 @@ def thoughts_first(turn: Turn) -> List[Block]:
         block, Thinking))
 
 
-def is_signed(block: Thinking) -> bool:
-    return block.issuer == "anthropic" and block.signature != ""
-
-
 def trim_prefill(content: List[JSON]) -> List[JSON]:
     while content and content[-1]["type"] == "text":
-        *content, last = content
+        last = content.pop()
         text = last["text"].rstrip()
         if text:
             return [*content, {**last, "text": text}]
@@ -3470,10 +3446,9 @@ class MessagesWatch(MarkedWatch):
 
 
 class MessagesRenderer(Renderer):
-    def __init__(self, chat: Chat) -> None:
-        super().__init__()
-        self._chat = chat
-        self._index = -1
+    def __init__(self, chat: Chat, created: int) -> None:
+        super().__init__(chat, created)
+        self._index = self._block = -1  # of what was told, and of all
         self._is_open = self._has_calls = False
 
     @staticmethod
@@ -3491,6 +3466,7 @@ class MessagesRenderer(Renderer):
 
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = event.block
+        self._block += 1
         if isinstance(block, Thinking) and not (self._chat.shows_thinking or block.is_redacted):
             self._say = lambda text: b""  # its signature may follow
             return b""
@@ -3518,7 +3494,7 @@ class MessagesRenderer(Renderer):
 
     def _citation(self, event: CitationDelta) -> bytes:
         """After the end of its block it has no place in this wire."""
-        if event.block != self._index or not self._is_open:
+        if event.block != self._block or not self._is_open:
             return b""
         return self._delta("citations_delta", citation=render_citation(event.citation))
 
@@ -3561,7 +3537,7 @@ class Responses(Dialect):
         reasoning, text = root.child("reasoning", {}), root.child("text", {})
         chat = Chat(root.need("model"), [], effort=reasoning.get("effort"),
                     parallel=root.get("parallel_tool_calls", bool),
-                    stream=bool(root.get("stream", bool)), format=parse_responses_format(text))
+                    stream=bool(root.get("stream", bool)), format=parse_format(text, "format"))
         instructions = root.get("instructions")
         turns = [Turn("system", [Text(text=instructions)])] if instructions else []
         turns += parse_items(root, chat, losses)
@@ -3586,10 +3562,6 @@ class Responses(Dialect):
         chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
         return chat
 
-    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        request = ResponsesRequest(chat, target, losses)
-        return request.render(), request.rewrites
-
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the end of the stream that it could have been."""
         if not isinstance(wire.get("output"), list):
@@ -3608,18 +3580,6 @@ class Responses(Dialect):
         for event in events_of(reply):
             renderer.feed(event)
         return renderer.response
-
-    def parser(self, rewrites: Rewrites) -> ResponsesParser:
-        return ResponsesParser(self, rewrites)
-
-    def renderer(self, chat: Chat, created: int) -> ResponsesRenderer:
-        return ResponsesRenderer(chat, created)
-
-    def watch(self, hide_usage: bool, needs_done: bool) -> ResponsesWatch:
-        return ResponsesWatch(self)
-
-    def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        return render_openai_error(error)
 
     def error_event(self, body: bytes) -> bytes:
         error = self.parse_error(parse_chunk(sse(body)).get("error"), 500)
@@ -3646,13 +3606,7 @@ class Responses(Dialect):
         return len(dump_json(reply.get("output")))
 
     def parse_usage(self, wire: object) -> Usage | None:
-        if not isinstance(wire, dict):
-            return None
-        read = part_of(wire, "input_tokens_details")
-        written = part_of(wire, "output_tokens_details")
-        return Usage(count(wire.get("input_tokens")), count(wire.get("output_tokens")),
-                     count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
-                     0, count(written.get("reasoning_tokens")))
+        return parse_openai_usage(wire, "input_tokens", "output_tokens")
 
 
 STATELESS = "send the whole conversation as 'input', with store: false"
@@ -3762,9 +3716,7 @@ def parse_input_text(part: Fields) -> Block:
 def parse_input_image(part: Fields) -> Block:
     if part.get("file_id") is not None:
         raise part.unsupported("file_id", "names a file in another vendor's store")
-    url, detail = part.need("image_url"), part.get("detail") or ""
-    media_type, data = parse_data_uri(url) or ("", "")
-    return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
+    return image_at(part, "image_url")
 
 
 def parse_input_file(part: Fields) -> Block:
@@ -3829,13 +3781,6 @@ def parse_responses_choice(root: Fields, chat: Chat) -> ToolChoice | None:
         raise about.unsupported("type", f"forces the tool {clipped(kind, 40)!r}, which the model's "
                                         "provider does not have")
     return ToolChoice("tool", flat_name(about))
-
-
-def parse_responses_format(text: Fields) -> Format | None:
-    form = text.child("format", {"type": "text"})
-    kind = form.one_of("type", ("text", "json_object", "json_schema"))
-    return parse_schema_format(form) if kind == "json_schema" else (
-        None if kind == "text" else Format())
 
 
 # ---- to the wire ----
@@ -4112,8 +4057,7 @@ class ResponsesRenderer(Renderer):
     """Every item is announced, told and repeated whole; the last event repeats all of them."""
 
     def __init__(self, chat: Chat, created: int) -> None:
-        super().__init__()
-        self._chat = chat
+        super().__init__(chat, created)
         self.sequence = 0
         self._has_refused = False
         self._output: List[JSON] = []
@@ -4138,7 +4082,7 @@ class ResponsesRenderer(Renderer):
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = dataclasses.replace(event.block)
         self._has_refused = self._has_refused or isinstance(block, Text) and block.is_refusal
-        self._pieces, self._cited = [], []
+        self._pieces, self._cited, self._said = [], [], 0
         item = self._item(block)
         item.update({key: empty for key, empty in (
             ("content", []), ("summary", []), ("arguments", ""), ("input", "")) if key in item})
@@ -4228,8 +4172,7 @@ class ResponsesRenderer(Renderer):
         if event.block != len(self._output):
             return b""
         self._cited.append(event.citation)
-        end = len("".join(self._pieces))
-        note = {"type": "url_citation", **cited_at(event.citation, 0, end)}
+        note = {"type": "url_citation", **cited_at(event.citation, 0, self._said)}
         return self._event("output_text.annotation.added", **self._place, annotation=note,
                            annotation_index=len(self._cited) - 1)
 
@@ -4271,7 +4214,8 @@ class ResponsesRenderer(Renderer):
         status = "incomplete" if reason else "completed"
         self.response.update(
             status=status, incomplete_details={"reason": reason} if reason else None,
-            output=self._output, usage=render_responses_usage(event.usage),
+            output=self._output,
+            usage=render_openai_usage(event.usage, "input_tokens", "output_tokens"),
             **without_none(service_tier=event.service_tier))
         return out + self._event(status, response=self.response)
 
@@ -4295,14 +4239,6 @@ def failure_code(error: GatewayError) -> str:
     return {429: "rate_limit_exceeded", 400: "invalid_prompt"}.get(error.status, "server_error")
 
 
-def render_responses_usage(usage: Usage) -> JSON:
-    return {"input_tokens": usage.input, "output_tokens": usage.output,
-            "total_tokens": usage.input + usage.output,
-            "input_tokens_details": {"cached_tokens": usage.cache_read,
-                                     "cache_write_tokens": usage.cache_write},
-            "output_tokens_details": {"reasoning_tokens": usage.reasoning}}
-
-
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?([0-9]{1,15})')
 
 
@@ -4319,8 +4255,8 @@ class ResponsesWatch(MarkedWatch):
     marks = (b'"response.created"', b'"response.completed"', b'"response.incomplete"',
              b'"response.failed"', b'"error"')
 
-    def __init__(self, dialect: Dialect) -> None:
-        super().__init__(dialect)
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
         self._id, self._last = "", b""
         self._error: GatewayError | None = None  # after which the response itself fails
 
@@ -4410,10 +4346,6 @@ class GenerateContent(Dialect):
         elif budget is not None and budget > 0:
             chat.budget = budget
 
-    def render_request(self, chat: Chat, target: Target, losses: Losses) -> Tuple[JSON, Rewrites]:
-        request = GeminiRequest(chat, target, losses)
-        return request.render(), request.rewrites
-
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         parser = GeminiParser(self, rewrites)
         events = parser.read(wire)
@@ -4426,15 +4358,6 @@ class GenerateContent(Dialect):
                            [each for text in texts for each in text.logprobs])
         return gemini_end(parts, reply.finish, reply.usage, more, bool(reply.blocks),
                           gemini_head(reply.id, reply.model))
-
-    def parser(self, rewrites: Rewrites) -> GeminiParser:
-        return GeminiParser(self, rewrites)
-
-    def renderer(self, chat: Chat, created: int) -> GeminiRenderer:
-        return GeminiRenderer(chat)
-
-    def watch(self, hide_usage: bool, needs_done: bool) -> GeminiWatch:
-        return GeminiWatch(self)
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         status = GEMINI_ERRORS.get(error.status, (error.status, "INTERNAL"))
@@ -4473,7 +4396,7 @@ class GenerateContent(Dialect):
         return len(dump_json(reply.get("candidates", [])))
 
     def render_estimate(self, wire: JSON) -> JSON:
-        asked = wire.get("generateContentRequest", wire)
+        asked = part_of(wire, "generateContentRequest") or wire
         chat = self.parse_request({"model": "m", **asked}, Losses())
         return {"totalTokens": estimate_tokens(chat)}
 
@@ -4513,7 +4436,7 @@ def whole_number(value: Any) -> Any:
     """An integer that is spelled otherwise; another value as it is."""
     try:
         return int(value) if float(value).is_integer() else value
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return value
 
 
@@ -4537,7 +4460,7 @@ class GeminiContents:
 
     def __init__(self) -> None:
         self._made = 0
-        self._open: Dict[str, List[str]] = {}  # by name, the ids of the calls without result
+        self._open: Dict[str, Dict[str, None]] = {}  # by name, ids of the calls without result
 
     def turns(self, root: Fields, losses: Losses) -> Iterator[Turn]:
         for content, role in ((root.child("systemInstruction", {}), "system"),
@@ -4575,15 +4498,14 @@ class GeminiContents:
         name = call.need("name")
         self._made += 1
         id_ = call.get("id") or f"call_{self._made}_{hashed(name, 8)}"
-        self._open.setdefault(name, []).append(id_)
+        self._open.setdefault(name, {})[id_] = None
         return ToolCall(id=id_, name=name, arguments=call.get("args", dict) or {})
 
     def _result(self, about: Fields) -> ToolResult:
         name, response = about.need("name"), about.get("response", dict) or {}
-        waiting = self._open.get(name, [])
-        id_ = about.get("id") or (waiting[0] if waiting else name)
-        if id_ in waiting:
-            waiting.remove(id_)
+        waiting = self._open.get(name, {})
+        id_ = about.get("id") or next(iter(waiting), name)
+        waiting.pop(id_, None)
         is_error = list(response) == ["error"]
         said = next(iter(response.values())) if is_error or list(response) == ["output"] else (
             response or "")
@@ -4994,10 +4916,11 @@ class GeminiParser(Parser):
         """Its indexes count bytes."""
         pages = [part_of(chunk, "web") for chunk in list_of_objects(about, "groundingChunks")]
         text, events = utf8("".join(self._text)), []  # type: bytes, Events
+        is_ascii = text.isascii()
         for support in list_of_objects(about, "groundingSupports"):
             segment, indexes = part_of(support, "segment"), support.get("groundingChunkIndices")
-            start, end = (len(text[:count(segment.get(key))].decode(errors="ignore"))
-                          for key in ("startIndex", "endIndex"))
+            start, end = (min(at, len(text)) if is_ascii else len(text[:at].decode(errors="ignore"))
+                          for at in map(count, map(segment.get, ("startIndex", "endIndex"))))
             for index in indexes if isinstance(indexes, list) else []:
                 page = pages[index] if isinstance(index, int) and 0 <= index < len(pages) else {}
                 if page and self._text_block >= 0:
@@ -5134,11 +5057,10 @@ def gemini_signature(block: Thinking, shows_thinking: bool) -> str:
 
 
 class GeminiRenderer(Renderer):
-    def __init__(self, chat: Chat) -> None:
-        super().__init__()
+    def __init__(self, chat: Chat, created: int) -> None:
+        super().__init__(chat, created)
         self._shows = chat.shows_thinking
         self._head: JSON = {}
-        self._model = chat.model
         self._pieces: List[str] = []
         self._held: List[Block] = []  # hidden thoughts
         self._cited: List[JSON] = []
@@ -5149,7 +5071,7 @@ class GeminiRenderer(Renderer):
         return sse(dump_json(gemini_chunk(parts, self._head)))
 
     def _start(self, event: Start) -> bytes:
-        self._head = gemini_head(event.id, self._model)
+        self._head = gemini_head(event.id, self._chat.model)
         return b""
 
     def _block_start(self, event: BlockStart) -> bytes:
@@ -5239,6 +5161,21 @@ class GeminiWatch(MarkedWatch):
         return "".join(texts)
 
 
+class Ends(NamedTuple):
+    """Of one dialect: how it is written to a provider and read from it, written to a client, and
+    watched where it passes."""
+
+    writer: Callable[[Chat, Target, Losses], RequestWriter]
+    parser: Callable[[Any, Rewrites], Parser]
+    renderer: Callable[[Chat, int], Renderer]
+    watch: Callable[..., Watch]
+
+
+ENDS = {
+    "chat": Ends(ChatRequest, ChatParser, ChatRenderer, ChatWatch),
+    "responses": Ends(ResponsesRequest, ResponsesParser, ResponsesRenderer, ResponsesWatch),
+    "messages": Ends(MessagesRequest, MessagesParser, MessagesRenderer, MessagesWatch),
+    "gemini": Ends(GeminiRequest, GeminiParser, GeminiRenderer, GeminiWatch)}
 DIALECTS: Dict[str, Dialect] = {dialect.name: dialect for dialect in (
     ChatCompletions(), Responses(), Messages(), GenerateContent())}
 
@@ -5662,6 +5599,12 @@ class Provider(Tuning):
         return KINDS[self.kind]
 
     @functools.cached_property
+    def secrets(self) -> Tuple[str, ...]:
+        """What no client may see; short header values are words of any text."""
+        values = [value for _, value in self.headers if len(value) >= MIN_KEY_CHARACTERS]
+        return tuple(filter(None, [self.api_key, *values]))
+
+    @functools.cached_property
     def paths(self) -> Mapping[str, str]:
         return {**self.row.paths, **RESPONSES} if self.responses else self.row.paths
 
@@ -5978,7 +5921,6 @@ class App:
         if not self.may_use(model):
             raise GatewayError(
                 403, "This API key may not use the requested model.", "model", "model_not_allowed")
-
 
     def check_may_call(self, path: str, is_shared: bool) -> None:
         """`is_shared`: one key of the provider's shows what all apps left there."""
@@ -6749,6 +6691,9 @@ class TooLarge(ValueError):
     """Decoded, a body outgrows its bound."""
 
 
+MAX_MEMBERS = 1000  # each costs a copy of what follows it
+
+
 class Inflater:
     """Decodes one content coding piece by piece; raises ValueError for bad data, and TooLarge for
     bombs: more than `limit` bytes, or a ratio that no text has."""
@@ -6759,6 +6704,7 @@ class Inflater:
         self._coding = coding
         self._limit = limit
         self._decoder: Any = None
+        self._members = 1
         self._start = b""
         self._in = self.size = 0
 
@@ -6773,6 +6719,9 @@ class Inflater:
         try:
             while data or (self._has_more and not self._decoder.eof):
                 if self._decoder.eof:  # gzip members may follow each other
+                    self._members += 1
+                    if self._members > MAX_MEMBERS:
+                        raise TooLarge("it has too many members")
                     self._decoder = CODINGS[self._coding](data)
                 pieces.append(self._decoder.decompress(data, INFLATE_STEP_BYTES))
                 data = (self._decoder.unused_data if self._decoder.eof
@@ -7630,6 +7579,7 @@ class Log:
         self.clock = clock  # monotonic, for durations and deadlines
         self.wall_clock = wall_clock  # unix seconds
         self.lost = 0
+        self._is_torn = False  # the last line is there in part
         self._second = (0, "")
         self._troubled = float("-inf")
 
@@ -7671,12 +7621,14 @@ class Log:
         self.line("ERROR", "crash", [("error", type(error).__name__), ("at", places)])
 
     def _write(self, line: str) -> None:
-        data = line.encode() + b"\n"
+        data = b"\n" * self._is_torn + line.encode() + b"\n"
         try:
             is_ready = not self._may_block or any(
                 event & select.POLLOUT for _, event in self._poll.poll(0))
-            if not is_ready or os.write(self._fd, data) < len(data):
+            written = os.write(self._fd, data) if is_ready else 0
+            if written < len(data):
                 self.lost += 1
+            self._is_torn = 0 < written < len(data) or self._is_torn and not written
         except OSError:
             self.lost += 1
 
@@ -7814,7 +7766,7 @@ class Gateway:
             exchange.dialect = DIALECTS[name] if name else asked_in(request.headers, head.query)
             handler = find_handler(head, methods)
             exchange.is_shared = methods is ANY_METHOD and not head.path.startswith("/v1/resp")
-            exchange.is_generation = handler in GENERATIONS
+            exchange.is_generation = handler in COUNTED
             if exchange.is_generation:
                 self.metrics.in_flight.add((), 1)
             response = await handler(self, exchange, request)
@@ -7822,6 +7774,10 @@ class Gateway:
             return self.refuse(exchange, error)
         except (ConnectionError, ClientLeft):
             raise
+        except RecursionError:
+            return self.refuse(exchange, bad_answer("The provider's answer is nested too deeply.")
+                               if exchange.answered else
+                               GatewayError(400, "The request is nested too deeply."))
         except Exception as error:
             self.log.crash(error)
             return self.refuse(exchange, GatewayError(500, "The gateway failed."))
@@ -7836,7 +7792,8 @@ class Gateway:
 
     def signed(self, exchange: Exchange, response: Response) -> Response:
         if exchange.is_stream and response.stream is None:
-            response.event = exchange.dialect.error_event(response.body)
+            response.event = exchange.dialect.error_event(
+                b" ".join(response.body.splitlines()))  # a provider's may stand in many lines
         exchange.overhead = exchange.sent - exchange.ready + self.clock() - exchange.came
         id_ = exchange.upstream_id or exchange.id
         response.fields += [(name, id_) for name in exchange.dialect.id_fields]
@@ -7865,6 +7822,7 @@ class Gateway:
         raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
         body = Form(raw, kind) if kind.lower().startswith("multipart/form-data") else Body(raw)
         exchange.bytes_in = len(body.body)
+        exchange.ready = exchange.sent = exchange.came = self.clock()
         if exchange.model:
             model, exchange.is_stream = exchange.model, body.get("stream") is True
         else:
@@ -7898,7 +7856,7 @@ class Gateway:
         if exchange.is_stream:
             is_known = is_dialect or path in CHAT_STREAMS
             watch = (dialect.watch(hides_usage, route.provider.done and is_dialect) if is_known
-                     else LooseWatch(dialect, hide_usage=False, needs_done=False))
+                     else LooseWatch(dialect, False, False))
             stream = PassedStream(self, exchange, route, answer, watch)
             return await self.open_stream(exchange, stream, fields)
         if not is_dialect and "json" not in answer.headers.get("content-type", "json"):
@@ -7947,7 +7905,13 @@ class Gateway:
             fields.append(("content-type", "text/event-stream"))
             return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
-        reply = wire.parse_reply(told, rewrites)
+        try:
+            reply = wire.parse_reply(told, rewrites)
+        except GatewayError as error:  # an error under a 200
+            error.message = mask_text(error.message, route.provider)
+            if error.status in (401, 402):
+                raise key_refused(error.status) from error
+            raise
         reply.model = chat.model
         exchange.usage, exchange.usage_from = wire.usage_in(told), "reported"
         if not exchange.usage:
@@ -8125,6 +8089,8 @@ class Gateway:
         as it comes, and the answer down."""
         self.authenticate(exchange, request)
         head = request.head
+        if head.method == "POST" and re.fullmatch("/v1/responses/[^/]*", head.path):
+            raise GatewayError(404, "There is no such endpoint.", code="not_found")  # with a model
         provider, path = self.router.find_keeper(head.path, self.config.endpoints)
         exchange.route = route = self.router.route_to(provider.name)
         query = "&".join(part for part in head.query.split("&") if part[:4] != "key=")
@@ -8267,7 +8233,7 @@ Tally = TypeVar("Tally", Watch, Parser)
 
 class ProviderStream(Stream, Generic[Tally]):
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
-                 tally: Tally) -> None:
+                 tally: Tally, tell: Callable[[GatewayError], bytes]) -> None:
         super().__init__(answer)
         self.answer = answer
         self.failure: GatewayError | None = None
@@ -8275,9 +8241,12 @@ class ProviderStream(Stream, Generic[Tally]):
         self._exchange = exchange
         self._route = route
         self._tally: Tally = tally
+        self._tell = tell  # of a failure, in the place where the stream is; b"" for the usual words
 
     def feed_first(self, piece: bytes) -> bool:
         self.first += self.feed(piece)
+        if len(self.first) > self._gateway.config.limits.event:
+            raise bad_answer("The provider sent nothing but comments.")
         return not self.ended and COMMENTS.fullmatch(self.first) is not None
 
     def note_first_content(self) -> None:
@@ -8288,10 +8257,7 @@ class ProviderStream(Stream, Generic[Tally]):
     def fail(self, error: GatewayError) -> bytes:
         self.note_failure(error)
         dialect = self._exchange.dialect
-        return self.tell(error) or dialect.render_stream_error(error, self._exchange.id)
-
-    def tell(self, error: GatewayError) -> bytes:
-        raise NotImplementedError
+        return self._tell(error) or dialect.render_stream_error(error, self._exchange.id)
 
     def note_failure(self, error: GatewayError) -> None:
         error.message = mask_text(error.message, self._route.provider)
@@ -8317,7 +8283,7 @@ class PassedStream(ProviderStream[Watch]):
 
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
                  watch: Watch) -> None:
-        super().__init__(gateway, exchange, route, answer, watch)
+        super().__init__(gateway, exchange, route, answer, watch, watch.fail)
         self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
 
     def feed(self, piece: bytes) -> bytes:
@@ -8346,9 +8312,6 @@ class PassedStream(ProviderStream[Watch]):
                 out += self.fail(self._tally.failure)
             self.ended = True
         return out
-
-    def tell(self, error: GatewayError) -> bytes:
-        return self._tally.fail(error)
 
     def close(self) -> None:
         self._cutter.rest()
@@ -8410,7 +8373,7 @@ class ArrayStream(Stream):
 class TranslatedStream(ProviderStream[Parser]):
     def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
                  parser: Parser, renderer: Renderer) -> None:
-        super().__init__(gateway, exchange, route, answer, parser)
+        super().__init__(gateway, exchange, route, answer, parser, renderer.fail)
         self._renderer = renderer
         self._decoder = SSEDecoder(gateway.config.limits.event, gateway.events.take)
         self._has_spoken = False
@@ -8421,9 +8384,6 @@ class TranslatedStream(ProviderStream[Parser]):
     def end(self) -> bytes:
         out = self._translate(self._tally.feed, self._decoder.end())
         return out if self.ended else out + self._translate(lambda end: self._tally.end(), [None])
-
-    def tell(self, error: GatewayError) -> bytes:
-        return self._renderer.fail(error)
 
     def _translate(self, read: Callable[[Any], Events], events: Sequence[Event | None]) -> bytes:
         out: List[bytes] = []
@@ -8474,7 +8434,7 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
     **{f"/v1/{name}{end}": ("chat", ANY_METHOD) for name, end in (
         ("files", ""), ("files", "/"), ("batches", ""), ("batches", "/"), ("responses", "/"))},
 }
-GENERATIONS = (Gateway.generate, Gateway.forward, Gateway.call_model, Gateway.hand_on)
+COUNTED = (Gateway.generate, Gateway.forward, Gateway.call_model, Gateway.hand_on)
 PREFIXES = tuple(path for path in ROUTES if path.endswith("/") and path != "/")
 LIST_SECONDS = 300.0  # that a provider's list of models is believed
 CHAT_STREAMS = frozenset(["/completions"])  # end as those of Chat Completions do
@@ -8508,8 +8468,8 @@ def target_of(base_url: str, path: str) -> str:
 
 def quoted(path: str) -> str:
     """For a request's target; it must not lead out of what it stands below."""
-    if not {".", ".."}.isdisjoint(path.split("/")):
-        raise GatewayError(400, "The path must not have dot segments.")
+    if not {"", ".", ".."}.isdisjoint(path.split("/")[1:]):
+        raise GatewayError(400, "The path must have no empty and no dot segments.")
     return urllib.parse.quote(path, safe="/:@!$&'()*+,;=~")
 
 
@@ -8647,12 +8607,15 @@ def key_refused(status: int) -> GatewayError:
 
 
 def mask(body: bytes, provider: Provider) -> bytes:
-    key = provider.api_key.encode()
-    return body.replace(key, b"***") if key else body
+    for secret in provider.secrets:
+        body = body.replace(secret.encode(), b"***")
+    return body
 
 
 def mask_text(text: str, provider: Provider) -> str:
-    return text.replace(provider.api_key, "***") if provider.api_key else text
+    for secret in provider.secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def plain_error(status: int, body: bytes) -> GatewayError:
@@ -9067,7 +9030,7 @@ class Server:
         return stays and not self.is_draining and not client.transport.is_closing()
 
     async def refuse(self, client: Client, error: GatewayError) -> None:
-        client.lingers = True
+        client.lingers, client.is_committed = True, False
         exchange = Exchange(self._new_id(), self.clock())
         head = RequestHead("", "", "", False, {}, 0)
         try:
@@ -9296,16 +9259,10 @@ def demo_arguments(schema: JSON) -> JSON:
 
 
 def demo_events(reply: Reply) -> Iterator[StreamEvent]:
-    yield Start(reply.id, reply.model)
-    for block in reply.blocks:
-        if isinstance(block, Text):
-            yield BlockStart(Text())
-            yield from map(TextDelta, re.findall(r"\S+\s*", block.text))
-        elif isinstance(block, ToolCall):
-            yield BlockStart(block)
-            yield ArgumentsDelta(encode_json(block.arguments))
-        yield BlockStop()
-    yield Finish(reply.finish, reply.usage)
+    """Word by word."""
+    for event in events_of(reply):
+        words = re.findall(r"\S+\s*", event.text) if isinstance(event, TextDelta) else []
+        yield from map(TextDelta, words) if words else [event]
 
 
 DEMO_CONFIG = """{
@@ -9413,7 +9370,6 @@ SPARE_DESCRIPTORS = 64
 
 
 class PriceLists(NamedTuple):
-
     built_in: Mapping[str, Price]
     own: Mapping[str, Price]
 

@@ -7580,6 +7580,64 @@ def test_a_provider_without_the_endpoint_is_named_no_further(messages_gate: Any)
     assert (answer.status, answer.error["param"]) == (404, "model")
 
 
+# ---- what once went wrong ----
+
+
+def test_comments_are_told_from_events_in_one_way_only() -> None:
+    """A pattern that can match them in two takes twice as long for each more."""
+    assert gateway.COMMENTS.fullmatch(b": PROCESSING\n\n" * 2000 + b"data: x") is None
+    assert gateway.COMMENTS.fullmatch(b": PROCESSING\n\n:\r\n\r\n" * 2000)
+
+
+def test_many_comments_before_a_stream_hold_nobody_up(gate_for: Any) -> None:
+    gate = gate_for([READ, streamed(b": PROCESSING\n\n" * 500, STREAMED)])
+    answer = gate.call(chat(stream=True))
+    assert answer.body == b": PROCESSING\n\n" * 500 + STREAMED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_under_a_200_tells_no_key(gate_for: Any, stream: bool) -> None:
+    told = {"error": {"message": f"Bad key {PROVIDER_KEY}", "type": "server_error"}}
+    answer = streamed(event(told)) if stream else reply(json.dumps(told).encode())
+    gate = gate_for([READ, answer], provider={"wire": "chat"})
+    body = {"max_tokens": 99, **json.loads(chat(stream=stream))}
+    answer_ = gate.call(json.dumps(body).encode(), path=MESSAGES)
+    assert answer_.status >= 500 and PROVIDER_KEY.encode() not in answer_.body
+
+
+def test_a_bad_head_behind_a_stream_gets_an_answer_of_its_own(gate_for: Any) -> None:
+    gate = gate_for(always(streamed(STREAMED)))
+    client = gate.client().send(request(chat(stream=True)))
+    assert client.answer().status == 200
+    assert client.send(b"GET /health HTTP/1.1\r\nHost : gw\r\n\r\n").answer().status == 400
+
+
+@pytest.mark.parametrize("named", ["xboundary=A; boundary=B", "boundary=A; boundary=B", "", "x=A"])
+def test_a_form_has_one_boundary(named: str) -> None:
+    with pytest.raises(GatewayError) as caught:
+        gateway.Form(b"--A\r\n\r\n\r\n--A--", f"multipart/form-data; {named}")
+    assert caught.value.status == 400
+
+
+def test_an_upload_is_no_overhead(gate_for: Any) -> None:
+    gate = gate_for([READ, reply()])
+    sent = request(chat())
+    client = gate.client().send(sent[:-5])
+    gate.settle()
+    gate.skew += 5
+    assert client.send(sent[-5:]).answer().status == 200
+    assert gate.access()["status"] == "200"
+    assert gate.total("llm_overhead_seconds_sum") < 4
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_an_error_of_many_lines_is_one_event(name: str) -> None:
+    pretty = json.dumps({"error": {"message": "No", "type": "server_error"}}, indent=2).encode()
+    told = gateway.DIALECTS[name].error_event(b" ".join(pretty.splitlines()))
+    (event_,) = gateway.SSEDecoder(1 << 20).feed(told)
+    assert "No" in json.dumps(json.loads(event_.data))
+
+
 # ---- any dialect in front of any ----
 
 KIND_OF = {"chat": "openai-compatible", "responses": "openai", "messages": "anthropic",
