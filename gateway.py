@@ -1397,6 +1397,7 @@ class Dialect(Protocol):
     id_fields: Tuple[str, ...] = ("x-request-id",)  # of an answer, where its SDKs look for the id
     streams_arrays: bool = False  # where a stream is not asked for as server-sent events
     history: str = ""  # the field of a request that holds the conversation
+    told: bytes = b'"assistant"'  # stands in every body that holds an answer
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
@@ -1864,7 +1865,7 @@ class ChatCompletions(Dialect):
         return {**chat_head("chat.completion", reply.id, reply.model, created),
                 "choices": [chat_choice("message", message, finish,
                                         [each for text in said for each in text.logprobs])],
-                "usage": render_chat_usage(reply.usage),
+                "usage": render_openai_usage(reply.usage, CHAT_USAGE),
                 **without_none(service_tier=reply.service_tier)}
 
     def render_model(self, name: str, owner: str) -> JSON:
@@ -1874,7 +1875,7 @@ class ChatCompletions(Dialect):
         return {"object": "list", "data": [self.render_model(*model) for model in models]}
 
     def parse_usage(self, wire: object) -> Usage | None:
-        return parse_openai_usage(wire, "prompt_tokens", "completion_tokens")
+        return parse_openai_usage(wire, CHAT_USAGE)
 
     def count_content(self, reply: JSON) -> int:
         return sum(
@@ -2278,26 +2279,31 @@ def render_schema_format(form: Format) -> JSON:
             **without_none(description=form.description)}
 
 
-def parse_openai_usage(wire: object, asked: str, said: str) -> Usage | None:
-    """By its two names of either; the Responses API's come in other answers too."""
+# What the two APIs call what was asked and said, and where the parts of each stand.
+CHAT_USAGE = ("prompt_tokens", "completion_tokens", "prompt_tokens_details",
+              "completion_tokens_details")
+RESPONSES_USAGE = ("input_tokens", "output_tokens", "input_tokens_details",
+                   "output_tokens_details")
+
+
+def parse_openai_usage(wire: object, names: Tuple[str, str, str, str]) -> Usage | None:
+    """The Responses API's names come in other answers too."""
     if not isinstance(wire, dict):
         return None
-    read, written = part_of(wire, f"{asked}_details"), part_of(wire, f"{said}_details")
+    asked, said, asked_details, said_details = names
+    read, written = part_of(wire, asked_details), part_of(wire, said_details)
     return Usage(count(wire.get(asked, wire.get("input_tokens"))),
                  count(wire.get(said, wire.get("output_tokens"))),
                  count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
                  0, count(written.get("reasoning_tokens")))
 
 
-def render_openai_usage(usage: Usage, asked: str, said: str) -> JSON:
+def render_openai_usage(usage: Usage, names: Tuple[str, str, str, str]) -> JSON:
+    asked, said, asked_details, said_details = names
     return {asked: usage.input, said: usage.output, "total_tokens": usage.input + usage.output,
-            f"{asked}_details": {"cached_tokens": usage.cache_read,
-                                 "cache_write_tokens": usage.cache_write},
-            f"{said}_details": {"reasoning_tokens": usage.reasoning}}
-
-
-def render_chat_usage(usage: Usage) -> JSON:
-    return render_openai_usage(usage, "prompt_tokens", "completion_tokens")
+            asked_details: {"cached_tokens": usage.cache_read,
+                            "cache_write_tokens": usage.cache_write},
+            said_details: {"reasoning_tokens": usage.reasoning}}
 
 
 def annotation(citation: JSON, start: int, end: int) -> JSON:
@@ -2542,7 +2548,7 @@ class ChatRenderer(Renderer):
         finish = chat_finish(event.finish, self._calls > 0, self._chat.legacy_functions)
         out += self._chunk({}, finish)
         if self._chat.include_usage:
-            usage = render_chat_usage(event.usage)
+            usage = render_openai_usage(event.usage, CHAT_USAGE)
             out += sse(dump_json({**self._base, "choices": [], "usage": usage}))
         return out + sse(b"[DONE]")
 
@@ -3523,7 +3529,7 @@ class MessagesRenderer(Renderer):
 class Responses(Dialect):
     """OpenAI's Responses (platform.openai.com/docs/api-reference/responses)."""
 
-    name, history = "responses", "input"
+    name, history, told = "responses", "input", b'"type"'
     keepalive = b": keep-alive\n\n"
     plain_fields = (
         ("max_output_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
@@ -3606,7 +3612,7 @@ class Responses(Dialect):
         return len(dump_json(reply.get("output")))
 
     def parse_usage(self, wire: object) -> Usage | None:
-        return parse_openai_usage(wire, "input_tokens", "output_tokens")
+        return parse_openai_usage(wire, RESPONSES_USAGE)
 
 
 STATELESS = "send the whole conversation as 'input', with store: false"
@@ -4215,7 +4221,7 @@ class ResponsesRenderer(Renderer):
         self.response.update(
             status=status, incomplete_details={"reason": reason} if reason else None,
             output=self._output,
-            usage=render_openai_usage(event.usage, "input_tokens", "output_tokens"),
+            usage=render_openai_usage(event.usage, RESPONSES_USAGE),
             **without_none(service_tier=event.service_tier))
         return out + self._event(status, response=self.response)
 
@@ -4294,7 +4300,7 @@ class GenerateContent(Dialect):
     """Gemini's generateContent (ai.google.dev/api/generate-content). The model's name and whether
     it streams stand in the path; for `parse_request` they are put into the body."""
 
-    name, history, streams_arrays = "gemini", "contents", True
+    name, history, told, streams_arrays = "gemini", "contents", b'"model"', True
     keepalive = b"\n"  # its SDKs take neither comments nor names of events
     plain_fields = (
         ("maxOutputTokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
@@ -7842,7 +7848,7 @@ class Gateway:
             hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
                            and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
-            if any(map(body.body.__contains__, MARKS)):
+            if dialect.told in body.body and any(map(body.body.__contains__, MARKS)):
                 values = {**values, dialect.history: without_marks(body.get(dialect.history))}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
