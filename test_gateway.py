@@ -9413,16 +9413,18 @@ ENVELOPE_GW, GEMINI_ENVELOPE = "gw1.W10=", "Z3cxLlsid"
          {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
       {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c"}]}]),
     ("anthropic", MESSAGES, "messages",  # a tool's own arguments are nobody's marks
-     [{"content": [{"type": "tool_use", "id": "c__ts_QUJD",
-                    "input": {"id": "a__ts_b", "extra_content": 1}}]}],
-     [{"content": [{"type": "tool_use", "id": "c",
-                    "input": {"id": "a__ts_b", "extra_content": 1}}]}]),
+     [{"role": "assistant", "content": [
+         {"type": "tool_use", "id": "c__ts_QUJD", "input": {"id": "a__ts_b", "extra_content": 1}}]}],
+     [{"role": "assistant", "content": [
+         {"type": "tool_use", "id": "c", "input": {"id": "a__ts_b", "extra_content": 1}}]}]),
     ("gemini", GENERATE, "contents",
-     [{"parts": [{"text": "t", "thought": True, "thoughtSignature": GEMINI_ENVELOPE},
-                 {"functionCall": {"name": "f", "args": {}}, "thoughtSignature": GEMINI_ENVELOPE},
-                 {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}],
-     [{"parts": [{"functionCall": {"name": "f", "args": {}}},
-                 {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}]),
+     [{"role": "model", "parts": [
+         {"text": "t", "thought": True, "thoughtSignature": GEMINI_ENVELOPE},
+         {"functionCall": {"name": "f", "args": {}}, "thoughtSignature": GEMINI_ENVELOPE},
+         {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}],
+     [{"role": "model", "parts": [
+         {"functionCall": {"name": "f", "args": {}}},
+         {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}]),
 ], ids=["chat", "responses", "messages", "arguments", "gemini"])
 def test_a_passed_conversation_loses_other_vendors_marks(
         gate_for: Any, kind: str, path: str, history: str, before: Any, after: Any) -> None:
