@@ -9414,7 +9414,8 @@ ENVELOPE_GW, GEMINI_ENVELOPE = "gw1.W10=", "Z3cxLlsid"
       {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c"}]}]),
     ("anthropic", MESSAGES, "messages",  # a tool's own arguments are nobody's marks
      [{"role": "assistant", "content": [
-         {"type": "tool_use", "id": "c__ts_QUJD", "input": {"id": "a__ts_b", "extra_content": 1}}]}],
+         {"type": "tool_use", "id": "c__ts_QUJD",
+          "input": {"id": "a__ts_b", "extra_content": 1}}]}],
      [{"role": "assistant", "content": [
          {"type": "tool_use", "id": "c", "input": {"id": "a__ts_b", "extra_content": 1}}]}]),
     ("gemini", GENERATE, "contents",
