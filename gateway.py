@@ -9189,8 +9189,9 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 # ==============================
 # 14. Demo
 #
-# The upstream behind -demo: a real HTTP server on loopback that speaks two wires. It says back what
-# it heard, calls the first tool that it is offered, and counts a token for four characters.
+# The upstream behind -demo: a real HTTP server on loopback that speaks OpenAI's two wires and
+# Anthropic's. It says back what it heard, calls the first tool that it is offered, and counts a
+# token for four characters.
 # ==============================
 
 DEMO_DELAY_SECONDS = 0.03  # between the words of a stream

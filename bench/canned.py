@@ -9,8 +9,10 @@ JSON = Dict[str, Any]
 
 VIRTUAL_KEY = "vk-bench-0123456789abcdef"
 UPSTREAM_KEY = "sk-upstream-bench-0123456789"
-MODELS = {"openai": "gpt-5.2", "anthropic": "claude-sonnet-4-6", "gemini": "gemini-3-flash"}
-MODEL, CLAUDE, GEMINI = MODELS.values()
+MODELS = {"openai": "gpt-5.2", "anthropic": "claude-sonnet-4-6"}
+MODEL, CLAUDE = MODELS.values()
+GEMINI = "gemini-3-flash"
+ALL_MODELS = {**MODELS, "gemini": GEMINI}
 PROMPT_TOKENS, COMPLETION_TOKENS = 187, 48
 # Stands once in every event that a client must see, and nowhere else: one byte cannot be split
 # between two reads, so counting it counts events, without a parser that costs as much as the proxy.

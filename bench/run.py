@@ -158,7 +158,7 @@ def pairs(bench: Bench) -> Iterator[Row]:
         with running(servers.nginx_proxy(bench.home, upstream, "/chat.sse/v1")) as nginx:
             for client, provider, streamed, said, bar in PAIRS:
                 url = f"http://127.0.0.1:{upstream.port}/{streamed}/v1"
-                path, body = canned.asked_in(client, canned.MODELS[provider])
+                path, body = canned.asked_in(client, canned.ALL_MODELS[provider])
                 gateway = bench.build.gateway({provider: url}, about=said)
                 gateway.path = path
                 with running(gateway, "/health"):

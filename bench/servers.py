@@ -230,7 +230,7 @@ class Build:
             "listen": f"127.0.0.1:{port}",
             "providers": {name: {"api_key": canned.UPSTREAM_KEY, "base_url": url, **about}
                           for name, url in urls.items()},
-            "models": {canned.MODELS[name]: {"provider": name} for name in urls},
+            "models": {canned.ALL_MODELS[name]: {"provider": name} for name in urls},
             "api_keys": [{"key": canned.VIRTUAL_KEY, "app": "bench", "allowed_models": ["*"]}],
             **settings,
         }  # fmt: skip
