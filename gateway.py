@@ -5254,7 +5254,7 @@ KINDS: Dict[str, Kind] = {
                    ("x-goog-api-key", "{}"),
                    caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
     # docs.mistral.ai/api has only `max_tokens`; stream_options are a 422
-    # (openai/openai-agents-python, issue 442), and its streams tell their usage unasked.
+    # (github.com/openai/openai-agents-python/issues/442), and its streams tell their usage unasked.
     "mistral": like_openai("https://api.mistral.ai/v1", rename=OLD_FIELD,
                            drop=("stream_options",)),
     # console.groq.com/docs/openai: logprobs, logit_bias and top_logprobs are a 400.
