@@ -1513,13 +1513,6 @@ class Dialect(Protocol):
                 raise root.wrong(key, "must be at least 1")
             setattr(chat, name, value)
 
-    def render_plain_fields(self, chat: Chat, wire: JSON) -> None:
-        first = {name: key for key, name, _ in reversed(self.plain_fields)}
-        for key, name, _ in self.plain_fields:
-            value = getattr(chat, name)
-            if value is not None and first[name] == key:  # where two mean the same
-                wire[key] = value
-
 
 def parse_content(
         holder: Fields, key: str, parts: Mapping[str, Callable[[Fields], Block]]) -> List[Block]:
@@ -7851,9 +7844,7 @@ class Gateway:
             if dialect.told in body.body and any(map(body.body.__contains__, MARKS)):
                 values = {**values, dialect.history: without_marks(body.get(dialect.history))}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
-        if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
-            losses.refuse()  # 400
-        self.count_losses(losses, route)
+        self.settle_losses(request, route, losses, is_strict)  # 400
         body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
@@ -7879,10 +7870,10 @@ class Gateway:
                         body: Body, is_strict: bool) -> Response:
         """The provider speaks another dialect: request and answer go through the model."""
         dialect, losses, caps = exchange.dialect, Losses(), route.target.caps
-        tree = {**body.tree(), "model": exchange.model, "stream": exchange.is_stream}
         if route.provider.forward_auth:
             raise GatewayError(400, "The model's provider takes its own dialect only "
                                     "(forward_auth).", "model", "unsupported_dialect")
+        tree = {**body.tree(), "model": exchange.model, "stream": exchange.is_stream}
         chat = dialect.parse_request(tree, losses)  # 400
         body.forget()
         wires = [DIALECTS[name] for name in route.provider.paths if name in DIALECTS]
@@ -7891,9 +7882,7 @@ class Gateway:
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
         rewrites.answer_id = exchange.id
         route.edits.apply(tree, losses)
-        if is_strict or request.headers.get("x-gateway-strict") == "1":
-            losses.refuse()  # 400
-        self.count_losses(losses, route)
+        self.settle_losses(request, route, losses, is_strict)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
         lines += field_lines(
             field for field in request.headers.items() if field[0] in TRANSLATED_FIELDS)
@@ -7932,7 +7921,11 @@ class Gateway:
         app.check_may_call(request.head.path, exchange.is_shared)
         return app
 
-    def count_losses(self, losses: Losses, route: Route) -> None:
+    def settle_losses(
+            self, request: Request, route: Route, losses: Losses, is_strict: bool) -> None:
+        """Refuses them where that is asked for, else counts them."""
+        if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
+            losses.refuse()
         for name in losses.names:
             self.metrics.dropped.add((name, route.provider.name))
 
