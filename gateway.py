@@ -7064,6 +7064,27 @@ RACE_SECONDS = 1.0  # a kept-alive connection that dies unanswered within it was
 FOREVER = float("inf")
 
 
+class Outbox:
+    """What is written in one turn of the loop goes out together at the start of the next. Who is
+    sent something must be woken, and the sender pays for it: a peer that is awake already costs
+    nothing, and to write at once is to wake it each time, for an eighth of all CPU time."""
+
+    def __init__(self) -> None:
+        self._pieces: List[Tuple[asyncio.Transport, bytes]] = []
+
+    def put(self, transport: asyncio.Transport, data: bytes) -> None:
+        if not self._pieces:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._pieces.append((transport, data))
+        if len(data) > MAX_READ_BYTES:  # what the socket does not take, the transport must count
+            self.flush()
+
+    def flush(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        for transport, data in pieces:
+            transport.write(data)
+
+
 class Wire(asyncio.Protocol):
     """A connection, its deadline, and what came and was not read yet.
 
@@ -7073,7 +7094,7 @@ class Wire(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, max_head: int) -> None:
+    def __init__(self, max_head: int, outbox: Outbox) -> None:
         self.buffer = bytearray()
         self.fed = 0  # bytes that came
         self.sink: Callable[[bytes], None] | None = None
@@ -7085,6 +7106,7 @@ class Wire(asyncio.Protocol):
         self._seen = 0
         self._loop = asyncio.get_running_loop()
         self._max_head = max_head
+        self._outbox = outbox
         self._wanted = 0  # bytes in the buffer before who waits is woken
         self._waiter: asyncio.Future[None] | None = None
         self._drainer: asyncio.Future[None] | None = None
@@ -7200,8 +7222,12 @@ class Wire(asyncio.Protocol):
             return b""
         return self.take(len(self.buffer))
 
+    def write(self, data: bytes) -> None:
+        self._outbox.put(self.transport, data)
+
     async def drain(self) -> None:
         """Waits until the transport holds less than its limit; raises ConnectionResetError."""
+        self._outbox.flush()
         if self._is_full:
             self._drainer = self._loop.create_future()
             await self._drainer
@@ -7215,8 +7241,8 @@ class Wire(asyncio.Protocol):
 
 
 class Connection(Wire):
-    def __init__(self, origin: Origin) -> None:
-        super().__init__(MAX_HEAD_BYTES)
+    def __init__(self, origin: Origin, outbox: Outbox) -> None:
+        super().__init__(MAX_HEAD_BYTES, outbox)
         self.origin = origin
         self.final = FOREVER
         self.is_held = False  # no deadline runs but `final`
@@ -7375,6 +7401,7 @@ class Pool:
         self._idle: Dict[Origin, List[Connection]] = {}
         self._open: Set[Connection] = set()
         self._tls: ssl.SSLContext | None = None
+        self._outbox = Outbox()
 
     async def send(self, provider: Provider, deadlines: Timeouts, payload: Sequence[bytes],
                    is_stream: bool, max_bytes: int,
@@ -7395,7 +7422,7 @@ class Pool:
             self._expect_answer(connection, deadlines, is_stream)
             try:
                 for piece in payload:  # not drained: the answer may come before all is sent
-                    connection.transport.write(piece)
+                    connection.write(piece)
                 if upload:
                     connection.deadline = connection.final = FOREVER
                     is_sent = await upload(connection)
@@ -7454,7 +7481,7 @@ class Pool:
 
     async def _open_connection(self, origin: Origin) -> Connection:
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(origin), origin.host, origin.port,
+            lambda: Connection(origin, self._outbox), origin.host, origin.port,
             ssl=self.tls if origin.is_tls else None, happy_eyeballs_delay=0.25)
         self._open.add(connection)
         return connection
@@ -8131,7 +8158,7 @@ class Gateway:
             exchange.bytes_in += len(piece)
             if connection.buffer or connection.at_eof:
                 return False
-            connection.transport.write(render_chunk(piece) if is_chunked else piece)
+            connection.write(render_chunk(piece) if is_chunked else piece)
             connection.expect("idle", self.clock(), idle)
             try:
                 await connection.drain()
@@ -8145,7 +8172,7 @@ class Gateway:
 
         is_whole = await request.pump(put)
         if is_whole and is_chunked:
-            connection.transport.write(LAST_CHUNK)
+            connection.write(LAST_CHUNK)
         return is_whole
 
     async def list_models(self, exchange: Exchange, request: Request) -> Response:
@@ -8706,7 +8733,7 @@ ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second wi
 
 class Client(Wire):
     def __init__(self, server: Server) -> None:
-        super().__init__(server.limits.head)
+        super().__init__(server.limits.head, server.outbox)
         self._server = server
         self.task: asyncio.Task[None] | None = None
         self.exchange: Exchange | None = None  # while one is open
@@ -8746,7 +8773,7 @@ class Client(Wire):
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
-        self.transport.write(data)
+        super().write(data)
 
     def is_quiet(self, now: float) -> bool:
         exchange = self.exchange
@@ -8960,6 +8987,7 @@ class Server:
         self.timeouts = timeouts
         self.clock = clock
         self.bodies = Budget(limits.bodies)
+        self.outbox = Outbox()
         self.is_draining = False
         self._known = known_fields()
         self._app = app
@@ -9130,6 +9158,7 @@ class Server:
         except GatewayError as error:
             last = stream.fail(error)
             if last is None:  # a cut must not look like an end
+                self.outbox.flush()
                 client.transport.abort()
             else:
                 client.write(framed(last))
@@ -9161,6 +9190,7 @@ class Server:
         self.is_draining = True
         for listener in self._listeners:
             listener.close()
+        self.outbox.flush()
         for client in self._clients:
             if client.phase == "keep_alive" and client.fed == client.consumed:
                 client.transport.abort()
