@@ -251,7 +251,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 9700 and len(SOURCE.encode()) < 420 << 10
+    assert len(lines) < 9800 and len(SOURCE.encode()) < 420 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -418,14 +418,26 @@ EVENTS: list[tuple[str, list[tuple[str, str]]]] = [
 ]
 
 
+def blocks_of(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The whole events of a stream that comes in these pieces, and what it ends in."""
+    cutter = gateway.EventCutter(1 << 20)
+    yield from map(cutter.feed, pieces)
+    yield cutter.rest()
+
+
+def decoded(pieces: Iterable[bytes]) -> list[Event]:
+    events = [gateway.parse_event(raw) for block in blocks_of(pieces)
+              for raw in gateway.split_events(block)]
+    return [event for event in events if event.data]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("text, expected", EVENTS)
 def test_events_are_the_same_however_they_are_cut(
         text: str, expected: list[tuple[str, str]], end: str) -> None:
     stream = text.replace("\n", end).encode()
     for pieces in cuts(stream):
-        decoder = gateway.SSEDecoder(1000)
-        events = [event for piece in pieces for event in decoder.feed(piece)] + decoder.end()
+        events = decoded(pieces)
         assert events == [Event(name, data.encode()) for name, data in expected], pieces
 
 
@@ -450,8 +462,7 @@ def test_the_cutter_gives_whole_events_at_once_and_every_byte(end: str) -> None:
 def test_line_ends_may_be_mixed() -> None:
     stream = b"data: a\r\n\ndata: b\n\r\ndata: c\r\r\ndata: d\n\n"
     for pieces in cuts(stream):
-        decoder = gateway.SSEDecoder(1000)
-        events = [event for piece in pieces for event in decoder.feed(piece)] + decoder.end()
+        events = decoded(pieces)
         assert b"".join(event.data for event in events) == b"abcd", pieces
 
 
@@ -480,7 +491,7 @@ def test_all_unfinished_events_share_one_bound() -> None:
     ("", b'data: {"a":1}\n\n'), ("ping", b'event: ping\ndata: {"a":1}\n\n')])
 def test_written_events_are_read_back(name: str, wire: bytes) -> None:
     assert gateway.sse(b'{"a":1}', name) == wire
-    assert gateway.SSEDecoder(100).feed(wire) == [Event(name, b'{"a":1}')]
+    assert decoded([wire]) == [Event(name, b'{"a":1}')]
 
 
 # ==================================================================================================
@@ -2265,11 +2276,8 @@ def spell(reply: Reply, rng: random.Random) -> Iterator[StreamEvent]:
 def chat_parsed(name: str, chunks: Iterable[bytes],
            rewrites: Rewrites | None = None) -> list[StreamEvent]:
     """The events that a dialect's parser makes of a stream in these pieces."""
-    decoder = gateway.SSEDecoder(1 << 20)
     parser = gateway.DIALECTS[name].parser(rewrites or Rewrites())
-    events = [said for chunk in chunks for event in decoder.feed(chunk)
-              for said in parser.feed(event)]
-    events += [said for event in decoder.end() for said in parser.feed(event)]
+    events = [said for block in blocks_of(chunks) for said in parser.feed(block)]
     return [*events, *parser.end()]
 
 
@@ -2289,6 +2297,43 @@ def test_a_stream_spells_the_same_reply_as_the_body(name: str) -> None:
         byte_by_byte = [[bytes([byte]) for byte in stream]] if seed < 9 else []
         for chunks in [[stream], *byte_by_byte, *every]:
             assert gateway.collect(chat_parsed(name, chunks)) == reply, seed
+
+
+SOME_TEXTS = ["Hi", " é\u2028", '"\\n\n', "\ud83d😀", "}}]"]
+
+
+def streamed_text(name: str, events: Iterable[StreamEvent]) -> bytes:
+    """What a client is told, in an answer that has begun with a text."""
+    renderer = gateway.DIALECTS[name].renderer(Chat("m", []), 7)
+    opening: list[StreamEvent] = [Start("id", "m"), BlockStart(Text())]
+    out = b"".join(map(renderer.feed, [*opening, *events, BlockStop()]))
+    return out + renderer.feed(Finish("stop", Usage(1, 2)))
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_pieces_of_text_go_over_in_runs(name: str) -> None:
+    """Whatever they hold, in whatever pieces, and into every dialect as one by one."""
+    stream = streamed_text(name, map(TextDelta, ["a", *SOME_TEXTS]))
+    for wire in (stream, stream.replace(b"\n", b"\r\n")):
+        runs = [event for event in chat_parsed(name, [wire])
+                if isinstance(event, gateway.TextRun)]
+        assert sum([run.pieces for run in runs], [])[-len(SOME_TEXTS):] == SOME_TEXTS, runs
+        assert len(runs) == 1
+    for other in TRANSLATED:
+        one_by_one = map(TextDelta, runs[0].pieces)
+        assert streamed_text(other, [runs[0]]) == streamed_text(other, one_by_one)
+
+
+@pytest.mark.parametrize("bad", [b'"\\x"', b'"\xff"', b'"\\ud8"', b'"a\tb"'])
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_broken_piece_of_text_breaks_the_stream_there(name: str, bad: bytes) -> None:
+    stream = streamed_text(name, map(TextDelta, ["a", "b", "c", "d"])).replace(b'"d"', bad)
+    parser, said = gateway.DIALECTS[name].parser(Rewrites()), []
+    with pytest.raises(GatewayError, match="not JSON"):
+        for event in parser.feed(stream):
+            said.append(event)
+    whole = gateway.collect([*said, BlockStop()])
+    assert whole.blocks == [Text(text="abc")] and parser.content_bytes == 3
 
 
 @pytest.mark.parametrize("name", TRANSLATED)
@@ -2990,7 +3035,7 @@ def test_usage_is_told_where_it_is_asked_for() -> None:
     assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
     parser = gateway.DIALECTS["messages"].parser(Rewrites())
     start = message_events(whole)[0]
-    parser.feed(gateway.Event("", gateway.dump_json(start)))
+    list(parser.feed(gateway.sse(gateway.dump_json(start))))
     assert parser.usage == Usage(15, 1, 5, 7, 6, 2), "an aborted stream is counted"
     late = [start, {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 9}},
             {"type": "message_stop"}]
@@ -7634,7 +7679,7 @@ def test_an_upload_is_no_overhead(gate_for: Any) -> None:
 def test_an_error_of_many_lines_is_one_event(name: str) -> None:
     pretty = json.dumps({"error": {"message": "No", "type": "server_error"}}, indent=2).encode()
     told = gateway.DIALECTS[name].error_event(b" ".join(pretty.splitlines()))
-    (event_,) = gateway.SSEDecoder(1 << 20).feed(told)
+    (event_,) = decoded([told])
     assert "No" in json.dumps(json.loads(event_.data))
 
 

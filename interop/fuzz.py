@@ -449,8 +449,10 @@ def decoder(draw: Draw) -> None:
     cuts = draw.ConsumeBytes(200)
 
     def decode(pieces: list[bytes]) -> list[Any]:
-        decoder = gw.SSEDecoder(LIMIT)
-        return [event for piece in pieces for event in decoder.feed(piece)] + decoder.end()
+        cutter = gw.EventCutter(LIMIT)
+        blocks = [*map(cutter.feed, pieces), cutter.rest()]
+        events = [gw.parse_event(raw) for block in blocks for raw in gw.split_events(block)]
+        return [event for event in events if event.data]
 
     first = decode([seeds[0]])
     for seed in seeds:
@@ -555,19 +557,17 @@ def reply(name: str, draw: Draw) -> None:
 def stream(name: str, draw: Draw) -> None:
     """A stream in one dialect: its events follow the grammar, and every client can be told."""
     data = b"".join(events_of(draw, name))
-    parser, decoder = DIALECTS[name].parser(rewrites()), gw.SSEDecoder(LIMIT * 9)
+    parser = DIALECTS[name].parser(rewrites())
     renderers = [dialect.renderer(a_chat(), 1) for dialect in DIALECTS.values()]
     said: list[Any] = []
-    for event in [*decoder.feed(data), *decoder.end()]:
-        events = outcome(lambda e=event: parser.feed(e), GatewayError)
-        if events is GatewayError:
-            break
-        said += events
-        for each in events:
+
+    def play() -> None:
+        for event in parser.feed(data):
+            said.append(event)
             for renderer in renderers:
-                renderer.feed(each)
-        if parser.ended:
-            break
+                renderer.feed(event)
+
+    outcome(play, GatewayError)
     assert parser.content_bytes >= 0
     hold_grammar(said)
     outcome(lambda: gw.collect(said), GatewayError)
