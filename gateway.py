@@ -1441,13 +1441,14 @@ class Renderer:
     def feed(self, event: StreamEvent) -> bytes:
         if isinstance(event, TextRun):
             self._said += sum(map(len, event.pieces))
-            say = self._say
-            return say.around(event.strings) if isinstance(say, DeltaTemplate) else (
-                b"".join(map(say, event.pieces)))
+            return self.say_run(event)
         if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
             self._said += len(event.text)
             return self._say(event.text) if event.text else b""
         return self.events[event.__class__](self, event)
+
+    def say_run(self, run: TextRun) -> bytes:
+        return cast(DeltaTemplate, self._say).around(run.strings)
 
     def fail(self, error: GatewayError) -> bytes:
         """What says that the stream failed; nothing where the dialect's own word for it does."""
@@ -4167,25 +4168,26 @@ class ResponsesRenderer(Renderer):
         if part is not None and not isinstance(block, Thinking):
             out += self._event("content_part.added", **self._place, part=part)
         head = encode_json({"type": f"response.{name}.delta", **self._place})[:-1]
-        tail = ',"logprobs":[]' if name == "output_text" else ""
-
-        def say(text: str) -> bytes:
-            self._pieces.append(text)
-            self.sequence += 1
-            return utf8(f"event: response.{name}.delta\ndata: {head},\"delta\":"
-                        f"{encode_string(text)}{tail},\"sequence_number\":{self.sequence - 1}}}"
-                        "\n\n")
-
-        self._say = say
-        if isinstance(block, Thinking):
-            self._say = lambda text: self._open_summary(say, text)
+        self._around = (utf8(f"event: response.{name}.delta\ndata: {head},\"delta\":"),
+                        b',"logprobs":[]' if name == "output_text" else b"")
+        self._say = self._open_summary if isinstance(block, Thinking) else self._delta
         return out
 
-    def _open_summary(self, say: Callable[[str], bytes], text: str) -> bytes:
+    def _delta(self, text: str) -> bytes:
+        return self.say_run(TextRun([text], [utf8(encode_string(text))]))
+
+    def say_run(self, run: TextRun) -> bytes:
+        before, after = self._around
+        self._pieces += run.pieces
+        first, self.sequence = self.sequence, self.sequence + len(run.pieces)
+        return b"".join([b'%b%b%b,"sequence_number":%d}\n\n' % (before, string, after, number)
+                         for number, string in enumerate(run.strings, first)])
+
+    def _open_summary(self, text: str) -> bytes:
         """Of a thought that says something."""
-        self._say = say
+        self._say = self._delta
         return self._event("reasoning_summary_part.added", **self._place,
-                           part={"type": "summary_text", "text": ""}) + say(text)
+                           part={"type": "summary_text", "text": ""}) + self._delta(text)
 
     @staticmethod
     def _grammar(block: Block) -> Tuple[str, JSON]:
