@@ -634,6 +634,7 @@ class Rewrites:
         self.custom: Set[str] = set()  # custom tools, by name, that went out as functions
         self.json_tool = ""  # a hidden tool whose arguments are the answer
         self.answer_id = ""  # for an answer without one
+        self.lost: Set[str] = set()  # what of the answer no other dialect can say
 
 
 class Losses:
@@ -1310,6 +1311,7 @@ class Parser:
     aborted stream is counted."""
 
     text_events: TextEvents
+    needs_done = True  # else a stream of Chat Completions also ends well without its [DONE]
 
     def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
         self.rewrites = rewrites
@@ -1325,6 +1327,9 @@ class Parser:
         self._broken: GatewayError | None = None
         self._block_count = 0
         self._finish = self._service_tier = ""
+        self._live: object = None  # where events name their item: the one that is being told
+        self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
+        self._kept = 0  # characters that wait
 
     def feed(self, block: bytes) -> Iterator[StreamEvent]:
         """What a block of whole events tells. Raises GatewayError."""
@@ -1360,6 +1365,41 @@ class Parser:
     def read_event(self, event: Event) -> Events:
         raise NotImplementedError
 
+    def read_in_turn(self, item: object, wire: JSON) -> Events:
+        """What an event tells, or nothing yet: one item is told to its end, then the next."""
+        if isinstance(item, int) and self._live not in (None, item):
+            self.keep(len(encode_json(wire)))
+            self._later.setdefault(item, []).append(wire)
+            self._text_is_open = False
+            return []
+        return self.read_wire(wire) + self.catch_up()
+
+    def catch_up(self) -> Events:
+        events: Events = []
+        while self._live is None and self._later:
+            waiting = self._later.pop(next(iter(self._later)))
+            events += [said for each in waiting for said in self.read_wire(each)]
+        return events
+
+    def close_all(self) -> Events:
+        """Also the items whose end was not told."""
+        events = self.close_item()
+        while self._later:
+            events += self.catch_up() + self.close_item()
+        return events
+
+    def close_item(self) -> Events:
+        self._live = None
+        return self.close()
+
+    def read_wire(self, wire: JSON) -> Events:
+        raise NotImplementedError
+
+    def keep(self, size: int) -> None:
+        self._kept += size
+        if self._kept > MAX_KEPT_CHARACTERS:
+            raise bad_answer("The provider tells too much at once to be put in order.")
+
     def end(self) -> Events:
         if not self.ended:
             raise cut_stream()
@@ -1381,7 +1421,8 @@ class Parser:
     def open(self, block: Block) -> Events:
         events = [*self.close(), BlockStart(block)]
         self._open, self._block_count, self._arguments = block, self._block_count + 1, []
-        self._text_is_open = isinstance(block, Text) and not block.is_refusal
+        self._text_is_open = (
+            isinstance(block, Text) and not block.is_refusal and not self._later)
         if isinstance(block, ToolCall) and block.name in self.rewrites.custom:
             self._wrapped = []
         return events
@@ -1415,6 +1456,9 @@ class Parser:
         if self._broken and finish != "length":
             raise self._broken
         return [*events, Finish(finish, self.usage or Usage(), refusal, tier)]
+
+
+MAX_KEPT_CHARACTERS = 16 << 20
 
 
 def unwrap_custom(arguments: str) -> str:
@@ -1538,6 +1582,7 @@ class Dialect(Protocol):
         itself: in a stream the HTTP status is 200."""
         detail = wire if isinstance(wire, dict) else {"message": wire}
         code, type_ = detail.get("code"), text_of(detail, "type")
+        type_ = "" if type_ == "error" else type_  # of the event
         message = text_of(detail, "message") or "The provider reported an error."
         if status == 200:
             status = ERROR_STATUSES.get(type_) or ERROR_STATUSES.get(text_of(detail, "code"), 502)
@@ -1649,7 +1694,8 @@ class RequestWriter:
         if self.legal_name.fullmatch(name):
             return name
         legal = f"_{name}"
-        if not self.legal_name.fullmatch(legal):
+        if not self.legal_name.fullmatch(legal) or any(
+                tool.name == legal for tool in self.chat.tools):
             legal = f"{re.sub('[^A-Za-z0-9_]', '_', name)[:54]}_{hashed(name, 8)}"
         legal = legal if self.legal_name.fullmatch(legal) else f"_{legal}"
         self.rewrites.names[legal] = name
@@ -2434,6 +2480,12 @@ class ChatParser(Parser):
             return self.finish()
         return self.read(self.parse(event), "delta")
 
+    def end(self) -> Events:
+        if self.ended or self.needs_done or not self._finish:
+            return super().end()
+        self.ended = True
+        return self.finish()
+
     def read(self, wire: JSON, part: str) -> Events:
         """A chunk, or with `part` "message" a whole answer."""
         if wire.get("error"):
@@ -2494,6 +2546,7 @@ class ChatParser(Parser):
         events: Events = []
         if key != self._open_key:
             if isinstance(self._open, ToolCall):
+                self.keep(len(text))
                 self._waiting.setdefault(key, (block, []))[1].append(text)
                 return []
             events, self._open_key = self.open(block), key
@@ -2882,8 +2935,13 @@ class Messages(Dialect):
             return None
         read = count(wire.get("cache_read_input_tokens"))
         written = count(wire.get("cache_creation_input_tokens"))
+        asked, said = count(wire.get("input_tokens")), count(wire.get("output_tokens"))
+        for step in list_of_objects(wire, "iterations"):
+            if step.get("type") == "compaction":  # which the sums leave out
+                asked += count(step.get("input_tokens"))
+                said += count(step.get("output_tokens"))
         return Usage(
-            count(wire.get("input_tokens")) + read + written, count(wire.get("output_tokens")),
+            asked + read + written, said,
             read, written,
             count(part_of(wire, "cache_creation").get("ephemeral_1h_input_tokens")),
             count(part_of(wire, "output_tokens_details").get("thinking_tokens")))
@@ -2907,7 +2965,7 @@ ERROR_STATUSES = {
     **{type_: status for status, type_ in MESSAGES_ERRORS.items() if status != 409},
     "overloaded_error": 503, "context_length_exceeded": 400, "invalid_api_key": 401,
     "model_not_found": 404, "rate_limit_exceeded": 429, "insufficient_quota": 429,
-    "server_error": 500, "api_error": 500, "server_is_overloaded": 503}
+    "server_error": 500, "api_error": 500, "server_is_overloaded": 503, "invalid_prompt": 400}
 
 
 # ---- from the wire ----
@@ -2992,14 +3050,25 @@ def parse_messages_tool(item: Fields, chat: Chat, losses: Losses) -> None:
         return
     item.skip(*item.wire)
     if kind.startswith("web_search"):
-        chat.web_search = parse_web_search(item)
+        chat.web_search = parse_web_search(item, losses)
     else:
         losses.drop(next((name for name in HOSTED_TOOLS if kind.startswith(name)), "tools"))
 
 
-def parse_web_search(item: Fields) -> JSON:
-    place = item.get("user_location", dict)
-    return {"user_location": {"type": "approximate", "approximate": place}} if place else {}
+def parse_web_search(item: Fields, losses: Losses) -> JSON:
+    """As Chat Completions says it."""
+    if any(value not in (None, True, [], {}) for key, value in item.wire.items()
+           if key not in SEARCH_FIELDS):
+        losses.drop("web_search")
+    place = {key: value for key, value in part_of(item.wire, "user_location").items()
+             if key != "type"}
+    return without_none(
+        user_location={"type": "approximate", "approximate": place} if place else None,
+        search_context_size=item.wire.get("search_context_size"))
+
+
+SEARCH_FIELDS = frozenset(
+    ["type", "name", "cache_control", "user_location", "search_context_size"])
 
 
 def estimate_tokens(chat: Chat) -> int:
@@ -3408,8 +3477,11 @@ class MessagesParser(Parser):
 
     def read_event(self, event: Event) -> Events:
         wire = self.parse(event)
+        return [] if self.ended else self.read_in_turn(wire.get("index"), wire)
+
+    def read_wire(self, wire: JSON) -> Events:
         read = self.events.get(text_of(wire, "type"))
-        return read(self, wire) if read and not self.ended else []  # new kinds may appear
+        return read(self, wire) if read else []  # new kinds may appear
 
     def message_start(self, wire: JSON) -> Events:
         message = part_of(wire, "message")
@@ -3435,13 +3507,14 @@ class MessagesParser(Parser):
         no block: no call of the client's."""
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
-        closed = self.block_stop({})
+        closed, self._live = self.close_item(), wire.get("index")
         if kind == "text" or kind == "tool_use" and name == self.rewrites.json_tool != "":
             made: Block = Text()
         elif kind in ("thinking", "redacted_thinking"):
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
                             is_redacted=kind != "thinking")
         elif kind != "tool_use":
+            self.rewrites.lost.add("content")
             return closed
         else:
             made = self.make_call(text_of(block, "id"), name)
@@ -3458,6 +3531,8 @@ class MessagesParser(Parser):
             return []
         about, kind = part_of(delta, "citation"), text_of(delta, "type")
         text = text_of(delta, MESSAGES_DELTAS.get(kind, ""))
+        if about and about.get("type") != CITATION:
+            self.rewrites.lost.add("citations")
         if about.get("type") == CITATION:
             cited = CitationDelta(self._block_count - 1, parse_citation(about))
             return [cited] if isinstance(block, Text) else []
@@ -3468,18 +3543,21 @@ class MessagesParser(Parser):
             self._input = {}
         return self.say(text)
 
-    def block_stop(self, wire: JSON) -> Events:
+    def close_item(self) -> Events:
         said = encode_json(self._input) if self._input and self._open else ""
         self._input = {}
-        return [*(self.say(said) if said else []), *self.close()]
+        return [*(self.say(said) if said else []), *super().close_item()]
+
+    def block_stop(self, wire: JSON) -> Events:
+        return self.close_item()
 
     def finish(self, wire: JSON) -> Events:
-        self.ended = True
+        self.ended, last = True, self.close_all()
         finish = self._finish or "stop"
         if self.rewrites.json_tool and finish == "tool_calls":
             finish = "stop"
         tier = {"standard": "default", "batch": ""}.get(self._service_tier, self._service_tier)
-        return self.block_stop({}) + self.finished(finish, self._refusal, tier)
+        return last + self.finished(finish, self._refusal, tier)
 
     def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error"), 200)
@@ -3639,8 +3717,6 @@ class Responses(Dialect):
             raise bad_answer("The provider's answer has no output.")
         parser = ResponsesParser(self, rewrites)
         events = parser.created({"response": wire})
-        for item in list_of_objects(wire, "output"):
-            events += parser.item_added({"item": item}) + parser.item_done({"item": item})
         kind = {"incomplete": "response.incomplete", "failed": "response.failed",
                 "cancelled": "response.failed"}
         ended = {"type": kind.get(text_of(wire, "status"), "response.completed"), "response": wire}
@@ -3820,9 +3896,7 @@ def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = 
     else:
         item.skip(*item.wire)
         if kind.startswith("web_search"):
-            place = part_of(item.wire, "user_location")
-            chat.web_search = {"user_location": {"type": "approximate", "approximate": {
-                key: value for key, value in place.items() if key != "type"}}} if place else {}
+            chat.web_search = parse_web_search(item, losses)
         else:
             losses.drop(kind if kind in RESPONSES_TOOLS else "tools")
 
@@ -3957,7 +4031,8 @@ class ResponsesRequest(RequestWriter):
         if chat.web_search is not None:
             place = part_of(part_of(chat.web_search, "user_location"), "approximate")
             tools.append({"type": "web_search", **without_none(
-                user_location={"type": "approximate", **place} if place else None)})
+                user_location={"type": "approximate", **place} if place else None,
+                search_context_size=chat.web_search.get("search_context_size"))})
         if not tools:
             return
         self.wire["tools"] = tools
@@ -4025,13 +4100,19 @@ class ResponsesParser(Parser):
 
     def read_event(self, event: Event) -> Events:
         wire = self.parse(event)
+        return [] if self.ended else self.read_in_turn(wire.get("output_index"), wire)
+
+    def read_wire(self, wire: JSON) -> Events:
         kind = text_of(wire, "type")
-        if self.ended:
-            return []
         if kind in RESPONSES_DELTAS and self._open is not None:
             return self._tell(text_of(wire, "delta"))
+        if kind in RESPONSES_WHOLES and self._open is not None and not self._is_told:
+            return self._tell(text_of(wire, RESPONSES_WHOLES[kind]))
         read = self.events.get(kind)
         return read(self, wire) if read else []  # new kinds may appear
+
+    def note_run(self, run: TextRun, events: bytes) -> None:
+        self._is_told = True
 
     def _tell(self, text: str) -> Events:
         self._is_told = self._is_told or bool(text)
@@ -4044,11 +4125,12 @@ class ResponsesParser(Parser):
         return [Start(text_of(about, "id"), text_of(about, "model"))]
 
     def item_added(self, wire: JSON) -> Events:
-        item, self._is_told = part_of(wire, "item"), False
+        item, self._is_told, self._live = part_of(wire, "item"), False, wire.get("output_index")
         kind = text_of(item, "type")
         if kind == "reasoning":
             return self.open(Thinking())
         if kind not in ("function_call", "custom_tool_call"):
+            self.rewrites.lost.update(["output"] if kind != "message" else [])
             return self.close()
         self._has_called = True
         call = self.make_call(text_of(item, "call_id"), text_of(item, "name"),
@@ -4061,7 +4143,7 @@ class ResponsesParser(Parser):
             self._has_refused = True
         elif kind != "output_text":
             return []
-        self._is_told = True
+        self._is_told = False
         events = self.open(Text(is_refusal=kind == "refusal"))
         self._text_block = self._block_count - 1
         return events
@@ -4076,12 +4158,17 @@ class ResponsesParser(Parser):
         return [CitationDelta(self._text_block, parse_citation(about))]
 
     def item_done(self, wire: JSON) -> Events:
+        """It repeats the item; where only its end is told, it tells all."""
         item, events = part_of(wire, "item"), []  # type: JSON, Events
-        kind, is_told = text_of(item, "type"), self._is_told
+        kind = text_of(item, "type")
+        if kind != "message" and self._open is None:
+            events += self.item_added(wire)
+        is_told = self._is_told
         if kind == "message" and not is_told:
-            for part in list_of_objects(item, "content"):
+            for number, part in enumerate(list_of_objects(item, "content")):
                 said = text_of(part, "text") or text_of(part, "refusal")
-                events += self.part_added({"part": part}) if said else []
+                if said and (number or self._open is None):
+                    events += self.part_added({"part": part})
                 events += self.say(said) if said else []
                 for each in list_of_objects(part, "annotations"):
                     events += self.annotation_added({"annotation": each})
@@ -4094,19 +4181,23 @@ class ResponsesParser(Parser):
                 events.append(SignatureDelta(f"{text_of(item, 'id')}:{encrypted}", "openai"))
         elif isinstance(self._open, ToolCall) and not is_told:
             events += self.say(text_of(item, "arguments") or text_of(item, "input"))
-        return [*events, *self.close()]
+        self._is_told = False
+        return events + self.close_item()
 
     def finish(self, wire: JSON) -> Events:
-        about = part_of(wire, "response")
+        about, events = part_of(wire, "response"), self.close_all()
         self.usage = self._dialect.parse_usage(about.get("usage")) or self.usage
         if wire.get("type") == "response.failed":
             raise self._dialect.parse_error(about.get("error"), 200)
         self.ended = True
+        if not self._block_count:
+            for item in list_of_objects(about, "output"):
+                events += self.item_done({"item": item})
         reason = text_of(part_of(about, "incomplete_details"), "reason")
         finish = "tool_calls" if self._has_called else "refusal" if self._has_refused else "stop"
         if wire.get("type") == "response.incomplete":
             finish = {"content_filter": "filter", "steered": "stop"}.get(reason, "length")
-        return self.finished(finish, "", text_of(about, "service_tier"))
+        return events + self.finished(finish, "", text_of(about, "service_tier"))
 
     def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error") or wire, 200)
@@ -4122,6 +4213,9 @@ class ResponsesParser(Parser):
 RESPONSES_DELTAS = frozenset(f"response.{name}.delta" for name in (
     "output_text", "refusal", "function_call_arguments", "custom_tool_call_input",
     "reasoning_summary_text", "reasoning_text"))
+RESPONSES_WHOLES = {"response.output_text.done": "text", "response.refusal.done": "refusal",
+                    "response.function_call_arguments.done": "arguments",
+                    "response.custom_tool_call_input.done": "input"}
 
 
 class ResponsesRenderer(Renderer):
@@ -4497,6 +4591,8 @@ class CamelFields(Fields):
         value = self.wire.get(key)
         if kind is int and isinstance(value, (float, str)):
             self.wire[key] = whole_number(value)
+        elif kind is list and isinstance(value, dict):  # one may stand for a list of one
+            self.wire[key] = [value]
         return super().get(key, kind)
 
 
@@ -4562,7 +4658,10 @@ class GeminiContents:
             return [self._result(part.child("functionResponse"))]
         media = parse_gemini_media(part)
         if media is None:
-            losses.hint("parts")  # what code was run, and the like
+            kind = next((key for key, value in part.wire.items() if value is not None), "")
+            if kind and kind not in GEMINI_TRACES:
+                raise part.unsupported(kind, "cannot be sent to this model")
+            losses.hint("parts")
             part.skip(*part.wire)
         return [media] if media else []
 
@@ -4589,6 +4688,11 @@ class GeminiContents:
                           content=[*([Text(text=text)] if text else []), *media])
 
 
+# What was run at the provider, and what may stand beside it.
+GEMINI_TRACES = frozenset(["executableCode", "codeExecutionResult", "toolCall", "toolResponse",
+                           "thoughtSignature", "thought", "partMetadata"])
+
+
 def signed_thinking(text: str, signature: str) -> List[Block]:
     """The signature is Gemini's own, or another's envelope, made to look like one."""
     if not signature:
@@ -4607,7 +4711,8 @@ def parse_gemini_media(part: Fields) -> Block | None:
         return None
     about = part.child("inlineData" if is_inline else "fileData")
     title = about.get("displayName") or ""
-    kind, url = (about.get("mimeType") or "").lower(), "" if is_inline else about.need("fileUri")
+    url = "" if is_inline else about.need("fileUri")
+    kind = (about.get("mimeType") or guessed_type(url)).lower()
     if url and (not url.startswith(("http://", "https://")) or GOOGLE_FILES.match(url)):
         raise about.unsupported("fileUri", "names a file in another vendor's store")
     data = "" if url else about.need("data").translate(FROM_URL_SAFE)
@@ -4640,12 +4745,14 @@ def parse_gemini_tools(item: Fields, chat: Chat, losses: Losses) -> None:
             schema = json_schema(about.wire["parameters"])
         about.skip("response", "responseJsonSchema", "behavior")
         chat.tools.append(Tool(about.need("name"), about.get("description") or "", schema))
-    for key in item.wire:
-        if key == "googleSearch":
+    for key, about in item.wire.items():
+        if key == "googleSearch" and about is not None:
             chat.web_search = {}
-        elif key != "functionDeclarations":
+            if about:
+                losses.drop("web_search")
+        elif key != "functionDeclarations" and about is not None:
             losses.drop(key if key in GEMINI_TOOLS else "tools")
-        item.skip(key)
+    item.skip(*item.wire)
 
 
 GEMINI_TOOLS = ("codeExecution", "urlContext", "fileSearch", "computerUse", "googleMaps",
@@ -4665,7 +4772,11 @@ def json_schema(schema: Any) -> Any:
             made[key] = value.lower()
         elif key == "properties" and isinstance(value, dict):
             made[key] = {name: json_schema(item) for name, item in value.items()}
-        elif key == "items":
+        elif key == "defs" and isinstance(value, dict):
+            made["$defs"] = {name: json_schema(item) for name, item in value.items()}
+        elif key == "ref" and isinstance(value, str):
+            made["$ref"] = value.replace("#/defs/", "#/$defs/", 1)
+        elif key in ("items", "additionalProperties"):
             made[key] = json_schema(value)
         elif key == "anyOf" and isinstance(value, list):
             made[key] = [json_schema(item) for item in value]
@@ -4676,6 +4787,8 @@ def json_schema(schema: Any) -> Any:
             made[key] = value
     if about.get("nullable") is True and "type" in made:
         made["type"] = [made["type"], "null"]
+    elif about.get("nullable") is True and "anyOf" in made:
+        made["anyOf"].append({"type": "null"})
     return made
 
 
@@ -4771,11 +4884,12 @@ class GeminiRequest(RequestWriter):
         return [] if isinstance(block, ToolResult) else [render_gemini_media(block)]
 
     def _result(self, block: ToolResult, name: str) -> List[JSON]:
-        text = "\n".join(part.text for part in blocks_of(block.content, Text))
-        media = [part for each in block.content if not isinstance(each, Text)
+        texts = [titled_text(each) if isinstance(each, Document) else each.text
+                 for each in block.content if isinstance(each, (Text, Document)) and each.text]
+        media = [part for each in block.content if not getattr(each, "text", "")
                  for part in self._part(each)]
         about: JSON = {"name": self.tool_name(name),
-                       "response": {"error" if block.is_error else "output": text}}
+                       "response": {"error" if block.is_error else "output": "\n".join(texts)}}
         if self.is_new:
             about.update(id=block.id, **without_none(parts=media))
         return [{"functionResponse": about}, *([] if self.is_new else media)]
@@ -4783,7 +4897,9 @@ class GeminiRequest(RequestWriter):
     def _add_tools(self) -> None:
         choice, tools = self.choice, [self._tool(tool) for tool in self.offered_tools()]
         made: List[JSON] = [{"functionDeclarations": tools}] if tools else []
-        if self.chat.web_search is not None:
+        if self.chat.web_search or self.chat.web_search is not None and tools and not self.is_new:
+            self.losses.drop("web_search")  # older models search or call, not both
+        if self.chat.web_search is not None and (self.is_new or not tools):
             made.append({"googleSearch": {}})
         if made:
             self.wire["tools"] = made
@@ -4800,7 +4916,9 @@ class GeminiRequest(RequestWriter):
         description, schema = self.as_function(tool)
         if tool.strict:
             self.losses.drop("strict")
-        has_any = any(map(schema.get, ("properties", "$ref", "anyOf", "oneOf", "allOf")))
+        has_any = any(map(schema.get, ("properties", "$ref", "anyOf", "oneOf", "allOf",
+                                       "patternProperties"))) or (
+            schema.get("additionalProperties") not in (None, True, False, {}))
         return {"name": self.tool_name(tool.name), **without_none(
             description=description,
             parametersJsonSchema=typed_object(schema) if has_any else None)}
@@ -4833,7 +4951,9 @@ class GeminiRequest(RequestWriter):
     def _add_thinking(self) -> None:
         chat, asked = self.chat, self.asked_effort()
         if asked is None:
-            if chat.thinking is not None and chat.shows_thinking:
+            if chat.thinking is not None and self.caps.thinking == "none":
+                self.losses.drop("thinking")
+            elif chat.thinking is not None and chat.shows_thinking:
                 self.config["thinkingConfig"] = {"includeThoughts": True}
             return
         about: JSON = {"includeThoughts": asked != "none" and chat.shows_thinking}
@@ -4883,10 +5003,15 @@ def render_gemini_media(block: Block) -> JSON:
         return {"text": ""}
     if not block.url:
         return {"inlineData": {"mimeType": block.media_type, "data": block.data}}
-    ending = block.url.partition("?")[0].rpartition(".")[2].lower()
-    guessed = f"image/{ending}" if f"image/{ending}" in IMAGE_TYPES else "image/jpeg"
-    kind = block.media_type or (guessed if isinstance(block, Image) else "application/pdf")
+    kind = block.media_type or guessed_type(block.url) or (
+        "image/jpeg" if isinstance(block, Image) else "application/pdf")
     return {"fileData": {"mimeType": kind, "fileUri": block.url}}
+
+
+def guessed_type(url: str) -> str:
+    ending = url.partition("?")[0].rpartition(".")[2].lower()
+    image = f"image/{'jpeg' if ending == 'jpg' else ending}"
+    return image if image in IMAGE_TYPES else "application/pdf" if ending == "pdf" else ""
 
 
 GEMINI_KEYWORDS = frozenset([
@@ -4905,6 +5030,12 @@ def gemini_schema(schema: Any) -> Any:
     for key, value in schema.items():
         if key == "const":
             clean["enum"] = [value]
+        elif key == "definitions" and isinstance(value, dict):
+            clean["$defs"] = {name: gemini_schema(item) for name, item in value.items()}
+        elif key == "$ref" and isinstance(value, str):
+            clean[key] = value.replace("#/definitions/", "#/$defs/", 1)
+        elif key == "allOf" and isinstance(value, list) and len(value) == 1:
+            clean.update(gemini_schema(part_of({key: value[0]}, key)))
         elif key in SCHEMA_MAPS and key in GEMINI_KEYWORDS and isinstance(value, dict):
             clean[key] = {name: gemini_schema(item) for name, item in value.items()}
         elif key in GEMINI_KEYWORDS:
@@ -4930,7 +5061,7 @@ class GeminiParser(Parser):
     def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
         self._id = self._model = ""
-        self._has_begun = False
+        self._has_begun = self._has_said = False
         self._calls = 0
         self._text_block = -1
         self._text: List[str] = []
@@ -4939,7 +5070,7 @@ class GeminiParser(Parser):
     text_events = TextEvents(
         rb'\{"candidates": ?\[\{"content": ?\{(?:"role": ?"model", ?)?"parts": ?\[\{"text": ?'
         + STRING + rb'\}\](?:, ?"role": ?"model")?\}(?:, ?"index": ?0)?\}\]'
-        rb'(?:, ?"usageMetadata": ?\{.*\})?' + FLAT + rb"\}")
+        rb'(?:, ?"usageMetadata": ?\{(?:(?!"promptFeedback"|"error").)*\})?' + FLAT + rb"\}")
 
     def note_run(self, run: TextRun, events: bytes) -> None:
         self._text += run.pieces
@@ -5010,6 +5141,9 @@ class GeminiParser(Parser):
         if call:
             return self._read_call(call, signature)
         kind, events = (Thinking if part.get("thought") is True else Text), []  # type: Any, Events
+        self._has_said = self._has_said or bool(text) and kind is Text
+        if not signature and "text" not in part:
+            self.rewrites.lost.add("parts")  # a picture, code that was run
         if text:
             if type(self._open) is not kind:
                 events += self.open(kind())
@@ -5027,6 +5161,7 @@ class GeminiParser(Parser):
         minted = f"call_{self._id[-24:]}_{self._calls}"
         call = self.make_call(text_of(about, "id") or minted, text_of(about, "name"))
         self._calls += 1
+        self._has_said = True
         arguments, events = part_of(about, "args"), []  # type: JSON, Events
         if signature:  # which comes back in one of two ways
             call.signature, call.issuer = signature, "gemini"
@@ -5037,7 +5172,7 @@ class GeminiParser(Parser):
     def finish(self) -> Events:
         finish = "filter" if self._finish in GEMINI_FILTERED else "length" if self._finish in (
             "MAX_TOKENS", "CONTINUATION") else "tool_calls" if self._calls else "stop"
-        if self._finish in GEMINI_BROKEN and not self._block_count:
+        if self._finish in GEMINI_BROKEN and not self._has_said:
             raise bad_answer(f"The provider gave no answer: {self._finish}.")
         if not self._finish and not self._block_count:
             raise bad_answer("The provider's answer has no candidates.")
@@ -5090,7 +5225,8 @@ def gemini_end(parts: List[JSON], finish: str, usage: Usage, more: JSON, has_sai
     if has_said or reason != "SAFETY":
         wire = gemini_chunk(parts or [{"text": ""}], head, finishReason=reason, **more)
     return {**wire, "usageMetadata": {
-        "promptTokenCount": usage.input, "candidatesTokenCount": usage.output - usage.reasoning,
+        "promptTokenCount": usage.input,
+        "candidatesTokenCount": max(usage.output - usage.reasoning, 0),
         "totalTokenCount": usage.input + usage.output,
         **without_zeros(cachedContentTokenCount=usage.cache_read,
                         thoughtsTokenCount=usage.reasoning)}}
@@ -7661,8 +7797,9 @@ def unreachable(provider: Provider) -> GatewayError:
 # logs it and touches its metrics.
 # ==============================
 
-BAD_KEY = re.compile(rb"invalid_api_key|authentication_error|unregistered caller"
-                     rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key not valid", re.IGNORECASE)
+BAD_KEY = re.compile(rb"invalid_api_key|authentication_error|unregistered caller|(?:incorrect"
+                     rb"|invalid) (?:x-)?api[ -]key|api key (?:not valid|was reported)",
+                     re.IGNORECASE)
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
 
@@ -7993,29 +8130,32 @@ class Gateway:
         del tree
         chat.turns.clear()
         answer = await self.send(exchange, route, payload)  # 502, 504
-        fields = retry_fields(answer) + lost_fields(losses)
         if answer.status != 200:
             raise await self.translated_error(exchange, route, answer, wire)
         created = int(self.log.wall_clock())
         if exchange.is_stream:
-            stream = TranslatedStream(self, exchange, route, answer, wire.parser(rewrites),
-                                      dialect.renderer(chat, created))
-            fields.append(("content-type", "text/event-stream"))
+            parser = wire.parser(rewrites)
+            parser.needs_done = route.provider.done
+            stream = TranslatedStream(
+                self, exchange, route, answer, parser, dialect.renderer(chat, created))
+            fields = [*retry_fields(answer), *lost_fields(losses),
+                      ("content-type", "text/event-stream")]
             return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
         try:
             reply = wire.parse_reply(told, rewrites)
         except GatewayError as error:  # an error under a 200
-            error.message = mask_text(error.message, route.provider)
-            if error.status in (401, 402):
-                raise key_refused(error.status) from error
-            raise
+            error = translated(error, route.provider)
+            raise error from error.__cause__
         reply.model = chat.model
         exchange.usage, exchange.usage_from = wire.usage_in(told), "reported"
         if not exchange.usage:
             self.estimate(exchange, wire.count_content(told))
+        self.count_lost(rewrites.lost, route)
+        losses.names.update(dict.fromkeys(rewrites.lost, False))
         answered = dump_json(dialect.render_reply(reply, chat, created))
-        return Response(200, [JSON_TYPE, *fields], answered)
+        return Response(
+            200, [JSON_TYPE, *retry_fields(answer), *lost_fields(losses)], answered)
 
     def authenticate(self, exchange: Exchange, request: Request) -> App:
         app = self.keyring.authenticate(
@@ -8029,7 +8169,10 @@ class Gateway:
         """Refuses them where that is asked for, else counts them."""
         if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
             losses.refuse()
-        for name in losses.names:
+        self.count_lost(losses.names, route)
+
+    def count_lost(self, names: Iterable[str], route: Route) -> None:
+        for name in names:
             self.metrics.dropped.add((name, route.provider.name))
 
     def request_lines(
@@ -8125,7 +8268,7 @@ class Gateway:
         body = await self.read_error_body(exchange, route, answer)
         exchange.status, exchange.provider_error = status, error_label(status)
         exchange.error = f"The provider answered {status}."
-        if json_object(body) is None:
+        if told_error(body) is None:
             body = exchange.dialect.render_error(plain_error(status, body), exchange.id)
             fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
         return Response(status, fields, body)
@@ -8134,11 +8277,10 @@ class Gateway:
             self, exchange: Exchange, route: Route, answer: Answer, wire: Dialect) -> GatewayError:
         """A provider's error in the client's dialect: its words are kept, and retry-after."""
         body = await self.read_error_body(exchange, route, answer)
-        told = json_object(body)
-        error = (plain_error(answer.status, body) if told is None else
-                 wire.parse_error(told.get("error") or told, answer.status))
-        error.status = {529: 503, 408: 504}.get(error.status, error.status)
-        error.type = TRANSLATED_TYPES.get(error.type, error.type)
+        told = told_error(body)
+        error = translated(
+            plain_error(answer.status, body) if told is None else
+            wire.parse_error(told.get("error") or told, answer.status), route.provider)
         error.headers = retry_fields(answer) or retry_delay(told)
         return error
 
@@ -8494,10 +8636,10 @@ class TranslatedStream(ProviderStream[Parser]):
                 if self._exchange.ttft is None and isinstance(event, CONTENT_EVENTS):
                     self.note_first_content()
                 out.append(self._renderer.feed(event))
-        except GatewayError as error:
+        except GatewayError as told:
+            error = translated(told, self._route.provider)
             if not any(out) and not self._has_spoken:
-                error.message = mask_text(error.message, self._route.provider)
-                raise
+                raise error from error.__cause__
             out.append(self.fail(error))
         self.ended = self._tally.ended or self.ended
         self._has_spoken = self._has_spoken or any(out)
@@ -8506,6 +8648,7 @@ class TranslatedStream(ProviderStream[Parser]):
     def close(self) -> None:
         self._cutter.rest()
         self._tally.settle()
+        self._gateway.count_lost(self._tally.rewrites.lost, self._route)
         super().close()
 
 
@@ -8682,6 +8825,12 @@ def json_object(body: bytes) -> JSON | None:
     return tree if isinstance(tree, dict) else None
 
 
+def told_error(body: bytes) -> JSON | None:
+    """An error's object; where a stream was asked for, it may stand in an array."""
+    text = body.strip()
+    return json_object(text[1:-1] if text[:1] + text[-1:] == b"[]" else text)
+
+
 def parse_answer(raw: bytes) -> JSON:
     """A plain answer; one that is no JSON object is none. Raises GatewayError(502)."""
     reply = json_object(raw)
@@ -8705,6 +8854,16 @@ def key_refused(status: int) -> GatewayError:
                   ("refused the gateway's key", "upstream_auth_error"))
     return upstream_error(502, f"The provider {what}; its operator must act.", "auth", type=kind,
                           headers=[("x-should-retry", "false")])
+
+
+def translated(error: GatewayError, provider: Provider) -> GatewayError:
+    """A provider's error as clients of another dialect may see it."""
+    if error.status in (401, 402):
+        return key_refused(error.status)
+    error.status = {529: 503, 408: 504}.get(error.status, error.status)
+    error.type = TRANSLATED_TYPES.get(error.type, error.type)
+    error.message = mask_text(error.message, provider)
+    return error
 
 
 def mask(body: bytes, provider: Provider) -> bytes:

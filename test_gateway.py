@@ -251,7 +251,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 9800 and len(SOURCE.encode()) < 420 << 10
+    assert len(lines) < 9950 and len(SOURCE.encode()) < 428 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -3678,7 +3678,7 @@ MESSAGES_TO_CHAT: list[Row] = [
         "web_search_20250305", name="web_search", user_location={
             "type": "approximate", "city": "Bern"})]},
      {"web_search_options": {"user_location": {"type": "approximate", "approximate": {
-         "type": "approximate", "city": "Bern"}}}, "tools": UNSET}, ""),
+         "city": "Bern"}}}, "tools": UNSET}, ""),
     ("6.1 web_search of others", {"tools": [typed("web_search_20250305", name="web_search")]},
      {"tools": UNSET, "web_search_options": UNSET}, "web_search"),
     *[(f"6.1 tool_choice {asks['type']}", {"tools": [F_USE], "tool_choice": asks},
@@ -4154,6 +4154,68 @@ GEMINI_TO_MESSAGES: list[Row] = [
      {"messages": [user("Hi"), spoken("assistant", [text("T"), use("c")]), user([result("c")])]},
      "(thinking)"),
 ]
+
+CHAT_TO_GEMINI += [
+    ("3.1 web search and tools", {"model": "gemini-2.5-flash", "tools": [function("f")],
+                                  "web_search_options": {}},
+     {"tools": [{"functionDeclarations": [{"name": "f"}]}]}, "web_search"),
+    ("3.1 a place to search from", {"web_search_options": {"search_context_size": "low"}},
+     {"tools": [{"googleSearch": {}}]}, "web_search"),
+    ("3.1 thinking of a model without", {
+        "model": "gemini-2.0-flash", "thinking": {"type": "adaptive"}},
+     {"generationConfig": UNSET}, "thinking"),
+    ("1.8 a map", {"tools": [{"type": "function", "function": {"name": "m", "parameters": {
+        "type": "object", "additionalProperties": {"type": "string"}}}}]},
+     {"tools": [{"functionDeclarations": [{"name": "m", "parametersJsonSchema": {
+         "type": "object", "additionalProperties": {"type": "string"}}}]}]}, ""),
+    ("1.8 definitions, allOf of one", {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "n", "schema": {"definitions": {"X": {"type": "string"}}, "allOf": [
+            {"type": "object", "properties": {"a": {"$ref": "#/definitions/X"}}}]}}}},
+     {"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": {
+         "$defs": {"X": {"type": "string"}}, "type": "object",
+         "properties": {"a": {"$ref": "#/$defs/X"}}}}}, ""),
+    ("1.8 names that would meet", {"tools": [function("1x"), function("_1x")]},
+     {"tools": [{"functionDeclarations": [
+         {"name": "_1x_" + gateway.hashed("1x", 8)}, {"name": "_1x"}]}]}, "")]
+MESSAGES_TO_GEMINI += [
+    ("3.2 a document in a result", history(spoken("assistant", [use("c")]), user([result("c", [
+        text("a"), typed("document", title="T", source={
+            "type": "text", "media_type": "text/plain", "data": "b"})])]), tools=[F_USE]),
+     {"contents": [turn("Hi"), turn(ran(id_="c", signature=gateway.NO_SIGNATURE), role="model"),
+                   turn(gave("a\nT\n\nb", id_="c"))]}, "")]
+MESSAGES_TO_RESPONSES += [
+    ("6.1 domains to search in", {"tools": [typed(
+        "web_search_20250305", name="web_search", allowed_domains=["x.org"])]},
+     {"tools": [typed("web_search")]}, "web_search")]
+RESPONSES_TO_MESSAGES += [
+    ("5 filters of a search", {"tools": [typed("web_search", external_web_access=True, filters={
+        "allowed_domains": ["x.org"]})]},
+     {"tools": [typed("web_search_20250305", name="web_search")]}, "web_search")]
+GEMINI_TO_MESSAGES += [
+    ("7b what is null is not there", {"tools": [{
+        "functionDeclarations": [{"name": "f"}], "googleSearch": None, "codeExecution": None}]},
+     {"tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}]}, ""),
+    ("7b domains not to search in", {"tools": [{"googleSearch": {"excludeDomains": ["x.org"]}}]},
+     {"tools": [typed("web_search_20250305", name="web_search")]}, "web_search"),
+    ("7b a part that nobody knows", contents(turn("a", {"hologram": {"a": 1}})), "contents[0]."
+     "parts[1].hologram", ""),
+    ("7b code that was run", contents(turn("a"), turn({"executableCode": {}}, "b", role="model"),
+                                      turn("c")),
+     {"messages": [user("a"), spoken("assistant", "b"), user("c")]}, "(parts)"),
+    ("7b one for a list of one", {"contents": {"role": "user", "parts": {"text": "a"}},
+                                  "systemInstruction": {"parts": {"text": "S"}}},
+     {"messages": [user("a")], "system": "S"}, ""),
+    ("1.9 a file by its ending", contents(turn({"fileData": {"fileUri": "https://x/cat.png?s"}})),
+     {"messages": [user([typed("image", source={"type": "url", "url": "https://x/cat.png?s"})])]},
+     ""),
+    ("7b defs, maps and null", declared({"name": "f", "parameters": {
+        "type": "OBJECT", "defs": {"X": {"type": "STRING"}}, "properties": {
+            "a": {"ref": "#/defs/X"}, "b": {"anyOf": [{"type": "STRING"}], "nullable": True},
+            "c": {"type": "OBJECT", "additionalProperties": {"type": "STRING"}}}}}),
+     {"tools": [{"name": "f", "input_schema": {
+         "type": "object", "$defs": {"X": {"type": "string"}}, "properties": {
+             "a": {"$ref": "#/$defs/X"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+             "c": {"type": "object", "additionalProperties": {"type": "string"}}}}}]}, "")]
 
 PAIRS: list[tuple[str, str, str, list[Row]]] = [  # client, wire, model unless a row names one
     ("chat", "gemini", NEW, CHAT_TO_GEMINI), ("responses", "chat", PLAIN, RESPONSES_TO_CHAT),
@@ -5093,6 +5155,129 @@ def test_a_cancelled_response_is_an_error() -> None:
     with pytest.raises(GatewayError):
         gateway.DIALECTS["responses"].parse_reply(
             responded(spoke("abc"), status="cancelled"), Rewrites())
+
+
+# ---- streams whose events are out of order, or tell only the end ----
+
+
+def added(index: int, item: JSON) -> JSON:
+    return {"type": "response.output_item.added", "output_index": index, "item": item}
+
+
+def done(index: int, item: JSON) -> JSON:
+    return {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+def moved(name: str, index: int, **more: Any) -> JSON:
+    return {"type": f"response.{name}", "output_index": index, **more}
+
+
+def block_at(index: int, block: JSON) -> JSON:
+    return {"type": "content_block_start", "index": index, "content_block": block}
+
+
+def delta_at(index: int, kind: str, **more: Any) -> JSON:
+    return {"type": "content_block_delta", "index": index, "delta": {"type": kind, **more}}
+
+
+BEGUN = {"type": "response.created", "response": {"id": "resp_1", "model": "m"}}
+COMPLETED = {"type": "response.completed", "response": {"output": []}}
+MESSAGE_ENDS = [{"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {}},
+                {"type": "message_stop"}]
+SPOKEN_ITEM = typed("message", content=[typed("output_text", text="hi")])
+ODD_STREAMS: list[tuple[str, str, list[JSON], list[Block], str]] = [
+    ("calls that interleave", "responses", [
+        BEGUN, added(0, fcall("a", "delete", "")), added(1, fcall("b", "list", "")),
+        moved("function_call_arguments.delta", 1, delta='{"n":'),
+        moved("function_call_arguments.delta", 0, delta='{"path":"/x"}'),
+        moved("function_call_arguments.delta", 1, delta="1}"), done(0, fcall("a", "delete")),
+        done(1, fcall("b", "list")), COMPLETED],
+     [ToolCall(id="a", name="delete", arguments={"path": "/x"}),
+      ToolCall(id="b", name="list", arguments={"n": 1})], "tool_calls"),
+    ("a call whose end is not told", "responses", [
+        BEGUN, added(0, fcall("a", "f", "")), added(1, fcall("b", "g", "")),
+        moved("function_call_arguments.delta", 1, delta='{"n":1}'), COMPLETED],
+     [ToolCall(id="a", name="f"), ToolCall(id="b", name="g", arguments={"n": 1})], "tool_calls"),
+    ("only what is done", "responses", [
+        BEGUN, done(0, typed("reasoning", id="rs_1", summary=[], encrypted_content="e")),
+        done(1, SPOKEN_ITEM), done(2, fcall("a", "f", '{"n":1}')), COMPLETED],
+     [Thinking(signature="rs_1:e", issuer="openai"), Text(text="hi"),
+      ToolCall(id="a", name="f", arguments={"n": 1})], "tool_calls"),
+    ("a told item, then one that is only done", "responses", [
+        BEGUN, added(0, fcall("a", "f", "")),
+        moved("function_call_arguments.delta", 0, delta='{"n":1}'),
+        done(0, fcall("a", "f", '{"n":1}')), done(1, SPOKEN_ITEM), COMPLETED],
+     [ToolCall(id="a", name="f", arguments={"n": 1}), Text(text="hi")], "tool_calls"),
+    ("only the end", "responses", [BEGUN, {"type": "response.completed", "response": {
+        "output": [SPOKEN_ITEM]}}], [Text(text="hi")], "stop"),
+    ("parts that are only done", "responses", [
+        BEGUN, added(0, typed("message", content=[])), moved(
+            "content_part.added", 0, part=typed("output_text", text="")),
+        moved("output_text.done", 0, text="hi"), done(0, SPOKEN_ITEM),
+        added(1, fcall("a", "f", "")), moved("function_call_arguments.done", 1,
+                                             arguments='{"n":1}'), COMPLETED],
+     [Text(text="hi"), ToolCall(id="a", name="f", arguments={"n": 1})], "tool_calls"),
+    ("calls that interleave", "messages", [
+        {"type": "message_start", "message": {"id": "1", "usage": {}}},
+        block_at(0, typed("text", text="")), delta_at(0, "text_delta", text="a"),
+        block_at(1, use("c")), delta_at(1, "input_json_delta", partial_json='{"n":1}'),
+        block_at(2, typed("server_tool_use", id="s", name="web_search", input={})),
+        delta_at(0, "text_delta", text="b"), {"type": "content_block_stop", "index": 1},
+        {"type": "content_block_stop", "index": 0}, *MESSAGE_ENDS],
+     [Text(text="ab"), ToolCall(id="c", name="f", arguments={"n": 1})], "tool_calls"),
+]
+
+
+@pytest.mark.parametrize("name, events, blocks, finish", [
+    pytest.param(*row[1:], id=f"{row[1]}: {row[0]}") for row in ODD_STREAMS])
+def test_every_item_is_told_whole_and_in_turn(
+        name: str, events: list[JSON], blocks: list[Block], finish: str) -> None:
+    stream = wire_events(events)
+    for chunks_ in ([stream], [stream[at:at + 1] for at in range(len(stream))]):
+        found = gateway.collect(chat_parsed(name, chunks_))
+        assert (found.blocks, found.finish) == (blocks, finish)
+
+
+@pytest.mark.parametrize("name, opening, more", [
+    ("responses", [BEGUN, added(0, fcall("a", "f", "")), added(1, fcall("b", "g", ""))],
+     lambda text: moved("function_call_arguments.delta", 1, delta=text)),
+    ("messages", [block_at(0, use("a")), block_at(1, use("b"))],
+     lambda text: delta_at(1, "input_json_delta", partial_json=text)),
+    ("chat", [{"choices": [{"delta": {"tool_calls": [
+        {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}]}}]}],
+     lambda text: {"choices": [{"delta": {"content": text}}]})])
+def test_what_waits_for_its_turn_is_bounded(
+        name: str, opening: list[JSON], more: Callable[[str], JSON]) -> None:
+    parser = gateway.DIALECTS[name].parser(Rewrites())
+    opened = [gateway.sse(gateway.dump_json(each)) for each in opening]
+    piece = gateway.sse(gateway.dump_json(more("x" * (1 << 20))))
+    with pytest.raises(GatewayError, match="too much at once") as caught:
+        for block in [*opened, *[piece] * 17]:
+            list(parser.feed(block))
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize("finish", sorted(gateway.GEMINI_BROKEN))
+def test_a_broken_answer_of_thoughts_alone_is_an_error(finish: str) -> None:
+    thought = {"text": "Hm", "thought": True}
+    with pytest.raises(GatewayError, match=finish):
+        gateway.DIALECTS["gemini"].parse_reply(generated(thought, finish=finish), Rewrites())
+    found = gateway.DIALECTS["gemini"].parse_reply(generated("a", finish=finish), Rewrites())
+    assert found.blocks == [Text(text="a")]
+
+
+def test_a_block_behind_the_usage_is_seen() -> None:
+    chunk = {"candidates": [{"content": turn("a", role="model"), "index": 0}]}
+    blocked = {**chunk, "usageMetadata": {}, "promptFeedback": {"blockReason": "SAFETY"}}
+    stream = b"".join(event(each) for each in (chunk, blocked))
+    assert gateway.collect(chat_parsed("gemini", [stream])).finish == "filter"
+
+
+def test_compactions_are_billed() -> None:
+    steps = [{"type": "compaction", "input_tokens": 100, "output_tokens": 50},
+             {"type": "message", "input_tokens": 1, "output_tokens": 2}]
+    told = {"input_tokens": 1, "output_tokens": 2, "iterations": steps}
+    assert gateway.DIALECTS["messages"].parse_usage(told) == Usage(101, 52)
 
 
 # ---- Chat Completions streams, as servers send them ----
@@ -7732,6 +7917,75 @@ def test_any_dialect_stands_in_front_of_any(gate_for: Any, client: str, wire: st
     assert (told.usage.input, told.usage.output, told.usage.cache_read) == (30, 9, 10)
     assert gate.access()["usage"] == "reported"
     assert gate.total("llm_tokens_total", direction="prompt") == 30
+
+
+REFUSED: dict[str, JSON] = {
+    "messages": {"type": "error", "error": {"type": "authentication_error", "message": "bad key"}},
+    "gemini": {"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "bad key"}},
+    "chat": {"error": {"code": "invalid_api_key", "message": "bad key"}}}
+
+
+@pytest.mark.parametrize("is_later", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("wire", list(REFUSED))
+@pytest.mark.parametrize("client", TRANSLATED)
+def test_our_refused_key_is_no_fault_of_a_streams_client(
+        gate_for: Any, client: str, wire: str, is_later: bool) -> None:
+    if client == wire:
+        return
+    renderer = gateway.DIALECTS[wire].renderer(Chat("m", []), 7)
+    said = [Start("id", "m"), BlockStart(Text()), TextDelta("a")]
+    opening = list(filter(None, map(renderer.feed, said))) if is_later else []
+    gate = gate_for([READ, streamed(*opening, event(REFUSED[wire]))],
+                    provider={"kind": KIND_OF[wire]},
+                    models={"house": {"provider": "openai", "model": "up"}})
+    asked = Chat("house", ASKED_TURNS[:2], max_tokens=99, stream=True)
+    body, _ = gateway.DIALECTS[client].render_request(
+        asked, Target("house", CAPS_OF[client]), Losses())
+    path = PATH_OF.get(client) or "/v1beta/models/house:streamGenerateContent?alt=sse"
+    answer_ = gate.call(gateway.dump_json(body), path=path)
+    assert answer_.status == (200 if is_later else 502)
+    assert b"bad key" not in answer_.body and b"refused the gateway's key" in answer_.body
+    if not is_later:
+        assert answer_.headers["x-should-retry"] == "false"
+    assert "bad key" not in str(gate.access())
+
+
+@pytest.mark.parametrize("client", ["messages", "gemini"])
+def test_a_stream_may_end_without_done_in_another_dialect(gate_for: Any, client: str) -> None:
+    last = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    gate = gate_for([READ, streamed(FIRST, delta(), last)],
+                    provider={"kind": "openai-compatible", "done": False},
+                    models={"house": {"provider": "openai", "model": "up"}})
+    body, _ = gateway.DIALECTS[client].render_request(
+        Chat("house", ASKED_TURNS[:2], max_tokens=99, stream=True),
+        Target("house", CAPS_OF[client]), Losses())
+    path = PATH_OF.get(client) or "/v1beta/models/house:streamGenerateContent?alt=sse"
+    told = gateway.collect(chat_parsed(client, [gate.call(
+        gateway.dump_json(body), path=path).body]))
+    assert (told.blocks, told.finish) == ([Text(text=COMPLETION)], "stop")
+
+
+def test_an_error_in_an_array_is_read(gate_for: Any) -> None:
+    told = [{"error": {"code": 429, "message": "quota", "status": "RESOURCE_EXHAUSTED", "details": [
+        {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "30.2s"}]}}]
+    answer_ = reply(json.dumps(told).encode(), status="429 No")
+    gate = gate_for(always(answer_), provider={"kind": "gemini"},
+                    models={"house": {"provider": "openai", "model": "up"}})
+    got = gate.call(chat(True, model="house"))
+    assert (got.status, got.headers["retry-after"], got.error["message"]) == (429, "31", "quota")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_what_is_lost_of_an_answer_is_told(gate_for: Any, stream: bool) -> None:
+    picture = {"inlineData": {"mimeType": "image/png", "data": "aGk="}}
+    body = gateway.dump_json(generated("a", picture))
+    gate = gate_for(always(streamed(event(generated("a", picture))) if stream else reply(body)),
+                    provider={"kind": "gemini"},
+                    models={"house": {"provider": "openai", "model": "up"}})
+    got = gate.call(chat(stream, model="house"))
+    assert got.status == 200
+    assert stream or got.headers["x-gateway-lost"] == "parts"
+    assert gate.access() and gate.total("llm_params_dropped_total", param="parts") == 1
 
 
 def kept(turn: Turn) -> list[Any]:
