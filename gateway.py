@@ -493,7 +493,8 @@ class Thinking(Block):
 
 @dataclass
 class ToolCall(Block):
-    """With freeform `input` instead of `arguments` where the tool is custom."""
+    """With freeform `input` instead of `arguments` where the tool is custom, or what came of
+    arguments that were cut off."""
 
     id: str = ""
     name: str = ""
@@ -806,8 +807,8 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
                 closed.logprobs = [*event.logprobs]
             try:
                 close_block(closed, "".join(said))
-            except GatewayError:
-                pass  # arguments that were cut off; of others the parser told
+            except GatewayError:  # arguments that were cut off; of others the parser told
+                closed.input = "".join(said)  # type: ignore[attr-defined]
         elif isinstance(event, SignatureDelta):
             reply.blocks[-1].signature, reply.blocks[-1].issuer = event
         elif isinstance(event, CitationDelta):
@@ -837,7 +838,8 @@ def events_of(reply: Reply) -> Iterator[StreamEvent]:
                 yield SignatureDelta(block.signature, block.issuer)
         elif isinstance(block, ToolCall):
             yield BlockStart(dataclasses.replace(block, arguments={}, input=""))
-            yield ArgumentsDelta(block.input if block.is_custom else encode_json(block.arguments))
+            yield ArgumentsDelta(block.input if block.is_custom else
+                                 block.input or encode_json(block.arguments))
         else:
             yield BlockStart(block)
         yield BlockStop(block.logprobs if isinstance(block, Text) else ())
@@ -939,7 +941,7 @@ class Fields:
     def hint(self, losses: Losses, keys: Iterable[str]) -> None:
         """What says something here that no other dialect can."""
         for key in keys:
-            if self.skip(key):
+            if self.skip(key) and self.wire[key] is not False:
                 losses.hint(key)
 
     def name_unknown(self, losses: Losses) -> None:
@@ -1158,8 +1160,9 @@ def without_marks(value: Any) -> Any:
     """A conversation for the vendor whose dialect it is in, as its own answers would have left it:
     ids cut back, signatures of others left out with what they stand on."""
     if isinstance(value, list):
-        return [without_marks(item) for item in value
-                if not (isinstance(item, dict) and is_marked(item) and "functionCall" not in item)]
+        kept = [(item, without_marks(item)) for item in value if not (
+            isinstance(item, dict) and is_marked(item) and "functionCall" not in item)]
+        return [own for item, own in kept if own == item or not is_silent(own)]
     if not isinstance(value, dict):
         return value
     foreign = {"thinking_blocks", "extra_content"}
@@ -1170,6 +1173,12 @@ def without_marks(value: Any) -> Any:
             item if key in TOOL_FIELDS else without_marks(item)
             for key, item in value.items() if key not in foreign
             and not (key in SIGNATURE_FIELDS and is_marked({key: item}))}
+
+
+def is_silent(turn: Any) -> bool:
+    """Whether nothing is left of it."""
+    return isinstance(turn, dict) and turn.get("role") in ("assistant", "model") and not any(
+        map(turn.get, ("content", "tool_calls", "function_call", "parts", "refusal")))
 
 
 def is_marked(item: JSON) -> bool:
@@ -1425,6 +1434,7 @@ class Parser:
 
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         name = self.rewrites.names.get(name, name)
+        id_ = id_ or f"call_{self.rewrites.answer_id[-24:]}_{self._block_count}"
         return ToolCall(id=id_, name=name, is_custom=is_custom or name in self.rewrites.custom)
 
     def open(self, block: Block) -> Events:
@@ -1676,10 +1686,13 @@ def parse_cache(part: Fields) -> JSON | None:
 
 
 CACHE_MARKS = frozenset(["cache_control", "prompt_cache_breakpoint"])
+WEB_SEARCH = "web_search"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_USER_CHARACTERS = 64
 # What a turn may hold, where not all.
-TURN_BLOCKS: Dict[str, Any] = {"system": Text, "assistant": (Text, Thinking, ToolCall, Opaque)}
+TURN_BLOCKS: Dict[str, Any] = {
+    "system": Text, "assistant": (Text, Thinking, ToolCall, Opaque),
+    "user": (Text, Image, Document, Audio, ToolResult, Thinking, Opaque)}
 
 
 def hashed(text: str, length: int) -> str:
@@ -1693,6 +1706,7 @@ class RequestWriter:
     legal_id = re.compile("[A-Za-z0-9_-]+")  # of a call
     issuer = ""  # of the signatures that this wire takes
     takes_cache = False
+    has_search = False  # as a tool that can be chosen
     effort_field = "reasoning_effort"  # among the losses
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
@@ -1752,6 +1766,8 @@ class RequestWriter:
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
         names, allowed = {tool.name for tool in chat.tools}, set(choice.allowed or [])
+        if self.chat.web_search is not None and self.has_search:
+            names.add(WEB_SEARCH)
         for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
             if name not in names:
                 raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
@@ -1847,7 +1863,8 @@ class RequestWriter:
 def check_turn(turn: Turn, calls: List[str]) -> None:
     if not all(isinstance(block, TURN_BLOCKS.get(turn.role, Block)) for block in turn.blocks):
         raise unsupported(
-            "messages", f"The {turn.role}'s messages can hold text only for this model.")
+            "messages", "A call of the user's is none." if turn.role == "user" else
+            f"The {turn.role}'s messages can hold text only for this model.")
     if turn.role == "system":
         return
     results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
@@ -1869,8 +1886,9 @@ def is_closed(schema: object, needs_all: bool = False) -> bool:
         return True
     required, properties = schema.get("required"), part_of(schema, "properties")
     is_object = schema.get("type") == "object" or "properties" in schema
+    required = required if isinstance(required, list) else []
     is_open = schema.get("additionalProperties") is not False or needs_all and not (
-        isinstance(required, list) and set(properties).issubset(map(str, required)))
+        set(properties).issubset(map(str, required)))
     return not (is_object and is_open) and all(
         is_closed(value, needs_all) for value in schema.values())
 
@@ -2069,6 +2087,9 @@ def parse_image_part(part: Fields) -> Block:
 def image_at(about: Fields, key: str) -> Image:
     url, detail = about.need(key), about.get("detail") or ""
     media_type, data = parse_data_uri(url) or ("", "")
+    media_type = "image/jpeg" if media_type == "image/jpg" else media_type
+    if not media_type and url[:5].lower() == "data:":
+        raise about.wrong(key, "must be in base64 where it is a data: URI")
     return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
 
 
@@ -2257,8 +2278,10 @@ class ChatRequest(RequestWriter):
         parts = self._parts(block for block in turn.blocks if not isinstance(
             block, (ToolResult, ToolCall)))
         calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
-        if turn.role == "system":  # some servers take no list here
-            parts = [{"type": "text", "text": "\n\n".join(part["text"] for part in parts)}]
+        if turn.role == "system" or parts and turn.role == "assistant" and not any(
+                part["type"] == "refusal" for part in parts):  # some servers take no list here
+            seam = "\n\n" if turn.role == "system" else ""
+            parts = [{"type": "text", "text": seam.join(part["text"] for part in parts)}]
         if pictures or parts or calls:
             yield {"role": turn.role, "content": plain_content([*pictures, *parts]) or None,
                    **without_none(tool_calls=calls)}
@@ -2376,7 +2399,7 @@ def render_thinking_block(block: Thinking) -> JSON:
 
 
 def render_function(call: ToolCall) -> JSON:
-    return {"name": call.name, "arguments": encode_json(call.arguments)}
+    return {"name": call.name, "arguments": call.input or encode_json(call.arguments)}
 
 
 def render_chat_call(call: ToolCall) -> JSON:
@@ -2893,7 +2916,8 @@ class Messages(Dialect):
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the stream that it could have been."""
         if not isinstance(wire.get("content"), list):
-            raise bad_answer("The provider's answer has no content.")
+            raise self.parse_error(wire["error"], 200) if wire.get("error") else (
+                bad_answer("The provider's answer has no content."))
         parser = MessagesParser(self, rewrites)
         events = parser.message_start({"message": wire})
         for block in list_of_objects(wire, "content"):
@@ -3126,7 +3150,7 @@ def render_source(block: Image | Document) -> JSON:
 
 class MessagesRequest(RequestWriter):
     legal_name = re.compile("[A-Za-z0-9_-]{1,128}")
-    issuer, takes_cache = "anthropic", True
+    issuer, takes_cache, has_search = "anthropic", True, True
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(chat, target, losses)
@@ -3487,6 +3511,7 @@ class MessagesParser(Parser):
         self._usage: JSON = {}
         self._input: JSON = {}  # of a call, where it came at once
         self._asked: List[str] | None = None  # of a search at the provider
+        self._is_answer = False  # a call of the hidden tool that nothing was told of yet
         self._refusal = ""
 
     text_events = TextEvents(
@@ -3504,7 +3529,8 @@ class MessagesParser(Parser):
     def message_start(self, wire: JSON) -> Events:
         message = part_of(wire, "message")
         self._note_usage(message)
-        return [Start(text_of(message, "id"), text_of(message, "model"), self.usage)]
+        id_ = text_of(message, "id") or self.rewrites.answer_id
+        return [Start(id_, text_of(message, "model"), self.usage)]
 
     def message_delta(self, wire: JSON) -> Events:
         delta = part_of(wire, "delta")
@@ -3526,7 +3552,8 @@ class MessagesParser(Parser):
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
         closed, self._live = self.close_item(), wire.get("index")
-        if kind == "text" or kind == "tool_use" and name == self.rewrites.json_tool != "":
+        self._is_answer = kind == "tool_use" and name == self.rewrites.json_tool != ""
+        if kind == "text" or self._is_answer:
             made: Block = Text()
         elif kind in ("thinking", "redacted_thinking"):
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
@@ -3563,12 +3590,13 @@ class MessagesParser(Parser):
             is_signature = text and isinstance(block, Thinking)
             return [SignatureDelta(text, "anthropic")] if is_signature else []
         if kind == "input_json_delta" and text:
-            self._input = {}
+            self._input, self._is_answer = {}, False
         return self.say(text)
 
     def close_item(self) -> Events:
-        said = encode_json(self._input) if self._input and self._open else ""
-        self._input = {}
+        is_told = self._open and (self._input or self._is_answer)
+        said = encode_json(self._input) if is_told else ""
+        self._input, self._is_answer = {}, False
         return [*(self.say(said) if said else []), *super().close_item(), *self._searched()]
 
     def _searched(self) -> Events:
@@ -3744,7 +3772,8 @@ class Responses(Dialect):
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the end of the stream that it could have been."""
         if not isinstance(wire.get("output"), list):
-            raise bad_answer("The provider's answer has no output.")
+            raise self.parse_error(wire["error"], 200) if wire.get("error") else (
+                bad_answer("The provider's answer has no output."))
         parser = ResponsesParser(self, rewrites)
         events = parser.created({"response": wire})
         kind = {"incomplete": "response.incomplete", "failed": "response.failed",
@@ -3941,7 +3970,8 @@ def parse_responses_choice(root: Fields, chat: Chat) -> ToolChoice | None:
     choice = root.get("tool_choice", TEXT_OR_OBJECT)
     if choice is None or isinstance(choice, str):
         mode = choice and root.one_of("tool_choice", ("auto", "required", "none"))
-        return ToolChoice(mode) if mode and (chat.tools or mode == "required") else None
+        is_offered = chat.tools or chat.web_search is not None
+        return ToolChoice(mode) if mode and (is_offered or mode == "required") else None
     about = root.child("tool_choice")
     kind = about.need("type")
     if kind == "allowed_tools":
@@ -3950,8 +3980,17 @@ def parse_responses_choice(root: Fields, chat: Chat) -> ToolChoice | None:
         for item in about.children("tools"):
             if item.need("type") in TOOL_KINDS:
                 names.append(flat_name(item))
+            elif item.need("type").startswith(WEB_SEARCH) and chat.web_search is not None:
+                names.append(WEB_SEARCH)
             item.skip(*item.wire)
+        if mode == "required" and not names:
+            raise about.unsupported("tools", "has none that the model's provider has")
+        if WEB_SEARCH not in names:
+            chat.web_search = None
         return ToolChoice(mode, allowed=names)
+    if kind.startswith(WEB_SEARCH) and chat.web_search is not None:
+        about.skip(*about.wire)
+        return ToolChoice("tool", WEB_SEARCH)
     if kind not in TOOL_KINDS:
         raise about.unsupported("type", f"forces the tool {clipped(kind, 40)!r}, which the model's "
                                         "provider does not have")
@@ -3963,7 +4002,7 @@ def parse_responses_choice(root: Fields, chat: Chat) -> ToolChoice | None:
 
 class ResponsesRequest(RequestWriter):
     legal_id = re.compile(".{1,64}", re.DOTALL)
-    issuer = "openai"
+    issuer, has_search = "openai", True
     effort_field = "reasoning.effort"
 
     def render(self) -> JSON:
@@ -4075,8 +4114,10 @@ class ResponsesRequest(RequestWriter):
             self.wire["parallel_tool_calls"] = chat.parallel
 
     def _named(self, name: str) -> JSON:
-        is_custom = any(tool.is_custom for tool in self.chat.tools if tool.name == name)
-        return {"type": TOOL_KINDS[is_custom], "name": self.tool_name(name)}
+        own = [tool for tool in self.chat.tools if tool.name == name]
+        if not own:
+            return {"type": name}
+        return {"type": TOOL_KINDS[own[0].is_custom], "name": self.tool_name(name)}
 
     def _tool(self, tool: Tool) -> JSON:
         wire = {"type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(tool.name),
@@ -4152,7 +4193,8 @@ class ResponsesParser(Parser):
         if self._has_begun:
             return []
         self._has_begun, about = True, part_of(wire, "response")
-        return [Start(text_of(about, "id"), text_of(about, "model"))]
+        id_ = text_of(about, "id") or self.rewrites.answer_id
+        return [Start(id_, text_of(about, "model"))]
 
     def item_added(self, wire: JSON) -> Events:
         item, self._is_told, self._live = part_of(wire, "item"), False, wire.get("output_index")
@@ -4935,7 +4977,8 @@ class GeminiRequest(RequestWriter):
         made: List[JSON] = [{"functionDeclarations": tools}] if tools else []
         if self.chat.web_search or self.chat.web_search is not None and tools and not self.is_new:
             self.losses.drop("web_search")  # older models search or call, not both
-        if self.chat.web_search is not None and (self.is_new or not tools):
+        if self.chat.web_search is not None and choice.mode != "none" and (
+                self.is_new or not tools):
             made.append({"googleSearch": {}})
         if made:
             self.wire["tools"] = made
@@ -8119,7 +8162,9 @@ class Gateway:
                            and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
             if dialect.told in body.body and any(map(body.body.__contains__, MARKS)):
-                values = {**values, dialect.history: without_marks(body.get(dialect.history))}
+                told = body.get(dialect.history)
+                own = without_marks(told)
+                values = values if own == told else {**values, dialect.history: own}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.settle_losses(request, route, losses, is_strict)  # 400
         body.forget()

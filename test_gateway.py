@@ -4218,6 +4218,41 @@ GEMINI_TO_MESSAGES += [
              "a": {"$ref": "#/$defs/X"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]},
              "c": {"type": "object", "additionalProperties": {"type": "string"}}}}}]}, "")]
 
+SEARCHES = [typed("web_search_20250305", name="web_search")]
+RESPONSES_TO_MESSAGES += [
+    ("5 no search now", {"tools": [typed("web_search")], "tool_choice": "none"},
+     {"tools": SEARCHES, "tool_choice": {"type": "none"}}, ""),
+    ("5 a search forced", {"tools": [typed("web_search")], "tool_choice": typed("web_search")},
+     {"tools": SEARCHES, "tool_choice": {"type": "tool", "name": "web_search"}}, ""),
+    ("5 a search required", {"tools": [typed("web_search")], "tool_choice": "required"},
+     {"tools": SEARCHES, "tool_choice": {"type": "any"}}, ""),
+    ("4 a search that is not allowed", {
+        "tools": [typed("web_search"), flat(function("f"))], "tool_choice": typed(
+            "allowed_tools", mode="auto", tools=[typed("function", name="f")])},
+     {"tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
+      "tool_choice": {"type": "auto"}}, ""),
+    ("4 only hosted tools that are not there", {
+        "tools": [flat(function("f")), typed("mcp")], "tool_choice": typed(
+            "allowed_tools", mode="required", tools=[typed("mcp")])}, "tool_choice.tools", "")]
+RESPONSES_TO_GEMINI += [
+    ("5 no search now", {"tools": [typed("web_search")], "tool_choice": "none"},
+     {"tools": UNSET}, "")]
+MESSAGES_TO_RESPONSES += [
+    ("6.1 a search forced", {"tools": SEARCHES, "tool_choice": {
+        "type": "tool", "name": "web_search"}},
+     {"tools": [typed("web_search")], "tool_choice": typed("web_search")}, ""),
+    ("6.1 a search required", {"tools": SEARCHES, "tool_choice": {"type": "any"}},
+     {"tools": [typed("web_search")], "tool_choice": "required"}, ""),
+    ("6.1 what is false tells nothing", {"tools": [{**F_USE, "defer_loading": False}]}, {}, "")]
+MESSAGES_TO_CHAT += [
+    ("6.2 a call of the user's", history(user([use("c")])), "messages", ""),
+    ("6.2 an assistant's texts", history(spoken("assistant", [text("a"), text("b")]), user("c")),
+     {"messages": [user("Hi"), spoken("assistant", "ab"), user("c")]}, ""),
+    ("1.8 a closed object of nothing", {"tools": [{"name": "f", "strict": True, "input_schema": {
+        "type": "object", "properties": {}, "additionalProperties": False}}]},
+     {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+         "type": "object", "properties": {}, "additionalProperties": False}}}]}, "")]
+
 PAIRS: list[tuple[str, str, str, list[Row]]] = [  # client, wire, model unless a row names one
     ("chat", "gemini", NEW, CHAT_TO_GEMINI), ("responses", "chat", PLAIN, RESPONSES_TO_CHAT),
     ("responses", "messages", BOTH, RESPONSES_TO_MESSAGES),
@@ -5269,6 +5304,68 @@ def test_a_broken_answer_of_thoughts_alone_is_an_error(finish: str) -> None:
         gateway.DIALECTS["gemini"].parse_reply(generated(thought, finish=finish), Rewrites())
     found = gateway.DIALECTS["gemini"].parse_reply(generated("a", finish=finish), Rewrites())
     assert found.blocks == [Text(text="a")]
+
+
+@pytest.mark.parametrize("name, wire, status, words", [
+    ("messages", {"type": "error", "error": {"type": "overloaded_error", "message": "Full"}}, 503,
+     "Full"),
+    ("responses", {"error": {"code": "rate_limit_exceeded", "message": "Slow"}}, 429, "Slow"),
+    ("messages", {"type": "message"}, 502, "no content"), ("responses", {}, 502, "no output")])
+def test_an_error_in_place_of_an_answer_is_told(
+        name: str, wire: JSON, status: int, words: str) -> None:
+    with pytest.raises(GatewayError, match=words) as caught:
+        gateway.DIALECTS[name].parse_reply(wire, Rewrites())
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("name, wire", [
+    ("messages", {"content": [{"type": "tool_use", "name": "f"}, {"type": "tool_use", "name": "f"}],
+                  "stop_reason": "tool_use"}),
+    ("responses", {"output": [typed("function_call", name="f"), typed("function_call", name="f")]}),
+    ("chat", {"choices": [{"message": {"tool_calls": [
+        {"function": {"name": "f"}}, {"function": {"name": "f"}}]}}]})])
+def test_ids_that_are_missing_are_made(name: str, wire: JSON) -> None:
+    rewrites = Rewrites()
+    rewrites.answer_id = "gw-12-000001"
+    found = gateway.DIALECTS[name].parse_reply(wire, rewrites)
+    ids = [call_.id for call_ in found.blocks if isinstance(call_, ToolCall)]
+    assert found.id == "gw-12-000001" and len({*ids}) == 2
+    assert all("gw-12-000001" in id_ for id_ in ids)
+
+
+@pytest.mark.parametrize("wire, client", [("chat", "responses"), ("responses", "chat")])
+def test_arguments_that_were_cut_off_are_told_as_they_came(wire: str, client: str) -> None:
+    cut_off = '{"path":"/tmp/x","con'
+    if wire == "chat":
+        told: JSON = {"choices": [{"message": {"tool_calls": [called("c", cut_off)]},
+                                   "finish_reason": "length"}]}
+    else:
+        told = responded(fcall("c", arguments=cut_off), status="incomplete",
+                         incomplete_details={"reason": "max_output_tokens"})
+    found = gateway.DIALECTS[wire].parse_reply(told, Rewrites())
+    body = gateway.DIALECTS[client].render_reply(found, Chat("m", []), 7)
+    assert json.dumps(cut_off)[1:-1] in json.dumps(body)
+
+
+def test_an_empty_object_is_an_answer_too() -> None:
+    rewrites = Rewrites()
+    rewrites.json_tool = "json_answer"
+    whole = message(use("c", "json_answer"), stop="tool_use")
+    assert as_chat(whole, rewrites)["choices"][0]["message"]["content"] == "{}"
+    chunks_ = as_chunks(wire_events(message_events(whole)), rewrites)
+    assert merge(chunks_)["content"] == "{}"
+
+
+@pytest.mark.parametrize("url", ["data:image/svg+xml,<svg/>", "DATA:image/png,x"])
+def test_a_data_uri_that_is_not_base64_is_refused(url: str) -> None:
+    with pytest.raises(GatewayError, match="base64") as caught:
+        understood("chat", {"messages": [user([typed("image_url", image_url={"url": url})])]},
+                   Losses())
+    assert caught.value.status == 400
+    jpg = "data:image/jpg;base64,aGk="
+    chat_ = understood("chat", {"messages": [
+        user([typed("image_url", image_url={"url": jpg})])]}, Losses())
+    assert chat_.turns[0].blocks == [Image(media_type="image/jpeg", data="aGk=")]
 
 
 def test_a_block_behind_the_usage_is_seen() -> None:
@@ -9746,6 +9843,25 @@ def test_a_passed_conversation_loses_other_vendors_marks(
               path=path)
     sent = gate.upstream.requests.get().body
     assert sent.endswith(rest) and json.loads(sent)[history] == after
+
+
+def test_a_conversation_that_only_speaks_of_marks_passes_as_it_is(gate_for: Any) -> None:
+    body = (b'{"model":"house", "max_tokens":9, "messages":[{"role":"user","content":'
+            b'"what is thinking_blocks?"},{"role":"assistant","content":[{"type":"tool_use","id":'
+            b'"c","name":"f","input":{"x":0.30, "y":1E5,"z":"\\u00e9"}}]}]}')
+    gate = gate_for([READ, reply(b"{}")], provider={"kind": "anthropic"})
+    assert gate.call(body, path=MESSAGES).status == 200
+    came = gate.upstream.requests.get(timeout=WAIT).body
+    assert came == body.replace(b'"house"', b'"gpt-real"')
+
+
+@pytest.mark.parametrize("turn_", [
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "gw1.a"}]},
+    {"role": "assistant", "content": None, "thinking_blocks": [{"type": "thinking"}]},
+    {"role": "model", "parts": [{"text": "T", "thought": True, "thoughtSignature": "gw1.a"}]}])
+def test_a_turn_of_which_nothing_is_left_goes(turn_: JSON) -> None:
+    others = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    assert gateway.without_marks([others[0], turn_, others[1]]) == others
 
 
 # ---- counts ----

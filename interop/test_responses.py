@@ -369,6 +369,7 @@ ANSWERS: dict[str, tuple[str, Answer, JSON]] = {
         {
             "text": "It rains.!",
             "cited": [(0, 8, "a:"), (0, 8, "b:"), (9, 10, "c:")],
+            "queries": ["rain?"],
         },
     ),
     "claude: nothing": ("claude", from_claude(), {}),
