@@ -5149,7 +5149,7 @@ class GeminiParser(Parser):
     text_events = TextEvents(
         rb'\{"candidates": ?\[\{"content": ?\{(?:"role": ?"model", ?)?"parts": ?\[\{"text": ?'
         + STRING + rb'\}\](?:, ?"role": ?"model")?\}(?:, ?"index": ?0)?\}\]'
-        rb'(?:, ?"usageMetadata": ?\{(?:(?!"promptFeedback"|"error").)*\})?' + FLAT + rb"\}")
+        rb'(?:, ?"usageMetadata": ?\{[^{}\r\n]*(?:\{[^{}\r\n]*\}[^{}\r\n]*)*\})?' + FLAT + rb"\}")
 
     def note_run(self, run: TextRun, events: bytes) -> None:
         self._text += run.pieces
