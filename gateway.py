@@ -7382,6 +7382,7 @@ class Wire(asyncio.Protocol):
 
     It costs half of what asyncio's streams do, since only one coroutine ever reads; and what comes
     goes to a `sink` at once where there is one: to wake a reader takes a second turn of the loop.
+    With more than 30 attributes an instance shares no keys with the others, for 1.3 kB each.
     """
 
     transport: asyncio.Transport
@@ -7396,7 +7397,6 @@ class Wire(asyncio.Protocol):
         self.phase = ""  # the timeout that `deadline` stands for
         self.renewal = 0.0  # seconds that each piece of data adds; 0 where none does
         self._seen = 0
-        self._loop = asyncio.get_running_loop()
         self._max_head = max_head
         self._outbox = outbox
         self._wanted = 0  # bytes in the buffer before who waits is woken
@@ -7471,7 +7471,7 @@ class Wire(asyncio.Protocol):
             raise self.error or EOFError
         self.resume()
         self._wanted = wanted
-        self._waiter = waiter = self._loop.create_future()
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
         return waiter
 
     def pause(self) -> None:
@@ -7521,7 +7521,7 @@ class Wire(asyncio.Protocol):
         """Waits until the transport holds less than its limit; raises ConnectionResetError."""
         self._outbox.flush()
         if self._is_full:
-            self._drainer = self._loop.create_future()
+            self._drainer = asyncio.get_running_loop().create_future()
             await self._drainer
         if self.transport.is_closing():
             raise ConnectionResetError
