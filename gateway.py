@@ -2248,7 +2248,7 @@ class ChatRequest(RequestWriter):
         self._add_sampling()
         wire.update(without_none(
             stop=self.checked_stops(), user=self.checked_user(), response_format=chat.format
-            and render_chat_format(chat.format)))
+            and render_chat_format(chat.format, self.losses)))
         if chat.web_search is not None and "search" in self.target.model:
             wire["web_search_options"] = chat.web_search
         elif chat.web_search is not None:
@@ -2415,15 +2415,17 @@ def extra_content(call: ToolCall) -> JSON:
     return {"extra_content": google} if call.signature else {}
 
 
-def render_chat_format(form: Format) -> JSON:
+def render_chat_format(form: Format, losses: Losses) -> JSON:
     if form.schema is None:
         return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": render_schema_format(form)}
+    return {"type": "json_schema", "json_schema": render_schema_format(form, losses)}
 
 
-def render_schema_format(form: Format) -> JSON:
+def render_schema_format(form: Format, losses: Losses) -> JSON:
     """Strict only where the schema is as strict mode wants it."""
     strict = form.strict if form.strict is None or is_strict_schema(form.schema) else False
+    if form.strict and not strict:
+        losses.drop("strict")
     return {"name": form.name or "output", "schema": form.schema,
             **({} if strict is None else {"strict": strict}),
             **without_none(description=form.description)}
@@ -4023,7 +4025,7 @@ class ResponsesRequest(RequestWriter):
         options = {name: value for name, value in chat.options.items() if name in SAID_IN_RESPONSES}
         text = without_none(
             verbosity=options.pop("verbosity", None),
-            format=chat.format and render_responses_format(chat.format))
+            format=chat.format and render_responses_format(chat.format, self.losses))
         wire.update(options, **without_none(user=self.checked_user(), text=text or None,
                                             stream=chat.stream or None), store=False)
         self.lose_options(SAID_IN_RESPONSES)
@@ -4110,8 +4112,8 @@ class ResponsesRequest(RequestWriter):
             self.wire["tool_choice"] = {
                 "type": "allowed_tools", "mode": choice.mode, "tools": allowed} if allowed else (
                 self._named(choice.name) if choice.mode == "tool" else choice.mode)
-        if chat.parallel is not None:
-            self.wire["parallel_tool_calls"] = chat.parallel
+        if chat.parallel is not None or chat.legacy_functions:
+            self.wire["parallel_tool_calls"] = bool(chat.parallel) and not chat.legacy_functions
 
     def _named(self, name: str) -> JSON:
         own = [tool for tool in self.chat.tools if tool.name == name]
@@ -4147,10 +4149,10 @@ SAID_IN_RESPONSES = frozenset([
     "prompt_cache_retention", "moderation", "verbosity", "store"])
 
 
-def render_responses_format(form: Format) -> JSON:
+def render_responses_format(form: Format, losses: Losses) -> JSON:
     if form.schema is None:
         return {"type": "json_object"}
-    return {"type": "json_schema", **render_schema_format(form)}
+    return {"type": "json_schema", **render_schema_format(form, losses)}
 
 
 # ---- answers ----

@@ -3416,7 +3416,7 @@ RESPONSES_TO_CHAT: list[Row] = [
      format_(CHAT_SHAPE, name="n", strict=True, description="D"), ""),
     ("1.8 strict of an open schema", {"text": {"format": typed(
         "json_schema", name="n", schema=OPEN, strict=True)}},
-     format_(OPEN, name="n", strict=False), ""),
+     format_(OPEN, name="n", strict=False), "strict"),
     ("4 text.verbosity", {"model": GPT5, "text": {"verbosity": "low"}}, {"verbosity": "low"}, ""),
     ("4 tools", {"tools": [
         flat(function("f", description="D", parameters=CHAT_SHAPE, strict=True)),
@@ -5373,6 +5373,11 @@ def test_a_block_behind_the_usage_is_seen() -> None:
     blocked = {**chunk, "usageMetadata": {}, "promptFeedback": {"blockReason": "SAFETY"}}
     stream = b"".join(event(each) for each in (chunk, blocked))
     assert gateway.collect(chat_parsed("gemini", [stream])).finish == "filter"
+
+
+def test_deprecated_functions_are_called_one_at_a_time() -> None:
+    sent, losses, _ = carry("chat", "responses", {"functions": [{"name": "f"}]}, GPT52)
+    assert sent["parallel_tool_calls"] is False and not losses
 
 
 def test_compactions_are_billed() -> None:
