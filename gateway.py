@@ -1511,6 +1511,7 @@ class Renderer:
         return self.events[event.__class__](self, event)
 
     def say_run(self, run: TextRun) -> bytes:
+        """Of the open text, which every dialect but one says by a template."""
         return cast(DeltaTemplate, self._say).around(run.strings)
 
     def fail(self, error: GatewayError) -> bytes:
@@ -2923,7 +2924,7 @@ class Messages(Dialect):
         parser = MessagesParser(self, rewrites)
         events = parser.message_start({"message": wire})
         for block in list_of_objects(wire, "content"):
-            events += parser.block_start({"content_block": block}) + parser.block_stop({})
+            events += parser.block_start({"content_block": block}) + parser.close_item()
         return collect([*events, *parser.message_delta({"delta": wire}), *parser.finish({})])
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
@@ -3607,9 +3608,6 @@ class MessagesParser(Parser):
         asked, self._asked = parse_chunk(sse(utf8("".join(self._asked)))), None
         return self.open(Search(query=text_of(asked, "query"))) + self.close()
 
-    def block_stop(self, wire: JSON) -> Events:
-        return self.close_item()
-
     def finish(self, wire: JSON) -> Events:
         self.ended, last = True, self.close_all()
         finish = self._finish or "stop"
@@ -3623,7 +3621,8 @@ class MessagesParser(Parser):
 
     events: Mapping[str, Callable[[Any, JSON], Events]] = {
         "message_start": message_start, "content_block_start": block_start,
-        "content_block_delta": block_delta, "content_block_stop": block_stop,
+        "content_block_delta": block_delta,
+        "content_block_stop": lambda self, wire: self.close_item(),
         "message_delta": message_delta, "message_stop": finish, "error": fail}
 
 
@@ -4204,7 +4203,8 @@ class ResponsesParser(Parser):
         if kind == "reasoning":
             return self.open(Thinking())
         if kind not in ("function_call", "custom_tool_call"):
-            self.rewrites.lost.update(["output"] if kind != "message" else [])
+            if kind != "message":
+                self.rewrites.lost.add("output")
             return self.close()
         self._has_called = True
         call = self.make_call(text_of(item, "call_id"), text_of(item, "name"),
@@ -4850,10 +4850,9 @@ def json_schema(schema: Any) -> Any:
     for key, value in about.items():
         if key == "type" and isinstance(value, str):
             made[key] = value.lower()
-        elif key == "properties" and isinstance(value, dict):
-            made[key] = {name: json_schema(item) for name, item in value.items()}
-        elif key == "defs" and isinstance(value, dict):
-            made["$defs"] = {name: json_schema(item) for name, item in value.items()}
+        elif key in ("properties", "defs") and isinstance(value, dict):
+            made[key.replace("defs", "$defs")] = {
+                name: json_schema(item) for name, item in value.items()}
         elif key == "ref" and isinstance(value, str):
             made["$ref"] = value.replace("#/defs/", "#/$defs/", 1)
         elif key in ("items", "additionalProperties"):
@@ -5111,14 +5110,13 @@ def gemini_schema(schema: Any) -> Any:
     for key, value in schema.items():
         if key == "const":
             clean["enum"] = [value]
-        elif key == "definitions" and isinstance(value, dict):
-            clean["$defs"] = {name: gemini_schema(item) for name, item in value.items()}
+        elif key in SCHEMA_MAPS and isinstance(value, dict):
+            clean[key.replace("definitions", "$defs")] = {
+                name: gemini_schema(item) for name, item in value.items()}
         elif key == "$ref" and isinstance(value, str):
             clean[key] = value.replace("#/definitions/", "#/$defs/", 1)
         elif key == "allOf" and isinstance(value, list) and len(value) == 1:
-            clean.update(gemini_schema(part_of({key: value[0]}, key)))
-        elif key in SCHEMA_MAPS and key in GEMINI_KEYWORDS and isinstance(value, dict):
-            clean[key] = {name: gemini_schema(item) for name, item in value.items()}
+            clean.update(*list_of_objects({key: gemini_schema(value)}, key))
         elif key in GEMINI_KEYWORDS:
             clean[key] = value if key in SCHEMA_VALUES else gemini_schema(value)
     return clean
@@ -5492,7 +5490,7 @@ class Kind(NamedTuple):
     drop: Tuple[str, ...] = ()  # fields of the body that it refuses
     rename: Tuple[Tuple[str, str], ...] = ()
     keeps: Tuple[str, ...] = ()  # what it keeps for its clients: endpoints that name no model
-    models: str = "/models"  # its list of them, on one page
+    whole_list: str = ""  # the query that puts its list of models on one page
 
 
 BEARER = ("authorization", "Bearer {}")
@@ -5535,10 +5533,10 @@ KINDS: Dict[str, Kind] = {
     "azure": Kind(None, "", AZURE_CHAT, ("api-key", "{}"), caps=OPENAI_CAPS),
     "openai-compatible": LOCAL,
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
-                      headers=(ANTHROPIC_VERSION,), models="/models?limit=1000",
+                      headers=(ANTHROPIC_VERSION,), whole_list="?limit=1000",
                       caps=Caps("none", "adaptive", efforts=ALL_EFFORTS, mid_system=True)),
     "gemini": Kind("https://generativelanguage.googleapis.com/v1beta", "/v1beta", GEMINI,
-                   ("x-goog-api-key", "{}"), models="/models?pageSize=1000",
+                   ("x-goog-api-key", "{}"), whole_list="?pageSize=1000",
                    caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
     # docs.mistral.ai/api has only `max_tokens`; stream_options are a 422
     # (github.com/openai/openai-agents-python/issues/442), and its streams tell their usage unasked.
@@ -8491,9 +8489,8 @@ class Gateway:
         until, names = self._listed.get(provider.name, (float("-inf"), []))
         if self.clock() < until:
             return names
-        path, mark, query = provider.row.models.partition("?")
-        lines, _ = provider_lines(
-            provider, target_of(provider.base_url, path) + mark + query, "GET", "")
+        target = target_of(provider.base_url, "/models") + provider.row.whole_list
+        lines, _ = provider_lines(provider, target, "GET", "")
         head = f"{lines}{default_lines(provider, ())}\r\n".encode("latin-1")
         try:
             answer = await self.pool.send(
