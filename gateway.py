@@ -188,7 +188,7 @@ class Usage:
 
 
 def count(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if type(value) is int and value > 0 else 0  # True is none
 
 
 # ------------------------------
@@ -900,7 +900,7 @@ class Fields:
         if value is None:
             return None
         self._unread.discard(key)
-        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if type(value) is kind or isinstance(value, kind) and not isinstance(value, bool):
             return value
         raise self.wrong(key, f"must be {TYPE_NAMES[kind]}")
 
@@ -3227,7 +3227,6 @@ class MessagesRequest(RequestWriter):
         Audio: _audio, Thinking: lambda self, block: render_thinking_block(block),
         ToolCall: _call, ToolResult: _result, Opaque: lambda self, block: block.wire}
 
-
     def _add_turns(self) -> None:
         """Later system turns stay where the model takes them, so that what is cached before them
         holds."""
@@ -3545,9 +3544,10 @@ class MessagesParser(Parser):
 
     def _note_usage(self, wire: JSON) -> None:
         told = part_of(wire, "usage")
-        self._usage.update({key: value for key, value in told.items() if value is not None})
-        self._service_tier = text_of(told, "service_tier") or self._service_tier
-        self.usage = self._dialect.parse_usage(self._usage) if self._usage else None
+        if told:
+            self._usage.update({key: value for key, value in told.items() if value is not None})
+            self._service_tier = text_of(told, "service_tier") or self._service_tier
+            self.usage = self._dialect.parse_usage(self._usage)
 
     def block_start(self, wire: JSON) -> Events:
         """Some servers' blocks bring all at once, as in a plain answer. A server tool's traces are
@@ -6711,15 +6711,7 @@ def quote_log(value: str) -> str:
 
 
 def render_log(fields: Iterable[Tuple[str, object]]) -> str:
-    return "".join([f" {key}={show(value) if value.__class__ in SHOWN else value}"
-                    for key, value in fields])
-
-
-SHOWN = frozenset([str, bool])
-
-
-def show(value: object) -> str:
-    return quote_log(value) if isinstance(value, str) else str(value).lower()
+    return "".join([f" {key}={quote_log(str(value))}" for key, value in fields])
 
 
 def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
@@ -6917,15 +6909,20 @@ class ChunkedFraming(Framing):
                 piece = data[at:at + self._left]
                 at += len(piece)
                 pieces.append(self._take(piece))
+            elif self._in_trailers:
+                at = self._end_trailers(data, at)
+            elif data.startswith(LAST_CHUNK, at):
+                at, self.done = at + len(LAST_CHUNK), True
             else:
-                at = self._end_trailers(data, at) if self._in_trailers else \
-                    self._open_chunk(data, at)
+                at = self._open_chunk(data, at)
         self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _take(self, piece: bytes) -> bytes:
         before = self._left
         self._left -= len(piece)
+        if not self._left and piece[-2:] == b"\r\n":  # as nearly always
+            return piece[:-2]
         data = piece[:max(before - 2, 0)]
         if not b"\r\n"[2 - min(before, 2):].startswith(piece[len(data):]):
             raise ValueError("a chunk is longer than it says")
@@ -7082,12 +7079,12 @@ ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
     "x-request-id", "request-id", "x-gateway-id"])
 
 
-def with_named(dropped: FrozenSet[str], headers: Headers) -> FrozenSet[str]:
-    """And the fields that Connection names, which speak of one connection too."""
+def names_but(dropped: FrozenSet[str], headers: Headers) -> Iterator[str]:
+    """Those of the fields that go on. What Connection names speaks of one connection too."""
     named = headers.get("connection", "").lower()
-    if named in ("", "keep-alive", "close"):
-        return dropped
-    return dropped.union(name.strip() for name in named.split(","))
+    if named not in ("", "keep-alive", "close"):
+        dropped = dropped.union(name.strip() for name in named.split(","))
+    return itertools.filterfalse(dropped.__contains__, headers)
 
 
 def field_lines(fields: Iterable[Tuple[str, str]]) -> str:
@@ -7095,9 +7092,9 @@ def field_lines(fields: Iterable[Tuple[str, str]]) -> str:
 
 
 def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
-    dropped = with_named(dropped, head.headers)
-    return field_lines([field for field in head.headers.items() if field[0] not in dropped
-                        and not field[0].startswith(PREFIXES_ONLY_HERE)])
+    headers = head.headers
+    return "".join([f"{name}: {headers[name]}\r\n" for name in names_but(dropped, headers)
+                    if not name.startswith(PREFIXES_ONLY_HERE)])
 
 
 # ==============================
@@ -7908,17 +7905,19 @@ class Log:
                     render_log([*head, *fields])[1:])
 
     def access(self, exchange: Exchange, meter: Meter) -> None:
-        fields = access_fields(exchange)
+        own, told = own_log_fields(exchange), told_log_fields(exchange)
         if self._as_json:
             return self.line("INFO", "access", [
                 ("request_id", exchange.id), ("method", exchange.method), ("path", exchange.path),
                 ("status", exchange.status), ("duration_ms", round(exchange.duration * 1000, 1)),
-                *meter.log_fields, *fields])
+                *meter.log_fields, ("stream", exchange.is_stream), *own.items(), *told])
         return self._write(
             f"time={self._now()} level=INFO msg=access request_id={exchange.id} "
             f"method={quote_log(exchange.method)} path={quote_log(exchange.path)} "
             f"status={exchange.status} duration_ms={exchange.duration * 1000:.1f}"
-            f"{meter.log_text}{render_log(fields)}")
+            f"{meter.log_text} stream={'true' if exchange.is_stream else 'false'}"
+            + " %s=%s" * len(own) % tuple(itertools.chain.from_iterable(own.items()))
+            + render_log(told))
 
     def _now(self) -> str:
         now = self.wall_clock()
@@ -8207,7 +8206,7 @@ class Gateway:
         self.settle_losses(request, route, losses, is_strict)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
         lines += field_lines(
-            field for field in request.headers.items() if field[0] in TRANSLATED_FIELDS)
+            (name, request.headers[name]) for name in TRANSLATED_FIELDS if name in request.headers)
         payload = with_head(lines + default_lines(route.provider, ()), dump_json(tree))
         del tree
         chat.turns.clear()
@@ -8870,8 +8869,8 @@ def with_head(lines: str, body: bytes) -> List[bytes]:
 
 
 def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
-    dropped = with_named(ANSWER_ONLY_HERE, answer.headers)
-    return [field for field in answer.headers.items() if field[0] not in dropped]
+    headers = answer.headers
+    return [(name, headers[name]) for name in names_but(ANSWER_ONLY_HERE, headers)]
 
 
 TRANSLATED_FIELDS = ("idempotency-key", "traceparent")
@@ -8974,26 +8973,28 @@ class Dollars(float):
         return f"{self:.9f}".rstrip("0").rstrip(".")
 
 
-def access_fields(exchange: Exchange) -> List[Tuple[str, object]]:
-    fields: List[Tuple[str, object]] = [("stream", exchange.is_stream)]
+def own_log_fields(exchange: Exchange) -> Dict[str, object]:
+    """What needs no quotes."""
+    fields: Dict[str, object] = {}
     usage = exchange.usage
     if usage is not None:
-        fields += [("prompt_tokens", usage.input), ("completion_tokens", usage.output)]
-        if usage.cache_read or usage.cache_write or usage.reasoning:
-            fields += [(name, value) for name, value in (
-                ("cache_read_tokens", usage.cache_read), ("cache_write_tokens", usage.cache_write),
-                ("reasoning_tokens", usage.reasoning)) if value]
+        fields["prompt_tokens"], fields["completion_tokens"] = usage.input, usage.output
+        for name in ("cache_read", "cache_write", "reasoning"):
+            if getattr(usage, name):
+                fields[f"{name}_tokens"] = getattr(usage, name)
     if exchange.cost is not None:
-        fields.append(("cost", Dollars(exchange.cost / 10**9)))
-    fields += [("usage", exchange.usage_from), ("bytes_in", exchange.bytes_in),
-               ("bytes_out", exchange.bytes_out)]
+        fields["cost"] = Dollars(exchange.cost / 10**9)
+    fields["usage"] = exchange.usage_from
+    fields["bytes_in"], fields["bytes_out"] = exchange.bytes_in, exchange.bytes_out
     if exchange.ttft is not None:
-        fields.append(("ttft_ms", round(exchange.ttft * 1000, 1)))
-    if exchange.upstream_id:
-        fields.append(("upstream_request_id", exchange.upstream_id))
-    if exchange.error:
-        fields.append(("error", exchange.error))
-    return [*fields, *exchange.logged_headers]
+        fields["ttft_ms"] = round(exchange.ttft * 1000, 1)
+    return fields
+
+
+def told_log_fields(exchange: Exchange) -> List[Tuple[str, str]]:
+    """What others said."""
+    fields = (("upstream_request_id", exchange.upstream_id), ("error", exchange.error))
+    return [*(field for field in fields if field[1]), *exchange.logged_headers]
 
 
 def process_metrics() -> List[Family]:
