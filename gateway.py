@@ -796,10 +796,7 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
         elif isinstance(event, TextRun):
             said += event.pieces
         elif isinstance(event, BlockStart):
-            block = copy.copy(event.block)
-            if isinstance(block, Text):
-                block.citations = [*block.citations]
-            reply.blocks.append(block)
+            reply.blocks.append(event.block)
             said = []
         elif isinstance(event, BlockStop):
             closed = reply.blocks[-1]
@@ -819,6 +816,10 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
             reply.id, reply.model = event.id, event.model
         else:
             reply.finish, reply.usage, reply.refusal, reply.service_tier = event
+    for text in blocks_of(reply.blocks, Text):  # a place that is all of it is none
+        for about in text.citations:
+            if (about.get("start"), about.get("end")) == (0, len(text.text)):
+                del about["start"], about["end"]
     return reply
 
 
@@ -880,6 +881,8 @@ TYPE_NAMES: Dict[object, str] = {
 class Fields:
     """An object of a client's, and its place in the request. A value of the wrong type is a 400;
     null counts as absent; what nobody reads is unknown."""
+
+    lost: Sequence[str] = ()  # what of it no model here has a place for
 
     def __init__(self, wire: JSON, place: str = "", read: List[Fields] | None = None) -> None:
         self.wire = wire
@@ -944,7 +947,9 @@ class Fields:
             if self.skip(key) and self.wire[key] is not False:
                 losses.hint(key)
 
-    def name_unknown(self, losses: Losses) -> None:
+    def name_lost(self, losses: Losses) -> None:
+        for name in itertools.chain.from_iterable(fields.lost for fields in self._all):
+            losses.drop(name)
         if any(fields.wire[key] is not None for fields in self._all for key in fields._unread):
             losses.drop("unknown")
 
@@ -1338,13 +1343,13 @@ class Parser:
         self.ended = False
         self._dialect = dialect
         self._open: Block | None = None
-        self._text_is_open = False
+        self._text_is_open = self._has_begun = False
         self._wrapped: List[str] | None = None  # what an open custom call's function is given
         self._arguments: List[str] = []  # of an open call
         self._logprobs: List[JSON] = []  # of an open text
         self._broken: GatewayError | None = None
-        self._block_count = 0
-        self._finish = self._service_tier = ""
+        self._block_count = self._calls = 0
+        self._id = self._finish = self._service_tier = ""
         self._live: object = None  # where events name their item: the one that is being told
         self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
         self._kept = 0  # characters that wait
@@ -1432,9 +1437,17 @@ class Parser:
             raise bad_answer("The provider sent an event that is no object.")
         return wire
 
+    def start(self, answer: JSON) -> Events:
+        """The first event, once."""
+        if self._has_begun:
+            return []
+        self._has_begun, self._id = True, text_of(answer, "id") or self.rewrites.answer_id
+        return [Start(self._id, text_of(answer, "model"), self.usage)]
+
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         name = self.rewrites.names.get(name, name)
-        id_ = id_ or f"call_{self.rewrites.answer_id[-24:]}_{self._block_count}"
+        id_ = id_ or f"call_{self._id[-24:]}_{self._calls}"
+        self._calls += 1
         return ToolCall(id=id_, name=name, is_custom=is_custom or name in self.rewrites.custom)
 
     def open(self, block: Block) -> Events:
@@ -1620,6 +1633,12 @@ class Dialect(Protocol):
             param=text_of(detail, "param") or None,
             code=str(code) if isinstance(code, (str, int)) and code != status else None)
 
+    def check_has(self, answer: JSON, key: str) -> None:
+        """Raises GatewayError where an error stands in its place, or nothing."""
+        if not isinstance(answer.get(key), list):
+            raise self.parse_error(answer["error"], 200) if answer.get("error") else (
+                bad_answer(f"The provider's answer has no {key}."))
+
     def parse_usage(self, wire: object) -> Usage | None:
         """None where it is no object."""
 
@@ -1647,8 +1666,6 @@ class Dialect(Protocol):
             if value is None:
                 continue
             if getattr(chat, name) is not None:  # said by another name before
-                if key == "safety_identifier":
-                    losses.hint(key)
                 continue
             if name == "max_tokens" and value < 1:
                 raise root.wrong(key, "must be at least 1")
@@ -1717,6 +1734,8 @@ class RequestWriter:
         self.losses = losses
         self.rewrites = Rewrites()
         self.choice = chat.choice or ToolChoice("auto")
+        if self.choice.allowed == [] and self.choice.mode == "auto":
+            self.choice = ToolChoice("none")
         self.wire: JSON = {"model": target.model}
 
     def render(self) -> JSON:
@@ -1773,7 +1792,7 @@ class RequestWriter:
             if name not in names:
                 raise GatewayError(400, f"'tool_choice' names {clipped(name, 64)!r}, which 'tools' "
                                         "does not have.", "tool_choice")
-        if choice.mode == "required" and not names:
+        if choice.mode == "required" and (not names or choice.allowed == []):
             raise GatewayError(400, "'tool_choice' needs 'tools'.", "tool_choice")
         if not self.takes_cache and any(tool.cache for tool in chat.tools):
             self.losses.hint("cache_control")
@@ -1942,8 +1961,7 @@ class ChatCompletions(Dialect):
         ("max_completion_tokens", "max_tokens", int), ("max_tokens", "max_tokens", int),
         ("temperature", "temperature", NUMBER), ("top_p", "top_p", NUMBER), ("top_k", "top_k", int),
         ("reasoning_effort", "effort", str), ("thinking", "thinking", dict),
-        ("user", "user", str), ("safety_identifier", "user", str),
-        ("web_search_options", "web_search", dict))
+        ("user", "user", str), ("web_search_options", "web_search", dict))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
@@ -1977,7 +1995,7 @@ class ChatCompletions(Dialect):
             losses.hint("include_obfuscation")
         told = {key: root.get(key, OPTIONS[key].kind) for key in wire if key in OPTIONS}
         chat.options = {key: value for key, value in told.items() if value is not None}
-        root.name_unknown(losses)
+        root.name_lost(losses)
         return chat
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
@@ -2049,7 +2067,7 @@ OPTIONS: Dict[str, Option] = {
     "service_tier": Option(str, default="auto"), "moderation": Option(dict),
     "seed": Option(int, False), "logit_bias": Option(dict, False, {}),
     "frequency_penalty": Option(NUMBER, False, 0), "presence_penalty": Option(NUMBER, False, 0),
-    "verbosity": Option(str, False, "medium"),
+    "verbosity": Option(str, False, "medium"), "safety_identifier": Option(str),
 }
 
 
@@ -2184,7 +2202,13 @@ def parse_function(function: Fields, id_: str = "") -> ToolCall:
         arguments = parse_arguments(function.get("arguments") or "")
     except ValueError as error:
         raise function.wrong("arguments", str(error)) from error
-    return carrying_call(id_, function.need("name"), arguments=arguments)
+    return carrying_call(id_, flat_name(function), arguments=arguments)
+
+
+def flat_name(holder: Fields) -> str:
+    """With its namespace, for those who know none."""
+    space, name = holder.get("namespace"), holder.need("name")
+    return f"{space}__{name}" if space else name
 
 
 def parse_tool(about: Fields, kind: str, cache: JSON | None) -> Tool:
@@ -2249,7 +2273,7 @@ class ChatRequest(RequestWriter):
         self._add_sampling()
         wire.update(without_none(
             stop=self.checked_stops(), user=self.checked_user(), response_format=chat.format
-            and render_chat_format(chat.format, self.losses)))
+            and render_format(chat.format, self.losses, "json_schema")))
         if chat.web_search is not None and "search" in self.target.model:
             wire["web_search_options"] = chat.web_search
         elif chat.web_search is not None:
@@ -2416,20 +2440,18 @@ def extra_content(call: ToolCall) -> JSON:
     return {"extra_content": google} if call.signature else {}
 
 
-def render_chat_format(form: Format, losses: Losses) -> JSON:
+def render_format(form: Format, losses: Losses, inner: str = "") -> JSON:
+    """As both of OpenAI's APIs have it, one in an object within. Strict only where the schema is as
+    strict mode wants it."""
     if form.schema is None:
         return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": render_schema_format(form, losses)}
-
-
-def render_schema_format(form: Format, losses: Losses) -> JSON:
-    """Strict only where the schema is as strict mode wants it."""
     strict = form.strict if form.strict is None or is_strict_schema(form.schema) else False
     if form.strict and not strict:
         losses.drop("strict")
-    return {"name": form.name or "output", "schema": form.schema,
-            **({} if strict is None else {"strict": strict}),
-            **without_none(description=form.description)}
+    about = {"name": form.name or "output", "schema": form.schema,
+             **({} if strict is None else {"strict": strict}),
+             **without_none(description=form.description)}
+    return {"type": "json_schema", **({inner: about} if inner else about)}
 
 
 # What the two APIs call what was asked and said, and where the parts of each stand.
@@ -2471,7 +2493,9 @@ def cited_at(citation: JSON, start: int, end: int) -> JSON:
 
 
 def parse_citation(about: JSON) -> JSON:
-    return {"url": text_of(about, "url"), "title": text_of(about, "title")}
+    start, end = count(about.get("start_index")), count(about.get("end_index"))
+    return {"url": text_of(about, "url"), "title": text_of(about, "title"),
+            **({"start": start, "end": end} if end else {})}
 
 
 def chat_head(kind: str, id_: str, model: str, created: int) -> JSON:
@@ -2503,11 +2527,9 @@ class ChatParser(Parser):
 
     def __init__(self, dialect: ChatCompletions, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._id: str | None = None
         self._open_key: object = None
         self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
-        self._calls: Dict[object, Tuple[int, ToolCall]] = {}  # by index: a number, the call
-        self._call_count = 0
+        self._by_index: Dict[object, Tuple[int, ToolCall]] = {}  # calls, with a number of their own
         self._text_block = -1
         self._has_refused = False
 
@@ -2533,12 +2555,9 @@ class ChatParser(Parser):
         """A chunk, or with `part` "message" a whole answer."""
         if wire.get("error"):
             raise self._dialect.parse_error(wire["error"], 200)
-        events: Events = []
         self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
-        if self._id is None:
-            self._id = text_of(wire, "id") or self.rewrites.answer_id
-            events.append(Start(self._id, text_of(wire, "model"), self.usage))
+        events = self.start(wire)
         for choice in list_of_objects(wire, "choices")[:1]:
             events += self._read_delta(part_of(choice, part))
             self._logprobs += list_of_objects(part_of(choice, "logprobs"), "content")
@@ -2558,7 +2577,9 @@ class ChatParser(Parser):
             events += self._say(key, block, text) if text else []
         for item in list_of_objects(delta, "annotations"):
             about = part_of(item, "url_citation")
-            if about and self._text_block >= 0:
+            if not about:
+                self.rewrites.lost.add("annotations")
+            elif self._text_block >= 0:
                 events.append(CitationDelta(self._text_block, parse_citation(about)))
         calls = list_of_objects(delta, "tool_calls")
         if isinstance(delta.get("function_call"), dict):
@@ -2566,6 +2587,7 @@ class ChatParser(Parser):
         for call in calls:
             events += self._read_call(call)
         self._has_refused = self._has_refused or bool(delta.get("refusal"))
+        self.rewrites.lost.update(key for key in ("images", "audio") if delta.get(key))
         return events
 
     def _read_call(self, call: JSON) -> Events:
@@ -2575,12 +2597,10 @@ class ChatParser(Parser):
         id_, name, index = text_of(call, "id"), text_of(about, "name"), call.get("index")
         if not isinstance(index, int):
             index = -1
-        known = self._calls.get(index)
+        known = self._by_index.get(index)
         if known is None or name and id_ != known[1].id and (id_ or index < 0):
-            made = self.make_call(id_ or f"call_{(self._id or '')[-24:]}_{self._call_count}", name,
-                                  call.get("type") == "custom")
-            known = self._calls[index] = (self._call_count, made)
-            self._call_count += 1
+            number, made = self._calls, self.make_call(id_, name, call.get("type") == "custom")
+            known = self._by_index[index] = (number, made)
         arguments = part_of(about, "arguments")  # some servers' are no string
         said = encode_json(arguments) if arguments else text_of(about, "arguments")
         return self._say(known[0], known[1], said or text_of(about, "input"))
@@ -2602,7 +2622,7 @@ class ChatParser(Parser):
         for block, pieces in self._waiting.values():
             events += self.open(block) + self.say("".join(pieces))
         finish = self._finish or "stop"
-        if finish == "stop" and self._call_count:
+        if finish == "stop" and self._calls:
             finish = "tool_calls"
         elif finish in ("stop", "filter") and self._has_refused:
             finish = "refusal"
@@ -2912,15 +2932,13 @@ class Messages(Dialect):
         if root.skip("mcp_servers"):
             losses.drop("mcp_servers")
         root.hint(losses, MESSAGES_HINTS)
-        root.name_unknown(losses)
+        root.name_lost(losses)
         chat.estimate = estimate_tokens(chat)
         return chat
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the stream that it could have been."""
-        if not isinstance(wire.get("content"), list):
-            raise self.parse_error(wire["error"], 200) if wire.get("error") else (
-                bad_answer("The provider's answer has no content."))
+        self.check_has(wire, "content")
         parser = MessagesParser(self, rewrites)
         events = parser.message_start({"message": wire})
         for block in list_of_objects(wire, "content"):
@@ -3042,7 +3060,8 @@ def parse_source(block: Fields, kinds: Iterable[str]) -> JSON:
 
 
 def parse_document_block(block: Fields) -> Block:
-    block.skip("citations")
+    if block.child("citations", {}).get("enabled", bool):
+        block.lost = ["citations"]
     return Document(
         title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
 
@@ -3172,14 +3191,15 @@ class MessagesRequest(RequestWriter):
         stops = [stop for stop in chat.stop if stop.strip()]
         if len(stops) < len(chat.stop):
             self.losses.drop("stop")
-        user = chat.user
+        user = chat.user or chat.options.get("safety_identifier")
         if user and (CONTACT.fullmatch(user) or len(user) > 256):
             self.losses.hint("user")  # ids that look like addresses are refused
             user = None
         tier = SERVICE_TIERS.get(chat.options.get("service_tier", ""))
         wire.update(without_none(stop_sequences=stops, metadata=user and {"user_id": user},
                                  stream=chat.stream or None, service_tier=tier))
-        self.lose_options(["service_tier"] if tier else [])
+        self.lose_options([*(["service_tier"] if tier else []),
+                           *([] if chat.user else ["safety_identifier"])])
         return wire
 
     def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
@@ -3438,6 +3458,8 @@ def clean_schema(schema: Any) -> Any:
             clean[key] = {name: clean_schema(item) for name, item in value.items()}
         elif key in SCHEMA_VALUES:
             clean[key] = value
+        elif key == "oneOf" and "anyOf" in schema:
+            clean["allOf"] = [*clean.get("allOf", []), {"anyOf": clean_schema(value)}]
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
     if told:
@@ -3496,8 +3518,10 @@ def render_answer_block(block: Block, chat: Chat) -> Iterator[JSON]:
 
 
 def render_text_block(block: Text) -> JSON:
-    return {"type": "text", "text": block.text,
-            **without_none(citations=list(map(render_citation, block.citations)))}
+    wire: JSON = {"type": "text", "text": block.text}
+    if block.citations:
+        wire["citations"] = list(map(render_citation, block.citations))
+    return wire
 
 
 def render_citation(citation: JSON) -> JSON:
@@ -3531,8 +3555,7 @@ class MessagesParser(Parser):
     def message_start(self, wire: JSON) -> Events:
         message = part_of(wire, "message")
         self._note_usage(message)
-        id_ = text_of(message, "id") or self.rewrites.answer_id
-        return [Start(id_, text_of(message, "model"), self.usage)]
+        return self.start(message)
 
     def message_delta(self, wire: JSON) -> Events:
         delta = part_of(wire, "delta")
@@ -3735,7 +3758,7 @@ class Responses(Dialect):
     keepalive = b": keep-alive\n\n"
     plain_fields = (
         ("max_output_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
-        ("top_p", "top_p", NUMBER), ("user", "user", str), ("safety_identifier", "user", str))
+        ("top_p", "top_p", NUMBER), ("user", "user", str))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
@@ -3757,26 +3780,28 @@ class Responses(Dialect):
         include = root.strings("include")
         alternatives, asked = root.get("top_logprobs", int), "message.output_text.logprobs"
         chat.logprobs = alternatives or 0 if alternatives or asked in include else None
-        told = {**{key: root.get(key, OPTIONS[key].kind) for key in wire if key in OPTIONS},
+        root.hint(losses, RESPONSES_HINTS)
+        told = {**{key: root.get(key, OPTIONS[key].kind) for key in wire
+                   if key in OPTIONS and key not in RESPONSES_HINTS},
                 "verbosity": text.get("verbosity")}
         chat.options = {key: value for key, value in told.items() if value is not None}
-        root.hint(losses, RESPONSES_HINTS)
+        if chat.options.get("service_tier") == "ultrafast":  # which this API alone has
+            losses.hint("service_tier")
+            del chat.options["service_tier"]
         if set(include) - {"reasoning.encrypted_content", asked}:
             losses.hint("include")
         reasoning.hint(losses, ("generate_summary", "context", "mode"))
         reasoning.skip("summary")
         root.child("stream_options", {}).hint(losses, ["include_obfuscation"])
-        root.name_unknown(losses)
+        root.name_lost(losses)
         chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
         return chat
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the end of the stream that it could have been."""
-        if not isinstance(wire.get("output"), list):
-            raise self.parse_error(wire["error"], 200) if wire.get("error") else (
-                bad_answer("The provider's answer has no output."))
+        self.check_has(wire, "output")
         parser = ResponsesParser(self, rewrites)
-        events = parser.created({"response": wire})
+        events = parser.start(wire)
         kind = {"incomplete": "response.incomplete", "failed": "response.failed",
                 "cancelled": "response.failed"}
         ended = {"type": kind.get(text_of(wire, "status"), "response.completed"), "response": wire}
@@ -3823,7 +3848,7 @@ RESPONSES_STATE = {
     "prompt": "send the prompt itself as 'instructions'", "background": "leave it out",
     "background_options": "leave it out", "truncation": "leave it out"}
 RESPONSES_HINTS = ("max_tool_calls", "context_management", "client_metadata", "access_programs",
-                   "image")
+                   "image", "prompt_cache_options", "moderation")
 ONLY_IN_CHAT = frozenset(["seed", "logit_bias", "frequency_penalty", "presence_penalty"])
 # What Codex's list of models needs of each.
 CODEX_MODEL = {
@@ -3883,20 +3908,6 @@ def parse_reasoning(item: Fields) -> Block:
     return unseal(Thinking(text="\n\n".join(parts)), signature, "openai")
 
 
-def flat_name(holder: Fields) -> str:
-    """With its namespace, for those who know none."""
-    space, name = holder.get("namespace"), holder.need("name")
-    return f"{space}__{name}" if space else name
-
-
-def parse_item_call(item: Fields) -> Block:
-    try:
-        arguments = parse_arguments(item.get("arguments") or "")
-    except ValueError as error:
-        raise item.wrong("arguments", str(error)) from error
-    return carrying_call(item.need("call_id"), flat_name(item), arguments=arguments)
-
-
 def parse_custom_call(item: Fields) -> Block:
     return carrying_call(item.need("call_id"), flat_name(item), is_custom=True,
                          input=item.need("input"))
@@ -3909,7 +3920,8 @@ def parse_output(item: Fields) -> Block:
 
 
 ITEMS: Dict[str, Tuple[str, Callable[[Fields], Block]]] = {
-    "reasoning": ("assistant", parse_reasoning), "function_call": ("assistant", parse_item_call),
+    "reasoning": ("assistant", parse_reasoning),
+    "function_call": ("assistant", lambda item: parse_function(item, item.need("call_id"))),
     "custom_tool_call": ("assistant", parse_custom_call),
     "function_call_output": ("user", parse_output),
     "custom_tool_call_output": ("user", parse_output)}
@@ -4024,7 +4036,7 @@ class ResponsesRequest(RequestWriter):
         options = {name: value for name, value in chat.options.items() if name in SAID_IN_RESPONSES}
         text = without_none(
             verbosity=options.pop("verbosity", None),
-            format=chat.format and render_responses_format(chat.format, self.losses))
+            format=chat.format and render_format(chat.format, self.losses))
         wire.update(options, **without_none(user=self.checked_user(), text=text or None,
                                             stream=chat.stream or None), store=False)
         self.lose_options(SAID_IN_RESPONSES)
@@ -4145,13 +4157,7 @@ class ResponsesRequest(RequestWriter):
 
 SAID_IN_RESPONSES = frozenset([
     "metadata", "service_tier", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "moderation", "verbosity", "store"])
-
-
-def render_responses_format(form: Format, losses: Losses) -> JSON:
-    if form.schema is None:
-        return {"type": "json_object"}
-    return {"type": "json_schema", **render_schema_format(form, losses)}
+    "prompt_cache_retention", "moderation", "verbosity", "store", "safety_identifier"])
 
 
 # ---- answers ----
@@ -4162,7 +4168,7 @@ class ResponsesParser(Parser):
 
     def __init__(self, dialect: Responses, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._has_begun = self._has_called = self._has_refused = False
+        self._has_refused = False
         self._is_told = False  # whether the item came in pieces
         self._text_block = -1
 
@@ -4190,13 +4196,6 @@ class ResponsesParser(Parser):
         self._is_told = self._is_told or bool(text)
         return self.say(text)
 
-    def created(self, wire: JSON) -> Events:
-        if self._has_begun:
-            return []
-        self._has_begun, about = True, part_of(wire, "response")
-        id_ = text_of(about, "id") or self.rewrites.answer_id
-        return [Start(id_, text_of(about, "model"))]
-
     def item_added(self, wire: JSON) -> Events:
         item, self._is_told, self._live = part_of(wire, "item"), False, wire.get("output_index")
         kind = text_of(item, "type")
@@ -4206,10 +4205,8 @@ class ResponsesParser(Parser):
             if kind != "message":
                 self.rewrites.lost.add("output")
             return self.close()
-        self._has_called = True
-        call = self.make_call(text_of(item, "call_id"), text_of(item, "name"),
-                              kind == "custom_tool_call")
-        return self.open(call)
+        return self.open(self.make_call(text_of(item, "call_id"), text_of(item, "name"),
+                                        kind == "custom_tool_call"))
 
     def part_added(self, wire: JSON) -> Events:
         kind = text_of(part_of(wire, "part"), "type")
@@ -4227,6 +4224,8 @@ class ResponsesParser(Parser):
 
     def annotation_added(self, wire: JSON) -> Events:
         about = part_of(wire, "annotation")
+        if about.get("type") != "url_citation":  # of a file in the provider's store
+            self.rewrites.lost.add("annotations")
         if about.get("type") != "url_citation" or self._text_block < 0:
             return []
         return [CitationDelta(self._text_block, parse_citation(about))]
@@ -4268,7 +4267,7 @@ class ResponsesParser(Parser):
             for item in list_of_objects(about, "output"):
                 events += self.item_done({"item": item})
         reason = text_of(part_of(about, "incomplete_details"), "reason")
-        finish = "tool_calls" if self._has_called else "refusal" if self._has_refused else "stop"
+        finish = "tool_calls" if self._calls else "refusal" if self._has_refused else "stop"
         if wire.get("type") == "response.incomplete":
             finish = {"content_filter": "filter", "steered": "stop"}.get(reason, "length")
         return events + self.finished(finish, "", text_of(about, "service_tier"))
@@ -4277,7 +4276,8 @@ class ResponsesParser(Parser):
         raise self._dialect.parse_error(wire.get("error") or wire, 200)
 
     events: Mapping[str, Callable[[Any, JSON], Events]] = {
-        "response.created": created, "response.output_item.added": item_added,
+        "response.created": lambda self, wire: self.start(part_of(wire, "response")),
+        "response.output_item.added": item_added,
         "response.content_part.added": part_added, "response.output_item.done": item_done,
         "response.reasoning_summary_part.added": summary_added,
         "response.output_text.annotation.added": annotation_added, "error": fail,
@@ -4414,13 +4414,10 @@ class ResponsesRenderer(Renderer):
         return b""
 
     def _citation(self, event: CitationDelta) -> bytes:
-        """One that comes after the end of its text has no place any more."""
-        if event.block != len(self._output):
-            return b""
-        self._cited.append(event.citation)
-        note = {"type": "url_citation", **cited_at(event.citation, 0, self._said)}
-        return self._event("output_text.annotation.added", **self._place, annotation=note,
-                           annotation_index=len(self._cited) - 1)
+        """Told at the end of its text, which may be its place; after it, it has none any more."""
+        if event.block == len(self._output):
+            self._cited.append(event.citation)
+        return b""
 
     def _block_stop(self, event: BlockStop) -> bytes:
         block, said = self._open, "".join(self._pieces)
@@ -4434,6 +4431,9 @@ class ResponsesRenderer(Renderer):
             close_block(block, said)
         name, _ = self._grammar(block)
         part, key = self._part(block, said), GRAMMAR_KEYS.get(name, "text")
+        out += b"".join([self._event("output_text.annotation.added", **self._place, annotation=note,
+                                     annotation_index=i)
+                         for i, note in enumerate((part or {}).get("annotations", ()))])
         if said or isinstance(block, (Text, ToolCall)):
             more: JSON = {"logprobs": []} if name == "output_text" else {}
             out += self._event(f"{name}.done", **self._place, **{key: said}, **more)
@@ -4578,7 +4578,7 @@ class GenerateContent(Dialect):
             losses.drop("safetySettings")
         root.hint(losses, ("labels", "store", "serviceTier"))
         config.hint(losses, ("mediaResolution",))
-        root.name_unknown(losses)
+        root.name_lost(losses)
         return chat
 
     @staticmethod
@@ -5139,9 +5139,8 @@ class GeminiParser(Parser):
 
     def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._id = self._model = ""
-        self._has_begun = self._has_said = False
-        self._calls = 0
+        self._model = ""
+        self._has_said = False
         self._text_block = -1
         self._text: List[str] = []
         self._put_off = b""  # the event with the last usage, unread
@@ -5237,9 +5236,7 @@ class GeminiParser(Parser):
         return events
 
     def _read_call(self, about: JSON, signature: str) -> Events:
-        minted = f"call_{self._id[-24:]}_{self._calls}"
-        call = self.make_call(text_of(about, "id") or minted, text_of(about, "name"))
-        self._calls += 1
+        call = self.make_call(text_of(about, "id"), text_of(about, "name"))
         self._has_said = True
         arguments, events = part_of(about, "args"), []  # type: JSON, Events
         if signature:  # which comes back in one of two ways
@@ -5898,6 +5895,10 @@ class Provider(Tuning):
     @functools.cached_property
     def paths(self) -> Mapping[str, str]:
         return {**self.row.paths, **RESPONSES} if self.responses else self.row.paths
+
+    @functools.cached_property
+    def wires(self) -> List[Dialect]:
+        return [DIALECTS[name] for name in self.paths if name in DIALECTS]
 
     @property
     def is_on(self) -> bool:
@@ -8061,6 +8062,8 @@ class Gateway:
         self._meters: Dict[Tuple[str, str, str], Meter] = {}
         self._listed: Dict[str, Tuple[float, List[str]]] = {}  # until when, a provider's own models
         self._log_headers = [name.lower() for name in config.log_headers]
+        self._defaults = {name: default_lines(provider, ())
+                          for name, provider in config.providers.items()}
         self.events = Budget(config.limits.events)
         self._lines = {(provider.name, wire): provider_lines(
             provider, urllib.parse.urlsplit(provider.base_url).path + provider.paths[wire])
@@ -8197,7 +8200,7 @@ class Gateway:
         tree = {**body.tree(), "model": exchange.model, "stream": exchange.is_stream}
         chat = dialect.parse_request(tree, losses)  # 400
         body.forget()
-        wires = [DIALECTS[name] for name in route.provider.paths if name in DIALECTS]
+        wires = route.provider.wires
         wire = next((each for each in wires if route.wire == each.name
                      or route.wire is None and each.suits(chat, caps)), wires[-1])
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
@@ -8205,9 +8208,9 @@ class Gateway:
         route.edits.apply(tree, losses)
         self.settle_losses(request, route, losses, is_strict)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
-        lines += field_lines(
+        lines += self._defaults[route.provider.name] + field_lines(
             (name, request.headers[name]) for name in TRANSLATED_FIELDS if name in request.headers)
-        payload = with_head(lines + default_lines(route.provider, ()), dump_json(tree))
+        payload = with_head(lines, dump_json(tree))
         del tree
         chat.turns.clear()
         answer = await self.send(exchange, route, payload)  # 502, 504
@@ -8490,7 +8493,7 @@ class Gateway:
             return names
         target = target_of(provider.base_url, "/models") + provider.row.whole_list
         lines, _ = provider_lines(provider, target, "GET", "")
-        head = f"{lines}{default_lines(provider, ())}\r\n".encode("latin-1")
+        head = f"{lines}{self._defaults[provider.name]}\r\n".encode("latin-1")
         try:
             answer = await self.pool.send(
                 provider, provider.deadlines, [head], False, self.config.limits.answer)
@@ -8869,8 +8872,7 @@ def with_head(lines: str, body: bytes) -> List[bytes]:
 
 
 def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
-    headers = answer.headers
-    return [(name, headers[name]) for name in names_but(ANSWER_ONLY_HERE, headers)]
+    return [(name, answer.headers[name]) for name in names_but(ANSWER_ONLY_HERE, answer.headers)]
 
 
 TRANSLATED_FIELDS = ("idempotency-key", "traceparent")
@@ -8993,8 +8995,8 @@ def own_log_fields(exchange: Exchange) -> Dict[str, object]:
 
 def told_log_fields(exchange: Exchange) -> List[Tuple[str, str]]:
     """What others said."""
-    fields = (("upstream_request_id", exchange.upstream_id), ("error", exchange.error))
-    return [*(field for field in fields if field[1]), *exchange.logged_headers]
+    told = (("upstream_request_id", exchange.upstream_id), ("error", exchange.error))
+    return [*(field for field in told if field[1]), *exchange.logged_headers]
 
 
 def process_metrics() -> List[Family]:

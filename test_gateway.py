@@ -2532,6 +2532,12 @@ CASES: list[tuple[str, JSON, Any, str]] = [
     ("2.1 allowed_tools auto", {"tools": [F, function("g")], "tool_choice": {
         "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [F]}}},
      {"tools": [F_TOOL], "tool_choice": {"type": "auto"}}, ""),
+    ("2.1 allowed_tools, none of them", {"tools": [F], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+     {"tool_choice": {"type": "none"}}, ""),
+    ("2.1 allowed_tools required of none", {"tools": [F], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}},
+     "tool_choice", ""),
     ("2.1 allowed_tools required", {"tools": [F, function("g")], "tool_choice": {
         "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [F]}}},
      {"tools": [F_TOOL], "tool_choice": {"type": "any"}}, ""),
@@ -3395,7 +3401,12 @@ RESPONSES_TO_CHAT: list[Row] = [
         ("temperature", 1.5), ("top_p", 0.5), ("user", "u"), ("metadata", {"a": "b"}),
         ("store", False), ("service_tier", "flex"), ("prompt_cache_key", "k"),
         ("prompt_cache_retention", "24h")]],
-    ("4 safety_identifier", {"safety_identifier": "s"}, {"user": "s"}, ""),
+    ("4 safety_identifier", {"safety_identifier": "s"}, {"safety_identifier": "s", "user": UNSET},
+     ""),
+    ("4 service_tier of Responses alone", {"service_tier": "ultrafast"}, {"service_tier": UNSET},
+     "(service_tier)"),
+    *[(f"4 {name}", {name: value}, {name: UNSET}, f"({name})") for name, value in [
+        ("prompt_cache_options", {"mode": "explicit"}), ("moderation", {"model": "m"})]],
     ("4 stream", {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}},
      ""),
     ("4 parallel_tool_calls", {"tools": [flat(F)], "parallel_tool_calls": False},
@@ -3734,7 +3745,7 @@ MESSAGES_TO_CHAT: list[Row] = [
         PNG_BLOCK, typed("image", source={"type": "url", "url": "https://a"}), PDF_BLOCK,
         {**TEXT_BLOCK, "context": "C", "citations": {"enabled": True}}])]},
      {"messages": [user([image(PNG), image("https://a"), file(PDF_URI, filename="document.pdf"),
-                         text("C"), text("T\n\nx")])]}, ""),
+                         text("C"), text("T\n\nx")])]}, "citations"),
     ("1.9 PDF by URL", {"messages": [user([document({"type": "url", "url": "https://a"})])]},
      "file", ""),
     ("1.9 file_id", {"messages": [user([document({"type": "file", "file_id": "f"})])]},
@@ -4372,7 +4383,8 @@ def chat_events(whole: JSON) -> Iterator[JSON]:
     message_ = choice["message"]
     deltas += [{key: piece} for key in ("reasoning_content", "content", "refusal")
                for piece in halves(message_.get(key) or "")]
-    deltas += [{"annotations": message_["annotations"]}] if "annotations" in message_ else []
+    deltas += [{key: message_[key]} for key in ("annotations", "images", "audio")
+               if key in message_]
     for i, each in enumerate(message_.get("tool_calls", ())):
         kind, name = each["type"], "input" if each["type"] == "custom" else "arguments"
         deltas.append({"tool_calls": [{**each, "index": i, kind: {**each[kind], name: ""}}]})
@@ -4639,8 +4651,8 @@ def thought_of(said_: str, *, signature: str = "") -> JSON:
                  **({"encrypted_content": signature} if signature else {}))
 
 
-def about_url(end: int) -> JSON:
-    return {"type": "url_citation", "url": "https://a", "title": "A", "start_index": 0,
+def about_url(end: int, start: int = 0) -> JSON:
+    return {"type": "url_citation", "url": "https://a", "title": "A", "start_index": start,
             "end_index": end}
 
 
@@ -4703,6 +4715,9 @@ SEEN: list[tuple[str, str, JSON, dict[str, tuple[Any, str]]]] = [
         "gemini": ([ran("sh", "c", input='l"s\u2028')], "STOP")}),
     ("6.3 citations", "chat", completion(content="abc", annotations=NOTED), {
         "responses": ([spoke("abc", about_url(3))], "completed")}),
+    ("6.3 citations of a part", "chat", completion(content="abc", annotations=[
+        {"type": "url_citation", "url_citation": about_url(2, 1)}]), {
+        "responses": ([spoke("abc", about_url(2, 1))], "completed")}),
     ("6.3 nothing at all", "chat", completion(content=""), {
         "messages": ([], "end_turn"), "responses": ([], "completed"), "gemini": ([], "STOP")}),
     ("5 all kinds", "messages", message(
@@ -4727,6 +4742,11 @@ SEEN: list[tuple[str, str, JSON, dict[str, tuple[Any, str]]]] = [
                       use("c", **CALL_1), use("d", "sh", input="ls")], "tool_use"),
         "gemini": ([{"text": "Hmm", "thought": True}, {"text": "abc"}, ran("f", "c", **CALL_1),
                     ran("sh", "d", input="ls")], "STOP")}),
+    ("8.5 Responses, citations of a part", "responses", responded(
+        spoke("abc", about_url(2, 1))), {
+        "chat": ({"content": "abc", "annotations": [{
+            "type": "url_citation", "url_citation": {
+                "url": "https://a", "title": "A", "start_index": 1, "end_index": 2}}]}, "stop")}),
     ("8.5 Responses, summaries", "responses", responded(typed("reasoning", summary=[
         typed("summary_text", text="abc"), typed("summary_text", text="def")])), {
         "chat": ({"reasoning_content": "abc\n\ndef"}, "stop")}),
@@ -4806,6 +4826,26 @@ def test_an_end_means_the_same_everywhere(upstream: str, reason: str, calls_: bo
     for client in [each for each in TRANSLATED if each != upstream]:
         told = [heart(client, body)[1] for body in seen(upstream, client, whole)]
         assert told == [means[client]] * 2, client
+
+
+OF_A_FILE = {"type": "file_citation", "file_id": "f", "filename": "a.pdf", "index": 1}
+
+
+@pytest.mark.parametrize("upstream, whole, lost", [
+    ("chat", completion(content="abc", images=[image(PNG)]), "images"),
+    ("chat", completion(content="abc", audio={"id": "a", "data": "eA=="}), "audio"),
+    ("chat", completion(content="abc", annotations=[OF_A_FILE]), "annotations"),
+    ("responses", responded(spoke("abc", OF_A_FILE)), "annotations"),
+    ("messages", message({**text("abc"), "citations": [{"type": "page_location"}]}), "citations"),
+    ("gemini", generated("abc", {"inlineData": {"mimeType": "image/png", "data": "eA=="}}),
+     "parts"),
+])
+def test_what_no_other_dialect_can_say_of_an_answer_is_named(
+        upstream: str, whole: JSON, lost: str) -> None:
+    body, stream = Rewrites(), Rewrites()
+    gateway.DIALECTS[upstream].parse_reply(whole, body)
+    chat_parsed(upstream, [SPELLERS[upstream](whole)], stream)
+    assert body.lost == stream.lost == {lost}
 
 
 FAILING: dict[str, tuple[str, JSON]] = {
