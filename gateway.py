@@ -2445,8 +2445,7 @@ def extra_content(call: ToolCall) -> JSON:
 
 
 def render_format(form: Format, losses: Losses, inner: str = "") -> JSON:
-    """As both of OpenAI's APIs have it, one in an object within. Strict only where the schema is as
-    strict mode wants it."""
+    """As OpenAI's APIs have it. Strict only where the schema is as strict mode wants it."""
     if form.schema is None:
         return {"type": "json_object"}
     strict = form.strict if form.strict is None or is_strict_schema(form.schema) else False
@@ -3203,8 +3202,7 @@ class MessagesRequest(RequestWriter):
         tier = SERVICE_TIERS.get(chat.options.get("service_tier", ""))
         wire.update(without_none(stop_sequences=stops, metadata=user and {"user_id": user},
                                  stream=chat.stream or None, service_tier=tier))
-        self.lose_options([*(["service_tier"] if tier else []),
-                           *([] if chat.user else ["safety_identifier"])])
+        self.lose_options(["service_tier"] * bool(tier) + ["safety_identifier"] * (not chat.user))
         return wire
 
     def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
@@ -6994,6 +6992,7 @@ class Inflater:
         self._limit = limit
         self._decoder: Any = None
         self._members = 1
+        self._has_more = False  # the last step was as long as a step may be
         self._start = b""
         self._in = self.size = 0
 
@@ -7007,28 +7006,29 @@ class Inflater:
         pieces = []
         try:
             while data or (self._has_more and not self._decoder.eof):
-                if self._decoder.eof:  # gzip members may follow each other
-                    self._members += 1
-                    if self._members > MAX_MEMBERS:
-                        raise TooLarge("it has too many members")
-                    self._decoder = CODINGS[self._coding](data)
-                pieces.append(self._decoder.decompress(data, INFLATE_STEP_BYTES))
-                data = (self._decoder.unused_data if self._decoder.eof
-                        else getattr(self._decoder, "unconsumed_tail", b""))
-                self._has_more = len(pieces[-1]) == INFLATE_STEP_BYTES
-                self._check_size(len(pieces[-1]))
+                piece, data = self._step(data)
+                pieces.append(piece)
         except CODING_ERRORS as error:
             raise ValueError(f"it is not valid {self._coding}") from error
         return b"".join(pieces)
 
-    _has_more = False  # the last step was as long as a step may be
-
-    def _check_size(self, more: int) -> None:
-        self.size += more
+    def _step(self, data: bytes) -> Tuple[bytes, bytes]:
+        """What comes out, and what is still to be put in."""
+        if self._decoder.eof:  # gzip members may follow each other
+            self._members += 1
+            if self._members > MAX_MEMBERS:
+                raise TooLarge("it has too many members")
+            self._decoder = CODINGS[self._coding](data)
+        decoder = self._decoder
+        piece = decoder.decompress(data, INFLATE_STEP_BYTES)
+        self._has_more = len(piece) == INFLATE_STEP_BYTES
+        self.size += len(piece)
         if self.size > self._limit:
             raise TooLarge("it is too large when decoded")
         if self.size > max(self._in * MAX_INFLATE_RATIO, FREE_INFLATED_BYTES):
             raise TooLarge("it is a compression bomb")
+        rest = decoder.unused_data if decoder.eof else getattr(decoder, "unconsumed_tail", b"")
+        return piece, rest
 
     def end(self) -> None:
         if self._decoder is None or not self._decoder.eof:
@@ -7901,9 +7901,8 @@ class Log:
         self._troubled = float("-inf")
 
     def line(self, level: str, message: str, fields: Sequence[Tuple[str, object]] = ()) -> None:
-        head = [("time", self._now()), ("level", level), ("msg", message)]
-        self._write(render_json_log([*head, *fields]) if self._as_json else
-                    render_log([*head, *fields])[1:])
+        told = [("time", self._now()), ("level", level), ("msg", message), *fields]
+        self._write(render_json_log(told) if self._as_json else render_log(told)[1:])
 
     def access(self, exchange: Exchange, meter: Meter) -> None:
         own, told = own_log_fields(exchange), told_log_fields(exchange)
@@ -9810,7 +9809,8 @@ An LLM gateway in one file: apps call it with a virtual key each, it calls the p
   -version       print the version
   -help          print this
 
-Endpoints: POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
+Endpoints: POST /v1/chat/completions, /v1/responses, /v1/messages,
+/v1beta/models/MODEL:generateContent; GET /v1/models, /health, /metrics; `GET /` lists all.
 Exit status: 0 after a drained stop, 1 for a port in use, 2 for a bad command line or config.
 SIGTERM drains: what is in flight finishes, within `limits.grace` seconds."""
 
