@@ -488,11 +488,12 @@ class Audio(Block):
 @dataclass
 class Thinking(Block):
     """What its issuer keeps closed (`is_redacted`) is all signature. `before` is the call that
-    followed it, where a wire cannot say so by its order."""
+    followed it, where a wire cannot say so by its order; `family` the models that alone take it."""
 
     text: str = ""
     is_redacted: bool = False
     before: str = field(default="", compare=False)
+    family: str = field(default="", compare=False)
 
 
 @dataclass
@@ -505,6 +506,7 @@ class ToolCall(Block):
     arguments: JSON = field(default_factory=dict)
     is_custom: bool = False
     input: str = ""
+    fault: GatewayError | None = field(default=None, compare=False)  # of a client's arguments
 
 
 @dataclass
@@ -1110,7 +1112,8 @@ def seal(block: Block, native: str, keeps_text: bool = False) -> str:
         return block.signature
     packed = [block.issuer, block.signature]
     if isinstance(block, Thinking):
-        packed += [block.text if keeps_text else "", block.before, "closed" * block.is_redacted]
+        packed += [block.text if keeps_text else "", block.before, "closed" * block.is_redacted,
+                   block.family]
     return ENVELOPE + base64.urlsafe_b64encode(dump_json(packed)).decode()
 
 
@@ -1121,12 +1124,21 @@ def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
         return thinking
     try:
         packed = DECODER.decode(base64.urlsafe_b64decode(signature[len(ENVELOPE):]).decode())
-        issuer, proof, text, thinking.before, closed = map(str, packed)
-        thinking.issuer, thinking.signature = issuer, proof
+        issuer, proof, text, thinking.before, closed, *family = map(str, packed)
+        thinking.issuer, thinking.signature, thinking.family = issuer, proof, "".join(family)
         thinking.is_redacted, thinking.text = closed != "", text or thinking.text
     except (ValueError, TypeError, RecursionError):
         pass
     return thinking
+
+
+FAMILY = re.compile("opus|sonnet|haiku|fable|mythos")
+
+
+def family_of(model: str) -> str:
+    """Whose thoughts no other family takes; "" where that is not known."""
+    found = FAMILY.search(model)
+    return found[0] if found else ""
 
 
 def own_id(prefix: str, id_: str) -> str:
@@ -1160,27 +1172,28 @@ def carrying_call(id_: str, name: str, **about: Any) -> ToolCall:
 MADE_ID = "rs_gw_"  # of a thought that its own vendor did not number
 MARKS = (ENVELOPE.encode(), RIDER.encode(), MADE_ID.encode(), b"thinking_blocks", b"extra_content",
          b"Z3cxL", b'"signature":""', b'"signature": ""')
+REASONING = "reasoning_content"  # Chat Completions' thoughts, which OpenAI's own servers refuse
+FOREIGN_FIELDS = frozenset(["thinking_blocks", "extra_content"])
 ID_FIELDS = frozenset(["id", "tool_call_id", "call_id", "tool_use_id"])
 TOOL_FIELDS = frozenset(["input", "args", "response"])  # what a call holds is the tool's own
 SIGNATURE_FIELDS = ("signature", "encrypted_content", "thoughtSignature", "thought_signature")
 
 
-def without_marks(value: Any) -> Any:
+def without_marks(value: Any, foreign: FrozenSet[str] = FOREIGN_FIELDS) -> Any:
     """A conversation for the vendor whose dialect it is in, as its own answers would have left it:
     ids cut back, signatures of others left out with what they stand on."""
     if isinstance(value, list):
-        kept = [(item, without_marks(item)) for item in value if not (
+        kept = [(item, without_marks(item, foreign)) for item in value if not (
             isinstance(item, dict) and is_marked(item) and "functionCall" not in item)]
         return [own for item, own in kept if own == item or not is_silent(own)]
     if not isinstance(value, dict):
         return value
-    foreign = {"thinking_blocks", "extra_content"}
-    if "thinking_blocks" in value or any(map(encode_json(value.get("tool_calls")).__contains__,
-                                             (RIDER, "extra_content"))):
-        foreign.add("reasoning_content")
+    has_thoughts = "thinking_blocks" in value or any(
+        map(encode_json(value.get("tool_calls")).__contains__, (RIDER, "extra_content")))
     return {key: plain_id(item) if key in ID_FIELDS and isinstance(item, str) else
-            item if key in TOOL_FIELDS else without_marks(item)
+            item if key in TOOL_FIELDS else without_marks(item, foreign)
             for key, item in value.items() if key not in foreign
+            and not (key == REASONING and has_thoughts)
             and not (key in SIGNATURE_FIELDS and is_marked({key: item}))}
 
 
@@ -1353,7 +1366,7 @@ class Parser:
         self._logprobs: List[JSON] = []  # of an open text
         self._broken: GatewayError | None = None
         self._block_count = self._calls = 0
-        self._id = self._finish = self._service_tier = ""
+        self._id = self._model = self._finish = self._service_tier = ""
         self._live: object = None  # where events name their item: the one that is being told
         self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
         self._kept = 0  # characters that wait
@@ -1446,7 +1459,8 @@ class Parser:
         if self._has_begun:
             return []
         self._has_begun, self._id = True, text_of(answer, "id") or self.rewrites.answer_id
-        return [Start(self._id, text_of(answer, "model"), self.usage)]
+        self._model = text_of(answer, "model")
+        return [Start(self._id, self._model, self.usage)]
 
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         name = self.rewrites.names.get(name, name)
@@ -1476,13 +1490,15 @@ class Parser:
         if self._open is None:
             return []
         events: Events = [BlockStop(self._logprobs if isinstance(self._open, Text) else ())]
-        if self._wrapped is not None:
-            events.insert(0, ArgumentsDelta(unwrap_custom("".join(self._wrapped))))
-        elif self._arguments:
+        arguments = "".join(self._arguments if self._wrapped is None else self._wrapped)
+        is_custom = isinstance(self._open, ToolCall) and self._open.is_custom
+        if arguments and (self._wrapped is not None or not is_custom):
             try:
-                close_block(self._open.but(), "".join(self._arguments))
+                close_block(ToolCall(), arguments)
             except GatewayError as error:
                 self._broken = error
+        if self._wrapped is not None:
+            events.insert(0, ArgumentsDelta(unwrap_custom(arguments)))
         self._open, self._wrapped, self._logprobs, self._text_is_open = None, None, [], False
         return events
 
@@ -1497,11 +1513,17 @@ class Parser:
 MAX_KEPT_CHARACTERS = 16 << 20
 
 
+CUT_INPUT = re.compile(
+    r'\s*\{\s*"input"\s*:\s*("(?:[^"\\]|\\(?:u[0-9a-fA-F]{4}|[^u]))*)', re.DOTALL)
+
+
 def unwrap_custom(arguments: str) -> str:
+    """Of arguments that were cut off what came of the input."""
     try:
         value = parse_arguments(arguments).get("input")
     except ValueError:
-        value = None
+        found = CUT_INPUT.match(arguments)
+        value = decode_json(f'{found[1]}"') if found else ""
     return value if isinstance(value, str) else arguments
 
 
@@ -1779,13 +1801,18 @@ class RequestWriter:
         inner = block.content if isinstance(block, ToolResult) else []
         if not self.takes_cache and any(each.cache for each in (block, *inner)):
             self.losses.hint("cache_control")
-        if isinstance(block, Thinking) and not (block.signature and block.issuer == self.issuer):
+        if isinstance(block, Thinking) and not (
+                block.signature and block.issuer == self.issuer and self._is_of_family(block)):
             self.losses.hint("thinking")  # it is never told to another vendor
             return False
         if isinstance(block, Opaque) and block.issuer != self.issuer:
             self.losses.hint("content")
             return False
         return True
+
+    def _is_of_family(self, block: Thinking) -> bool:
+        own = family_of(self.target.model)
+        return not own or block.family in ("", own)
 
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
@@ -1926,6 +1953,8 @@ def typed_object(schema: JSON) -> JSON:
 
 
 def call_arguments(call: ToolCall) -> JSON:
+    if call.fault is not None:
+        raise call.fault
     return {"input": call.input} if call.is_custom else call.arguments
 
 
@@ -2019,7 +2048,8 @@ class ChatCompletions(Dialect):
         content = "".join(text.text for text in said)
         refusal = "".join(text.text for text in texts if text.is_refusal) or reply.refusal
         message: JSON = {
-            "role": "assistant", "content": content or None, "refusal": refusal or None,
+            "role": "assistant", "content": content or (None if calls or refusal else ""),
+            "refusal": refusal or None,
             **without_none(
                 annotations=[annotation(citation, *ends[i:i + 2]) for i, text in enumerate(said)
                              for citation in text.citations],
@@ -2181,9 +2211,10 @@ def in_place(blocks: List[Block]) -> List[Block]:
 
 def parse_thinking(block: Fields) -> Thinking:
     """Its signature is Anthropic's unless it is in an envelope."""
+    family = block.get("family") or ""
     if block.one_of("type", ("thinking", "redacted_thinking")) == "redacted_thinking":
-        return Thinking(signature=block.need("data"), issuer="anthropic", is_redacted=True)
-    thinking = Thinking(text=block.get("thinking") or "")
+        return Thinking(None, block.need("data"), "anthropic", is_redacted=True, family=family)
+    thinking = Thinking(text=block.get("thinking") or "", family=family)
     return unseal(thinking, block.get("signature") or "", "anthropic")
 
 
@@ -2202,11 +2233,14 @@ def parse_chat_call(call: Fields) -> ToolCall:
 
 
 def parse_function(function: Fields, id_: str = "") -> ToolCall:
+    """Arguments that are no object are a fault only where they are more than a string."""
+    told = function.get("arguments") or ""
+    call = carrying_call(id_, flat_name(function))
     try:
-        arguments = parse_arguments(function.get("arguments") or "")
+        call.arguments = parse_arguments(told)
     except ValueError as error:
-        raise function.wrong("arguments", str(error)) from error
-    return carrying_call(id_, flat_name(function), arguments=arguments)
+        call.input, call.fault = told, function.wrong("arguments", str(error))
+    return call
 
 
 def flat_name(holder: Fields) -> str:
@@ -2343,8 +2377,8 @@ class ChatRequest(RequestWriter):
         name, id_ = self.tool_name(call.name), self.call_id(call.id)
         if call.is_custom and self.caps.custom_tools:
             return {"id": id_, "type": "custom", "custom": {"name": name, "input": call.input}}
-        return {"id": id_, "type": "function",
-                "function": {"name": name, "arguments": encode_json(call_arguments(call))}}
+        arguments = call.input if call.fault else encode_json(call_arguments(call))
+        return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _add_tools(self) -> None:
         chat, choice, tools = self.chat, self.choice, self.offered_tools()
@@ -2417,8 +2451,8 @@ def plain_content(blocks: List[JSON]) -> Any:
 
 def render_thinking_blocks(blocks: List[Thinking]) -> List[JSON]:
     """But for those whose calls carry the signature."""
-    return [render_thinking_block(block) for block in blocks
-            if block.signature and not is_in_call(block)]
+    return [{**render_thinking_block(block), **without_none(family=block.family)}
+            for block in blocks if block.signature and not is_in_call(block)]
 
 
 def render_thinking_block(block: Thinking) -> JSON:
@@ -3585,7 +3619,7 @@ class MessagesParser(Parser):
             made: Block = Text()
         elif kind in ("thinking", "redacted_thinking"):
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
-                            is_redacted=kind != "thinking")
+                            is_redacted=kind != "thinking", family=family_of(self._model))
         elif kind == "server_tool_use" and name == "web_search":
             self._asked = [encode_json(block["input"])] if block.get("input") else []
             return closed
@@ -4064,13 +4098,18 @@ class ResponsesRequest(RequestWriter):
             if parts:
                 role = {"system": "developer"}.get(turn.role, turn.role)
                 items.append({"role": role, "content": parts})
-        self.wire["input"] = items
+        led = [item for item, after in zip(items, [*items[1:], {"role": "user"}]) if not (
+            item.get("type") == "reasoning" and (
+                after.get("type") == "reasoning" or after.get("role", "assistant") != "assistant"))]
+        if len(led) < len(items):
+            self.losses.hint("thinking")  # what it led to is not there, without which it is refused
+        self.wire["input"] = led
 
     def _item(self, block: Block, role: str, custom: Set[str]) -> JSON | None:
         """What stands by itself; None for a part of a message."""
         if isinstance(block, ToolCall):
             kind = ("custom_tool_call", "input", block.input) if block.is_custom else (
-                "function_call", "arguments", encode_json(block.arguments))
+                "function_call", "arguments", block.input or encode_json(block.arguments))
             return {"type": kind[0], "call_id": self.call_id(block.id),
                     "name": self.tool_name(block.name), kind[1]: kind[2]}
         if isinstance(block, ToolResult):
@@ -4714,7 +4753,7 @@ class GeminiContents:
             said = (content.get("role") or "user").lower()
             blocks = [block for part in content.children("parts")
                       for block in self._part(part, losses)]
-            yield Turn(role or {"model": "assistant"}.get(said, "user"), blocks)
+            yield Turn(role or {"model": "assistant"}.get(said, "user"), in_order(blocks))
 
     def _part(self, part: Fields, losses: Losses) -> List[Block]:
         signature, is_thought = part.get("thoughtSignature") or "", part.get("thought", bool)
@@ -4764,6 +4803,19 @@ class GeminiContents:
         about.skip("willContinue", "scheduling")
         return ToolResult(id=id_, is_error=is_error,
                           content=[*([Text(text=text)] if text else []), *media])
+
+
+def in_order(blocks: List[Block]) -> List[Block]:
+    """A thought that was hidden comes back behind the text that it led to."""
+    placed: List[Block] = []
+    for block, after in zip(blocks, [*blocks[1:], Thinking()]):
+        at = len(placed)
+        is_late = isinstance(block, Thinking) and block.issuer != "gemini" and (
+            isinstance(after, Thinking))
+        while is_late and at and isinstance(placed[at - 1], Text):
+            at -= 1
+        placed.insert(at, block)
+    return placed
 
 
 # What was run at the provider, and what may stand beside it.
@@ -5137,7 +5189,6 @@ class GeminiParser(Parser):
 
     def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._model = ""
         self._has_said = False
         self._text_block = -1
         self._text: List[str] = []
@@ -5311,7 +5362,8 @@ def without_zeros(**counts: int) -> JSON:
 
 
 def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON]:
-    """Of hidden thoughts only the signature goes out: with the next call, or in an empty text."""
+    """Of hidden thoughts only the signature goes out: with the next call, or in an empty text. A
+    call whose arguments were cut off does not: its SDK would run it."""
     held = ""
     for block in blocks:
         if is_in_call(block):
@@ -5324,7 +5376,7 @@ def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON
                 yield {"text": block.text, "thought": True,
                        **without_none(thoughtSignature=signature)}
             held = "" if shows_thinking else signature
-        elif isinstance(block, ToolCall):
+        elif isinstance(block, ToolCall) and (block.is_custom or not block.input):
             call = {"id": block.id, "name": block.name, "args": call_arguments(block)}
             signature = block.signature or held
             yield {"functionCall": call, **without_none(thoughtSignature=signature)}
@@ -5484,6 +5536,8 @@ class Kind(NamedTuple):
     caps: Caps = Caps()  # of models of no known family
     drop: Tuple[str, ...] = ()  # fields of the body that it refuses
     rename: Tuple[Tuple[str, str], ...] = ()
+    # What gives away another vendor's answer in a conversation, and the fields that go.
+    foreign: Tuple[Tuple[bytes, ...], FrozenSet[str]] = (MARKS, FOREIGN_FIELDS)
     keeps: Tuple[str, ...] = ()  # what it keeps for its clients: endpoints that name no model
     whole_list: str = ""  # the query that puts its list of models on one page
 
@@ -5513,6 +5567,8 @@ GPT_EFFORTS = ("none", "low", "medium", "high")
 OPENAI_CAPS = Caps(
     mid_system=True, max_tokens_field="max_completion_tokens", custom_tools=True)
 
+ALL_FOREIGN = ((*MARKS, REASONING.encode()), FOREIGN_FIELDS | {REASONING})
+
 LOCAL = Kind(None, "", CHAT, BEARER, needs_key=False, has_list_prices=False)
 
 
@@ -5524,8 +5580,9 @@ OLD_FIELD = (("max_completion_tokens", "max_tokens"),)
 
 KINDS: Dict[str, Kind] = {
     "openai": Kind("https://api.openai.com/v1", "/v1", {**RESPONSES, **CHAT}, BEARER,
-                   caps=OPENAI_CAPS, keeps=("/files", "/batches", "/responses")),
-    "azure": Kind(None, "", AZURE_CHAT, ("api-key", "{}"), caps=OPENAI_CAPS),
+                   caps=OPENAI_CAPS, foreign=ALL_FOREIGN,
+                   keeps=("/files", "/batches", "/responses")),
+    "azure": Kind(None, "", AZURE_CHAT, ("api-key", "{}"), caps=OPENAI_CAPS, foreign=ALL_FOREIGN),
     "openai-compatible": LOCAL,
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
                       headers=(ANTHROPIC_VERSION,), whole_list="?limit=1000",
@@ -8162,9 +8219,11 @@ class Gateway:
             hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
                            and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
-            if dialect.told in body.body and any(map(body.body.__contains__, MARKS)):
+        if isinstance(body, Body) and (is_dialect or path in COUNTS):
+            marks, foreign = route.provider.row.foreign
+            if dialect.told in body.body and any(map(body.body.__contains__, marks)):
                 told = body.get(dialect.history)
-                own = without_marks(told)
+                own = without_marks(told, foreign)
                 values = values if own == told else {**values, dialect.history: own}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.settle_losses(request, route, losses, is_strict)  # 400

