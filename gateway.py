@@ -1266,14 +1266,15 @@ class MarkedWatch(Watch):
 
     def feed(self, block: bytes) -> bytes:
         self._look_for_content(block)
-        end = 0
+        end, places = 0, {mark: block.find(mark) for mark in self.marks}
         while not (self.ended or self.failure):
-            found = [block.find(mark, end) for mark in self.marks]
-            at = min([place for place in found if place >= 0], default=-1)
+            at = min([place for place in places.values() if place >= 0], default=-1)
             if at < 0:
                 return block
             start, end = event_span(block, at)
             self.look_at(parse_chunk(block[start:end]))
+            for mark, place in places.items():  # one that is nowhere is not looked for again
+                places[mark] = block.find(mark, end) if 0 <= place < end else place
         return block[:end]
 
     def _look_for_content(self, block: bytes) -> None:
@@ -1480,9 +1481,11 @@ class Parser:
     def say(self, text: str) -> Events:
         self.content_bytes += len(text)
         if self._wrapped is not None:
+            self.keep(len(text))
             self._wrapped.append(text)
             return []
         if isinstance(self._open, ToolCall):
+            self.keep(len(text))
             self._arguments.append(text)
         return [DELTAS[type(self._open)](text)] if text and self._open else []
 
@@ -7409,6 +7412,7 @@ KEEP_IDLE_SECONDS = 55.0  # many servers close after 60
 SETTLE_SECONDS = 1.0  # for the end of a body whose content has ended
 RACE_SECONDS = 1.0  # a kept-alive connection that dies unanswered within it was closed in the race
 FOREVER = float("inf")
+INTERIM = (b"HTTP/1.1 100", b"HTTP/1.1 102", b"HTTP/1.1 103")
 
 
 class Outbox:
@@ -7583,8 +7587,8 @@ class Wire(asyncio.Protocol):
 
     def has_bare_head(self) -> bool:
         """Whether what waits here ends a head with bare LFs, which `read_head` would never find."""
-        return b"\n\n" in self.buffer or (
-            b"\n\r\n" in self.buffer.replace(b"\r\n\r\n", b""))
+        return b"\r\n\r\n" not in self.buffer and (
+            b"\n\n" in self.buffer or b"\n\r\n" in self.buffer)
 
 
 class Connection(Wire):
@@ -7598,6 +7602,12 @@ class Connection(Wire):
         super().connection_made(transport)
         self._poll = select.poll()
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def has_answer(self) -> bool:
+        """Whether one has begun; interim ones are passed over."""
+        while self.buffer.startswith(INTERIM) and b"\r\n\r\n" in self.buffer:
+            self.take(self.buffer.index(b"\r\n\r\n") + 4)
+        return bool(self.buffer) and not self.buffer.startswith(INTERIM)
 
     def is_late(self, now: float) -> bool:
         if self.is_held:
@@ -7817,10 +7827,10 @@ class Pool:
             return attempt.result()
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors; a bad name a ValueError
             raise unreachable(provider) from error
-        finally:
-            if not attempt.done():
-                attempt.add_done_callback(self._discard)
-                attempt.cancel()
+        except BaseException:  # it may be done by now, and have a connection
+            attempt.add_done_callback(self._discard)
+            attempt.cancel()
+            raise
 
     def _discard(self, attempt: asyncio.Future[Connection]) -> None:
         if not attempt.cancelled() and not attempt.exception():
@@ -8514,23 +8524,36 @@ class Gateway:
         it went: an answer may come before its end."""
         is_chunked = request.head.length is None
 
+        def came(data: bytes) -> None:
+            connection.buffer += data
+            if connection.has_answer():
+                connection.resume_writing()  # nobody need take the rest
+
         async def put(piece: bytes) -> bool:
             exchange.bytes_in += len(piece)
-            if connection.buffer or connection.at_eof:
+            if connection.has_answer() or connection.at_eof:
                 return False
             connection.write(render_chunk(piece) if is_chunked else piece)
             connection.expect("idle", self.clock(), idle)
             try:
                 await connection.drain()
             except ConnectionResetError:
-                if not connection.buffer:
+                if not connection.has_answer():
                     raise
             connection.deadline = FOREVER
-            if connection.error and not connection.buffer:
+            if connection.error and not connection.has_answer():
                 raise connection.error
-            return not (connection.buffer or connection.at_eof)
+            return not (connection.has_answer() or connection.at_eof)
 
-        is_whole = await request.pump(put)
+        connection.sink = came
+        try:
+            is_whole = await request.pump(put)
+        except GatewayError:
+            if not connection.has_answer():  # which counts more than a client that is late
+                raise
+            is_whole = False
+        finally:
+            connection.sink = None
         if is_whole and is_chunked:
             connection.write(LAST_CHUNK)
         return is_whole
@@ -8631,10 +8654,10 @@ class ProviderStream(Stream, Generic[Tally]):
         self._tell = tell  # of a failure, in the place where the stream is; b"" for the usual words
 
     def feed_first(self, piece: bytes) -> bool:
+        """Until there is more than comments, or many of them."""
         self.first += self.feed(piece)
-        if len(self.first) > self._gateway.config.limits.event:
-            raise bad_answer("The provider sent nothing but comments.")
-        return not self.ended and COMMENTS.fullmatch(self.first) is not None
+        return not self.ended and len(self.first) < MAX_READ_BYTES and (
+            COMMENTS.fullmatch(self.first) is not None)
 
     def note_first_content(self) -> None:
         now = self._gateway.clock()
@@ -9106,6 +9129,7 @@ HIGH_WATER_BYTES = 64 << 10
 SMALL_REST_BYTES = 64 << 10  # of a refused request's body: read and dropped, else we close
 LINGER_SECONDS = 2.0
 BACKLOG = 1024
+HANG_UPS = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second without descriptors
 
 
@@ -9169,13 +9193,13 @@ class Client(Wire):
             self.fail(GatewayError(400, "The request's head is malformed."))
         if self.is_over(now):
             self._end_waiting()
-        if self.phase == "answer" and self.at_eof:
+        if self.phase == "answer" and (self.at_eof or self._is_paused and self.has_hung_up()):
             self.leave()
         self._sweep_writes(now, timeouts.write)
 
     def _end_waiting(self) -> None:
         self.deadline = FOREVER
-        if self.phase == "keep_alive":
+        if self.phase == "keep_alive" or self.phase == "head" and not self.buffer.strip(b"\r\n"):
             self.transport.abort()
         else:
             self.fail(GatewayError(408, f"The request's {self.phase} did not arrive in time."))
@@ -9189,6 +9213,12 @@ class Client(Wire):
         elif now >= self._write_deadline:
             self.transport.abort()
             self.leave()
+
+    def has_hung_up(self) -> bool:
+        """Asked of the socket: where reading is paused asyncio sees no end."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), HANG_UPS)
+        return bool(poll.poll(0))
 
     def leave(self) -> None:
         if not self.has_left and self.task is not None and self.exchange is not None:
@@ -9215,7 +9245,7 @@ class ClientRequest:
         self.headers = head.headers
         self._server = server
         self._client = client
-        self._is_read = head.length == 0
+        self.is_read = head.length == 0
         self._taken = 0
         self._is_begun = False
 
@@ -9228,21 +9258,30 @@ class ClientRequest:
             raise GatewayError(415, f"The content-encoding must be one of: {known}.",
                                headers=[("accept-encoding", known)])
         self._check_size(length or 0)
-        if self._is_read:
+        if self.is_read:
             return b""
         client = self._client
         self._is_begun = True
-        self._take(length or 0)
+        self._take(min(length or 0, MAX_READ_BYTES))
         if length is None or length > len(client.buffer):
             self._expect_body()
         try:
-            body = await (self._read_chunked() if length is None else client.read_exactly(length))
+            body = await (self._read_chunked() if length is None else self._read_whole(length))
         except EOFError as error:
             raise ClientLeft from error
-        self._is_read = True
+        self.is_read = True
         client.consumed += length or 0
         client.expect("answer", 0.0, FOREVER)
         return body if coding == "identity" else self._inflate(body, coding)
+
+    async def _read_whole(self, length: int) -> bytes:
+        """What is announced counts as it comes, lest those who only announce lock others out."""
+        while len(self._client.buffer) < length:
+            while len(self._client.buffer) < self._taken:
+                await self._client.more(self._taken)
+            self._take(min(length - self._taken, MAX_READ_BYTES))
+        self._take(length - self._taken)
+        return self._client.take(length)
 
     async def _read_chunked(self) -> bytes:
         pieces: List[bytes] = []
@@ -9261,7 +9300,7 @@ class ClientRequest:
 
     async def _feed(
             self, framing: Framing, put: Callable[[bytes], Awaitable[bool]]) -> bool:
-        """Until the body is whole, or `put` returns False."""
+        """Until the body is whole, or `put` returns False; returns whether it took all of it."""
         client = self._client
         goes_on = True
         while goes_on and not framing.done:
@@ -9282,7 +9321,7 @@ class ClientRequest:
             client.expect(phase, self._server.clock(), renewal, renews=True)
         client.buffer[:0] = framing.rest
         client.consumed -= len(framing.rest)
-        return framing.done
+        return goes_on
 
     async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool:
         """Hands the body on as it comes, unheld and still coded; returns whether it was whole.
@@ -9299,19 +9338,20 @@ class ClientRequest:
 
         if (length or 0) > limit:
             raise GatewayError(413, f"The upload is larger than {limit} bytes.")
-        if self._is_read:
+        if self.is_read:
             return True
         self._is_begun = True
         self._expect_body()
-        self._is_read = await self._feed(
-            ChunkedFraming() if length is None else LengthFraming(length), put_counted)
+        framing = ChunkedFraming() if length is None else LengthFraming(length)
+        is_taken = await self._feed(framing, put_counted)
+        self.is_read = framing.done
         client.expect("answer", 0.0, FOREVER)
-        return self._is_read
+        return is_taken
 
     def _expect_body(self) -> None:
         client, server = self._client, self._server
         client.expect("body", server.clock(), server.timeouts.body, renews=True)
-        if "100-continue" in self.headers.get("expect", "").lower():
+        if "100-continue" in self.headers.get("expect", "").lower() and not self.head.is_http10:
             client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _inflate(self, body: bytes, coding: str) -> bytes:
@@ -9346,12 +9386,12 @@ class ClientRequest:
 
     @property
     def can_be_skipped(self) -> bool:
-        return self._is_read or (self.head.length is not None and not self._is_begun
+        return self.is_read or (self.head.length is not None and not self._is_begun
                                  and self.head.length <= SMALL_REST_BYTES
                                  and "expect" not in self.headers)
 
     async def skip(self) -> None:
-        if not self._is_read:
+        if not self.is_read:
             self._client.expect("body", self._server.clock(), self._server.timeouts.body)
             await self._client.read_exactly(self.head.length or 0)
             self._client.consumed += self.head.length or 0
@@ -9385,11 +9425,12 @@ class Server:
     # ---- one connection ----
 
     async def serve_connection(self, client: Client) -> None:
-        self._clients.add(client)
         try:
-            if len(self._clients) > self.limits.connections:
+            if len(self._clients) >= self.limits.connections:
                 await self.refuse(client, GatewayError(503, "Too many connections."))
+                client.lingers = False  # or the refused would hold the descriptors of the others
             else:
+                self._clients.add(client)
                 while await self.serve_request(client):
                     pass
             await self.close(client)
@@ -9418,8 +9459,8 @@ class Server:
             request.give_back()
             can_skip = request.can_be_skipped
             stays = (can_skip and head.keeps_alive and not self.is_draining
-                     and not (head.is_http10 and response.stream))
-            client.lingers = not can_skip
+                     and not (head.is_http10 and (response.stream or client.is_committed)))
+            client.lingers = not (request.is_read or stays)
             await self.write_response(client, head, response, stays)
         except (ConnectionError, ClientLeft, asyncio.CancelledError):
             has_left = client.has_left or not self.is_draining
@@ -9534,12 +9575,13 @@ class Server:
                 elif not stream.ended:
                     client.write(framed(stream.end()))
         except GatewayError as error:
-            last = stream.fail(error)
-            if last is None:  # a cut must not look like an end
+            has_ended = stream.ended  # and told so
+            last = None if has_ended else stream.fail(error)
+            if last is not None:
+                client.write(framed(last))
+            elif not has_ended:  # a cut must not look like an end
                 self.outbox.flush()
                 client.transport.abort()
-            else:
-                client.write(framed(last))
         finally:
             stream.close()
 
