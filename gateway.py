@@ -188,7 +188,9 @@ class Usage:
 
 
 def count(value: object) -> int:
-    return value if type(value) is int and value > 0 else 0  # True is none
+    if type(value) is int:  # True is none
+        return value if value > 0 else 0
+    return int(value) if isinstance(value, float) and value.is_integer() and value > 0 else 0
 
 
 # ------------------------------
@@ -351,6 +353,9 @@ class Body:
         return b"".join([*pieces, body[at:]])
 
 
+MAX_PREAMBLE_BYTES = 4096
+
+
 class Form:
     """A multipart/form-data body, read as far as a route needs it (RFC 7578). Raises
     GatewayError(400) where it is cut short."""
@@ -361,21 +366,22 @@ class Form:
         if len(found) != 1:
             raise GatewayError(400, "The form's content-type names not one boundary.")
         self._boundary = b"\r\n--" + found[0].encode("latin-1")
-        if b"\r\n" + body[:len(self._boundary) - 2] != self._boundary or (
-                body.rfind(self._boundary + b"--") < 0):
+        self._start = (b"\r\n" + body[:MAX_PREAMBLE_BYTES]).find(self._boundary)
+        if self._start < 0 or body.rfind(self._boundary + b"--") < 0:
             raise GatewayError(400, "The form is malformed or cut short.")
 
     def _find(self, name: str) -> Tuple[int, int] | None:
         """Where a field's value starts and ends. A second one of its name is a 400: which of them
         counts, two servers may see differently."""
-        at, wanted = 0, f'; name="{name}"'.encode()
+        at, wanted = self._start, re.compile(rb';[ \t]*name=(?:"%b"|%b(?=[;\s]))' % (
+            name.encode(), name.encode()))
         found: Tuple[int, int] | None = None
         while at >= 0:
             start = self.body.find(b"\r\n\r\n", at) + 4
             end = self.body.find(self._boundary, start)
             if start < 4 or end < 0:
                 return found
-            if wanted in self.body[at:start] and b"filename" not in self.body[at:start]:
+            if wanted.search(self.body, at, start) and b"filename" not in self.body[at:start]:
                 if found:
                     raise GatewayError(400, f"The form's {name!r} stands twice.", name)
                 found = start, end
@@ -1651,8 +1657,11 @@ class Dialect(Protocol):
         type_ = "" if type_ == "error" else type_  # of the event
         message = text_of(detail, "message") or "The provider reported an error."
         if status == 200:
-            status = ERROR_STATUSES.get(type_) or ERROR_STATUSES.get(text_of(detail, "code"), 502)
-            status = code if isinstance(code, int) and 400 <= code < 600 else status
+            named = (text_of(detail, "code"), type_, *(
+                text_of(each, "reason") for each in list_of_objects(detail, "details")))
+            status = next(filter(None, map(ERROR_STATUSES.get, named)), 502)
+            if isinstance(code, int) and 400 <= code < 600 and status != 401:
+                status = code
         if LONG_PROMPT.search(message):
             code = "context_length_exceeded"  # agents key on it
         elif status == 404 and (type_ == "not_found_error" or detail.get("status") == "NOT_FOUND"):
@@ -2507,7 +2516,8 @@ def parse_openai_usage(wire: object, names: Tuple[str, str, str, str]) -> Usage 
         return None
     asked, said, asked_details, said_details = names
     read, written = part_of(wire, asked_details), part_of(wire, said_details)
-    return Usage(count(wire.get(asked, wire.get("input_tokens"))),
+    total = wire.get("total_tokens") if said not in wire else None  # all that some tell
+    return Usage(count(wire.get(asked, wire.get("input_tokens", total))),
                  count(wire.get(said, wire.get("output_tokens"))),
                  count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
                  0, count(written.get("reasoning_tokens")))
@@ -3068,7 +3078,8 @@ ERROR_STATUSES = {
     **{type_: status for status, type_ in MESSAGES_ERRORS.items() if status != 409},
     "overloaded_error": 503, "context_length_exceeded": 400, "invalid_api_key": 401,
     "model_not_found": 404, "rate_limit_exceeded": 429, "insufficient_quota": 429,
-    "server_error": 500, "api_error": 500, "server_is_overloaded": 503, "invalid_prompt": 400}
+    "API_KEY_INVALID": 401, "server_error": 500, "api_error": 500, "server_is_overloaded": 503,
+    "invalid_prompt": 400}
 
 
 # ---- from the wire ----
@@ -3853,8 +3864,10 @@ class Responses(Dialect):
         return renderer.response
 
     def error_event(self, body: bytes) -> bytes:
+        """With the events that its SDK wants before it."""
+        renderer = ResponsesRenderer(Chat("", []), 0)
         error = self.parse_error(parse_chunk(sse(body)).get("error"), 500)
-        return self.render_stream_error(error, "")
+        return renderer.feed(Start("", "")) + renderer.fail(error)
 
     def render_stream_error(self, error: GatewayError, request_id: str) -> bytes:
         return render_failure(error, request_id, 0)
@@ -4547,7 +4560,7 @@ class ResponsesWatch(MarkedWatch):
         self._error: GatewayError | None = None  # after which the response itself fails
 
     def feed(self, block: bytes) -> bytes:
-        self._last = block
+        self._last = block if SEQUENCE_NUMBER.search(block) else self._last
         return super().feed(block)
 
     def look_at(self, wire: JSON) -> None:
@@ -5697,8 +5710,9 @@ def find_caps(kind: Kind, model: str) -> Caps:
 # ==============================
 
 MIN_KEY_CHARACTERS = 16
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and surrogates, which have no UTF-8
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 VARIABLE = re.compile(r"\$\$(?=[{A-Za-z_])|\$\{([^}]*)(\}|$)|\$([A-Za-z_][A-Za-z0-9_]*)")
 COMMENT_LINE = re.compile(r"^[ \t]*(#|//).*$", re.MULTILINE)
 
@@ -5805,6 +5819,8 @@ def read_headers(value: Any, path: str, problems: Problems) -> Any:
     for name in fields:
         if not TOKEN.fullmatch(name):
             problems.error(path, f"{name!r} is not a header name")
+        if name.lower() in ("connection", "content-length", "te", "transfer-encoding", "upgrade"):
+            problems.error(path, f"{name!r} is the connection's own")
     return tuple((name.lower(), text) for name, text in fields.items())
 
 
@@ -5946,9 +5962,9 @@ class Provider(Tuning):
 
     @functools.cached_property
     def secrets(self) -> Tuple[str, ...]:
-        """What no client may see; short header values are words of any text."""
+        """What no client may see; what is short is a word of any text, as a local server's key."""
         values = [value for _, value in self.headers if len(value) >= MIN_KEY_CHARACTERS]
-        return tuple(filter(None, [self.api_key, *values]))
+        return (*([self.api_key] if self.api_key and len(self.api_key) >= 8 else []), *values)
 
     @functools.cached_property
     def paths(self) -> Mapping[str, str]:
@@ -6072,6 +6088,10 @@ def variable_value(
             reason = getattr(error, "strerror", "it is not UTF-8")
             raise ValueError(f"cannot read {braced[5:]}: {reason}") from error
     name, has_default, default = braced.partition(":-")
+    if not VARIABLE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no variable's name; write ${{NAME}} or ${{NAME:-default}}")
+    if "$" in default:
+        raise ValueError(f"the default of {name} cannot hold another variable")
     if env.get(name) or (name in env and not has_default):
         return env[name]
     if not has_default:
@@ -6100,8 +6120,8 @@ def parse_config(
 
 
 YAML_HINT = ("this looks like YAML, and the config is JSON; convert it once: "
-             "yq -o=json {0} > config.json   (or: python3 -c 'import json, sys, yaml; "
-             "json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {0} > config.json)")
+             "yq -o=json {0} > {1}   (or: python3 -c 'import json, sys, yaml; "
+             "json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {0} > {1})")
 
 
 def parse_config_json(text: str, problems: Problems) -> Any:
@@ -6120,7 +6140,8 @@ def parse_config_json(text: str, problems: Problems) -> Any:
         return json.loads(plain, object_pairs_hook=unique, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         if not plain.lstrip().startswith(("{", "[", "\ufeff")) and ":" in plain:
-            raise ValueError(YAML_HINT.format(problems.where)) from error
+            new = "new.json" if problems.where == "config.json" else "config.json"
+            raise ValueError(YAML_HINT.format(problems.where, new)) from error
         raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
 
 
@@ -6143,10 +6164,14 @@ def settle(config: Config, problems: Problems) -> Config:
     for prefix, name in config.endpoints.items():
         check_provider(name, config, f"endpoints.{prefix}", problems.error)
     check_keys(config.api_keys, problems)
+    sizes = (config.limits.bodies, config.limits.body)
+    if not any(isinstance(size, Broken) for size in sizes) and sizes[0] < sizes[1]:
+        problems.warn("limits.bodies", "is below limits.body: no body of that size is ever read")
     for i, name in enumerate(config.log_headers):
         if not isinstance(name, Broken) and (
-                not TOKEN.fullmatch(name) or name.lower() in SECRET_HEADERS):
-            problems.error(f"log_headers[{i}]", "is no header name, or one that carries secrets")
+                not TOKEN.fullmatch(name) or name.lower() in SECRET_HEADERS | LOG_FIELDS):
+            problems.error(f"log_headers[{i}]", "is no header name, or one that carries secrets or "
+                                                "is the log's own")
     return dataclasses.replace(config, providers=providers, models=models)
 
 
@@ -6156,6 +6181,8 @@ def check_provider(
         tell(path, f"no provider {name!r} is configured" + suggest(name, config.providers))
 
 
+LOG_FIELDS = frozenset(["time", "level", "msg", "method", "path", "status", "provider", "model",
+                        "stream", "cost", "usage", "error"])
 KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-gateway-key",
                             *KEY_HEADERS])
@@ -6463,7 +6490,8 @@ class Router:
                          for name, alias in config.models.items()
                          if alias.provider in self._providers}
         self._off = set(config.models).difference(self._aliases)
-        self._rules = [rule for rule in config.routing if rule.provider in self._providers]
+        self._configured = set(config.providers)
+        self._rules = [rule for rule in config.routing if rule.provider in self._configured]
 
     def _route(self, provider_name: str, model: str, name: str | None = None,
                alias: Alias = NO_ALIAS) -> Route:
@@ -6478,13 +6506,14 @@ class Router:
     def resolve(self, model: str) -> Route:
         if model in self._aliases:
             return self._aliases[model]
-        if model not in self._off:
-            name, _, rest = model.partition("/")
-            if rest and name in self._providers:
-                return self._route(name, rest)
-            for rule in self._rules:
-                if rule.fits(model):
-                    return self._route(rule.provider, model)
+        name, _, rest = model.partition("/")
+        if model in self._off:
+            name = ""
+        elif not rest or name not in self._configured:
+            fits = (rule.provider for rule in self._rules if rule.fits(model))
+            name, rest = next(fits, ""), model
+        if name in self._providers:  # one that is off hands its models to nobody else
+            return self._route(name, rest)
         raise GatewayError(
             404, f"The model {clipped(model)!r} does not exist.", "model", "model_not_found")
 
@@ -6766,7 +6795,7 @@ MAX_LOG_VALUE = 256
 def quote_log(value: str) -> str:
     if PLAIN_LOG_VALUE.fullmatch(value):
         return value
-    return json.dumps(clipped(value, MAX_LOG_VALUE)).replace("\x7f", "\\u007f")
+    return json.dumps(log_value(value)).replace("\x7f", "\\u007f")
 
 
 def render_log(fields: Iterable[Tuple[str, object]]) -> str:
@@ -6774,8 +6803,14 @@ def render_log(fields: Iterable[Tuple[str, object]]) -> str:
 
 
 def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
-    return json.dumps({key: clipped(value, MAX_LOG_VALUE) if isinstance(value, str) else value
+    return json.dumps({key: log_value(value) if isinstance(value, str) else value
                        for key, value in fields})
+
+
+def log_value(value: str) -> str:
+    """What a line holds of it: its escapes may take twelve bytes a character."""
+    value = clipped(value, MAX_LOG_VALUE)
+    return value if len(json.dumps(value)) <= 2 * MAX_LOG_VALUE else clipped(value, 40)
 
 
 # ==============================
@@ -7942,9 +7977,10 @@ def unreachable(provider: Provider) -> GatewayError:
 # logs it and touches its metrics.
 # ==============================
 
-BAD_KEY = re.compile(rb"invalid_api_key|authentication_error|unregistered caller|(?:incorrect"
-                     rb"|invalid) (?:x-)?api[ -]key|api key (?:not valid|was reported)",
-                     re.IGNORECASE)
+BAD_KEY = re.compile(
+    rb"invalid_api_key|api_key_invalid|authentication_error|unregistered caller"
+    rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key (?:not valid|was reported)", re.IGNORECASE)
+MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
 
@@ -8008,7 +8044,8 @@ class Log:
     def _write(self, line: str) -> None:
         data = b"\n" * self._is_torn + line.encode() + b"\n"
         try:
-            is_ready = not self._may_block or any(
+            # A pipe that is ready takes so many bytes at once; for more the write may wait.
+            is_ready = not self._may_block or len(data) <= MAX_LINE_BYTES and any(
                 event & select.POLLOUT for _, event in self._poll.poll(0))
             written = os.write(self._fd, data) if is_ready else 0
             if written < len(data):
@@ -8179,8 +8216,14 @@ class Gateway:
 
     def signed(self, exchange: Exchange, response: Response) -> Response:
         if exchange.is_stream and response.stream is None:
+            told, body = told_error(response.body), response.body
+            if not part_of(told, "error"):  # which a client of a stream would not see as one
+                body = exchange.dialect.render_error(
+                    plain_error(response.status, body), exchange.id)
+            elif body.strip()[:1] == b"[":
+                body = dump_json(told)
             response.event = exchange.dialect.error_event(
-                b" ".join(response.body.splitlines()))  # a provider's may stand in many lines
+                b" ".join(body.splitlines()))  # a provider's may stand in many lines
         exchange.overhead = exchange.sent - exchange.ready + self.clock() - exchange.came
         id_ = exchange.upstream_id or exchange.id
         response.fields += [(name, id_) for name in exchange.dialect.id_fields]
@@ -8224,8 +8267,9 @@ class Gateway:
         """`path` is the name of one in the kind's row: the dialect's, or another."""
         dialect, losses = exchange.dialect, Losses()
         is_dialect = path == dialect.name
+        is_known = is_dialect or path in CHAT_STREAMS
         hides_usage, values = False, {}  # type: bool, JSON
-        if is_dialect and isinstance(body, Body):
+        if is_known and isinstance(body, Body):
             hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
                            and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
@@ -8243,8 +8287,7 @@ class Gateway:
             return await self.pass_error(exchange, route, answer)
         fields = answer_fields(answer) + lost_fields(losses)
         if exchange.is_stream:
-            is_known = is_dialect or path in CHAT_STREAMS
-            watch = (dialect.watch(hides_usage, route.provider.done and is_dialect) if is_known
+            watch = (dialect.watch(hides_usage, route.provider.done) if is_known
                      else LooseWatch(dialect, False, False))
             stream = PassedStream(self, exchange, route, answer, watch)
             return await self.open_stream(exchange, stream, fields)
@@ -8444,8 +8487,7 @@ class Gateway:
                                       "answer.", "bad_answer")
         if route.provider.forward_auth:  # it is the client's own key
             return body
-        if (answer.status in (401, 402) or answer.status == 403 and BAD_KEY.search(body)
-                or b"API_KEY_INVALID" in body):
+        if answer.status in (401, 402) or answer.status in (400, 403) and BAD_KEY.search(body):
             raise key_refused(answer.status)
         return mask(body, route.provider)
 
@@ -8489,9 +8531,9 @@ class Gateway:
             raise GatewayError(404, "There is no such endpoint.", code="not_found")  # with a model
         provider, path = self.router.find_keeper(head.path, self.config.endpoints)
         exchange.route = route = self.router.route_to(provider.name)
-        query = "&".join(part for part in head.query.split("&") if part[:4] != "key=")
+        query = without_parts(head.query, "key")
         method = "GET" if head.method == "HEAD" else head.method
-        target = target_of(provider.base_url, path) + (f"?{query}" if query else "")
+        target = (target_of(provider.base_url, path) or "/") + (f"?{query}" if query else "")
         lines, dropped = provider_lines(provider, target, method, "")
         if provider.forward_auth:
             lines += forwarded_auth(head.headers, self.keyring)
@@ -8561,9 +8603,11 @@ class Gateway:
     async def list_models(self, exchange: Exchange, request: Request) -> Response:
         app = self.authenticate(exchange, request)
         models = self.router.aliases(app)
-        for provider in self.router.listing():
-            names = [f"{provider.name}/{name}" for name in await self.models_of(provider)]
-            models += [(name, provider.name) for name in names if app.may_use(name)]
+        providers = self.router.listing()
+        lists = await asyncio.gather(*map(self.models_of, providers))
+        models += [(f"{provider.name}/{name}", provider.name)
+                   for provider, names in zip(providers, lists) for name in names
+                   if app.may_use(f"{provider.name}/{name}")]
         return Response(200, [JSON_TYPE], dump_json(
             exchange.dialect.render_models(models, request.head.query)))
 
@@ -8575,23 +8619,28 @@ class Gateway:
         target = target_of(provider.base_url, "/models") + provider.row.whole_list
         lines, _ = provider_lines(provider, target, "GET", "")
         head = f"{lines}{self._defaults[provider.name]}\r\n".encode("latin-1")
+        soon = dataclasses.replace(provider.deadlines, total=MAX_LIST_SECONDS)
+        told: JSON | None = None
         try:
-            answer = await self.pool.send(
-                provider, provider.deadlines, [head], False, self.config.limits.answer)
-            body = await self.read_body(answer)
-            told = json_object(body) if answer.status == 200 else None
+            answer = await self.pool.send(provider, soon, [head], False, self.config.limits.answer)
+            body = (await self.read_body(answer)).strip()
+            if answer.status == 200:  # some send the list itself
+                told = json_object(b'{"data":%b}' % body if body[:1] == b"[" else body)
         except GatewayError:
-            told = None
-        listed = [*list_of_objects(told or {}, "data"), *list_of_objects(told or {}, "models")]
+            pass
+        listed = list_of_objects(told or {}, "data") or list_of_objects(told or {}, "models")
         told_names = (text_of(each, "id") or text_of(each, "name").partition("/")[2]
                       for each in listed)
         names = [name for name in told_names if name]
-        self._listed[provider.name] = self.clock() + LIST_SECONDS, names
+        believed = MAX_LIST_SECONDS if told is None else LIST_SECONDS
+        self._listed[provider.name] = self.clock() + believed, names
         return names
 
     async def show_model(self, exchange: Exchange, request: Request) -> Response:
         app = self.authenticate(exchange, request)
         asked = request.head.path.partition("/models/")[2]
+        if not asked:
+            raise GatewayError(404, "There is no such endpoint.", code="not_found")
         app.check_may_use(asked)
         owner = self.router.resolve(asked).provider.name
         return Response(200, [JSON_TYPE], dump_json(exchange.dialect.render_model(asked, owner)))
@@ -8847,6 +8896,7 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
 COUNTED = (Gateway.generate, Gateway.forward, Gateway.call_model, Gateway.hand_on)
 PREFIXES = tuple(path for path in ROUTES if path.endswith("/") and path != "/")
 LIST_SECONDS = 300.0  # that a provider's list of models is believed
+MAX_LIST_SECONDS = 10.0  # that it may take; so long one that could not be had is not asked for
 CHAT_STREAMS = frozenset(["/completions"])  # end as those of Chat Completions do
 COUNTS = frozenset(["/messages/count_tokens", ":countTokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
@@ -8903,8 +8953,12 @@ def endpoint_of(path: str) -> str:
 
 def passing_query(query: str) -> str:
     """Without a key, and without the form of a stream, which is ours to choose."""
-    return "&".join(part for part in query.split("&")
-                    if part.partition("=")[0] not in ("key", "alt", "api-version", ""))
+    return without_parts(query, "key", "alt", "api-version", "")
+
+
+def without_parts(query: str, *names: str) -> str:
+    return "&".join(part for part in query.split("&") if urllib.parse.unquote_plus(
+        part.partition("=")[0]) not in names)
 
 
 def find_handler(head: RequestHead, methods: Mapping[str, Handler]) -> Handler:
@@ -8979,7 +9033,8 @@ def retry_delay(told: JSON | None) -> List[Tuple[str, str]]:
 def lost_fields(losses: Losses) -> List[Tuple[str, str]]:
     if not losses.names:
         return []
-    return [("x-gateway-lost", clipped(", ".join(losses.names), MAX_LOST_BYTES))]
+    names = ", ".join(losses.names).encode("ascii", "backslashreplace").decode()
+    return [("x-gateway-lost", clipped(names, MAX_LOST_BYTES))]
 
 
 def json_object(body: bytes) -> JSON | None:
@@ -9663,6 +9718,8 @@ class DemoUpstream:
             if dialect is None:
                 raise GatewayError(404, "There is no such endpoint.")
             chat = dialect.parse_request(Body(await request.body()).tree(), Losses())
+            if not chat.turns:
+                raise GatewayError(400, "'messages' must hold a message.", "messages")
         except GatewayError as error:
             return self.refuse(exchange, error)
         reply = demo_reply(chat)
@@ -9704,8 +9761,12 @@ def demo_text(blocks: Iterable[Block]) -> str:
 def demo_arguments(schema: JSON) -> JSON:
     samples = {"number": 1.5, "integer": 1, "boolean": True, "array": [], "object": {},
                "null": None}
-    return {name: (about.get("enum") or [samples.get(str(about.get("type")), "demo")])[0]
+    return {name: [*demo_choices(about), samples.get(str(about.get("type")), "demo")][0]
             for name, about in part_of(schema, "properties").items() if isinstance(about, dict)}
+
+
+def demo_choices(about: JSON) -> List[Any]:
+    return about["enum"] if isinstance(about.get("enum"), list) else []
 
 
 def demo_events(reply: Reply) -> Iterator[StreamEvent]:
@@ -9778,6 +9839,8 @@ def open_unix_socket(path: str) -> socket.socket:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise OSError(errno.EEXIST, "a file that is no socket has this name") from None
             os.unlink(path)
         except OSError:
             pass
@@ -9991,9 +10054,9 @@ def command_serve(named: str) -> None:
     warn_of_missing_store(config)
     try:
         sock = open_socket(parse_listen(config.listen))
-    except OSError as error:
-        raise CommandError(f"cannot listen on {config.listen}: {error.strerror or error}") \
-            from error
+    except (OSError, UnicodeError) as error:  # of a name that is none
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot listen on {config.listen}: {reason}") from error
     log = Log(1, config.log == "json", time.monotonic, time.time)
     asyncio.run(serve(config, prices, sock, log))
 
@@ -10018,14 +10081,16 @@ def command_check(named: str) -> None:
     for provider in config.providers.values():
         state = "" if provider.is_on else "   off: no api_key"
         print(f"provider   {provider.name}: {provider.kind} at {provider.base_url}{state}")
+    off = {name: "" if provider.is_on else "   off" for name, provider in config.providers.items()}
     for name, alias in config.models.items():
-        print(f"model      {name} -> {alias.provider}/{alias.model or name}")
+        print(f"model      {name} -> {alias.provider}/{alias.model or name}{off[alias.provider]}")
     for rule in config.routing:
         what = ("everything else" if rule.default else
                 f"{rule.prefix}*" if rule.prefix is not None else rule.match)
-        print(f"route      {what} -> {rule.provider}")
+        print(f"route      {what} -> {rule.provider}{off.get(rule.provider, '   not configured')}")
     for entry in config.api_keys:
-        print(f"app        {entry.app}: {', '.join(entry.allowed_models)}")
+        state = "   disabled" * entry.disabled
+        print(f"app        {entry.app}: {', '.join(entry.allowed_models)}{state}")
     print("The config is good.")
 
 
@@ -10084,6 +10149,7 @@ def hold_standard_descriptors() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     hold_standard_descriptors()
+    command = ""
     try:
         command, config = parse_command_line(arguments)
         COMMANDS[command](config)
@@ -10092,7 +10158,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if isinstance(error, CommandError) else 2
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return 1 if command == "health" else 2  # which Docker keeps for itself
     return 0
 
 

@@ -958,6 +958,9 @@ REFUSED: list[tuple[str, object, str]] = [
     ("log_headers", ["Authorization"], "[0]: is no header name, or one that"),
     ("log_headers", ["a b"], "[0]: is no header name"), ("prices", 1, ": must be"),
     ("provider", {}, ": unknown key; did you mean 'prov"),
+    ("api_keys[1].app", "a\ud800", ": must be"),
+    ("log_headers", ["Status"], "[0]: is no header name, or one that"),
+    ("providers.openai.headers", {"Content-Length": "5"}, ": 'Content-Length' is the connection"),
     ("zzz", 1, ": unknown key; known: listen, providers"),
 ]
 
@@ -1016,6 +1019,9 @@ def test_yaml_gets_the_conversion(text: str) -> None:
         gateway.parse_config(text, "config.yaml", {}, no_file)
     assert "yq -o=json config.yaml > config.json" in str(caught.value)
     assert "yaml.safe_load" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        gateway.parse_config(text, "config.json", {}, no_file)
+    assert "config.json > new.json" in str(caught.value), "it must not be emptied by the shell"
 
 
 @pytest.mark.parametrize("path, value, expected", [
@@ -1026,6 +1032,7 @@ def test_yaml_gets_the_conversion(text: str) -> None:
      "providers.openai.api_key: is absent or empty: the provider is "),
     ("providers.openai.api_key", GONE, "providers.openai.api_key: is absent or empty"),
     ("providers.openai.api_key", "${NONE:-}", "providers.openai.api_key: is absent or empty"),
+    ("limits.bodies", 1000, "limits.bodies: is below limits.body"),
 ])
 def test_a_warning_does_not_refuse(path: str, value: object, expected: str) -> None:
     [warning] = parsed(changed((path, value))).warnings
@@ -1069,7 +1076,10 @@ def test_the_environment_is_put_in(text: str, expanded: str) -> None:
     ("$KEY", "write ${KEY} for the environment variable, or $$KEY for the text itself"),
     ("${file:/none}", "cannot read /none: No such file or directory"),
     ("${file:/run/binary}", "cannot read /run/binary: it is not UTF-8"),
-    ("${}", ""), ("${KEY", ""), ("vk-${KEY-0123456789", ""),
+    ("${}", "'' is no variable's name"), ("${KEY", ""), ("vk-${KEY-0123456789", ""),
+    ("${KEY-x}", "'KEY-x' is no variable's name"),
+    ("${NONE:-${KEY}}", "the default of NONE cannot hold another variable"),
+    ("${NONE:-$KEY}", "the default of NONE cannot hold another variable"),
 ])
 def test_a_variable_that_fails_names_its_place(text: str, expected: str) -> None:
     problems = gateway.Problems("config.json")
@@ -1265,7 +1275,6 @@ ROUTED = changed(
     ("local/gpt-x", "openai", "gpt-y", "local/gpt-x"), ("local/gpt-z", "local", "gpt-z", None),
     ("local/a/b", "local", "a/b", None), ("openai/fast", "openai", "fast", None),
     ("gpt-5-mini", "local", "gpt-5-mini", None), ("gpt-5-mini-x", "openai", "gpt-5-mini-x", None),
-    ("gpt-4-mini", "local", "gpt-4-mini", None), ("gpt-4", "openai", "gpt-4", None),
     ("o3", "openai", "o3", None),
 ])
 def test_where_a_model_leads(model: str, provider: str, upstream_model: str,
@@ -1275,8 +1284,8 @@ def test_where_a_model_leads(model: str, provider: str, upstream_model: str,
 
 
 @pytest.mark.parametrize("model",
-                         ["unknown", "o2", "gone", "off/m", "local/", "/x", "FAST", "", "é",
-                                   "x" * 100_000])
+                         ["unknown", "o2", "gone", "off/m", "gpt-4", "gpt-4-mini", "local/", "/x",
+                          "FAST", "", "é", "x" * 100_000])
 def test_where_no_model_leads(model: str) -> None:
     error = refusal(gateway.Router(parsed(ROUTED), lambda provider, model: None).resolve, model)
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
@@ -8008,7 +8017,8 @@ def test_completions_stream_and_are_counted(gate_for: Any) -> None:
             event({"choices": [], "usage": USAGE}), FINAL]
     gate = gate_for(always(streamed(*said)))
     body = b'{"model": "house", "prompt": "x", "stream": true}'
-    assert gate.call(body, path="/v1/completions").body == b"".join(said)
+    assert gate.call(body, path="/v1/completions").body == said[0] + said[2]
+    assert json.loads(gate.upstream.requests.get().body)["stream_options"]["include_usage"]
     assert gate.access()["completion_tokens"] == "200"
 
 
@@ -8071,8 +8081,187 @@ def test_an_upload_is_no_overhead(gate_for: Any) -> None:
 def test_an_error_of_many_lines_is_one_event(name: str) -> None:
     pretty = json.dumps({"error": {"message": "No", "type": "server_error"}}, indent=2).encode()
     told = gateway.DIALECTS[name].error_event(b" ".join(pretty.splitlines()))
-    (event_,) = decoded([told])
+    *before, event_ = decoded([told])
     assert "No" in json.dumps(json.loads(event_.data))
+    assert [each.name for each in before] == (
+        ["response.created", "response.in_progress"] if name == "responses" else [])
+
+
+WORD = event({"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": None}]})
+
+
+def test_comments_without_end_are_passed_on(gate_for: Any) -> None:
+    pings = b": ping\n\n" * 10_000
+    gate = gate_for(always(streamed(pings, WORD, FINAL)), limits={"event": 4096})
+    assert gate.call(chat(stream=True)).body == pings + WORD + FINAL
+
+
+def test_a_burst_of_events_is_no_large_one(gate_for: Any) -> None:
+    gate = gate_for(always(streamed(*[WORD] * 100, FINAL)), limits={"event": 4096})
+    assert gate.call(chat(stream=True)).body == WORD * 100 + FINAL
+
+
+def test_a_mark_that_is_absent_is_looked_for_once() -> None:
+    class Counted(bytes):
+        looks = 0
+
+        def find(self, mark: Any, *place: Any) -> int:
+            Counted.looks += mark == b'"error"'
+            return bytes.find(self, mark, *place)
+
+    watch = gateway.DIALECTS["messages"].watch(False, True)
+    watch.feed(Counted(wire_events([{"type": "message_delta"}] * 100)))
+    assert Counted.looks == 1
+
+
+def test_nothing_follows_the_last_chunk(gate_for: Any) -> None:
+    """Where a coding's own end is missing behind the stream's."""
+    packed = zlib.compressobj(wbits=31)
+    first = packed.compress(WORD) + packed.flush(zlib.Z_SYNC_FLUSH)
+    last = (packed.compress(FINAL) + packed.flush())[:-4]
+    head = STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    gate = gate_for([READ, head + chunks(first), GO, chunks(last) + END], serving(reply()))
+    client = gate.client().send(request(chat(stream=True)))
+    assert client.head()[0] == 200
+    gate.upstream.go.release()
+    assert client.file.read(len(chunks(WORD) + chunks(FINAL) + END)) == (
+        chunks(WORD) + chunks(FINAL) + END)
+    assert client.send(request(chat())).answer().status == 200
+
+
+@pytest.mark.parametrize("came, is_bare", [
+    (b"GET / HTTP/1.1\nHost: x\n\n", True), (b"GET / HTTP/1.1\r\nHost: x\n\r\n", True),
+    (b"GET / HTTP/1.1\r\nHost: x\r\n", False),
+    (b"POST / HTTP/1.1\r\nHost: x\r\n\r\n{\n\n}\n\r\n", False)])
+def test_blank_lines_in_a_body_are_no_bare_head(came: bytes, is_bare: bool) -> None:
+    wire = gateway.Wire(1000, gateway.Outbox())
+    wire.buffer += came
+    assert wire.has_bare_head() == is_bare
+
+
+def test_a_connection_that_nobody_waits_for_any_more_is_dropped(gate_for: Any) -> None:
+    """It is made in the turn of the loop in which its request is cancelled."""
+    async def leave() -> list[Any]:
+        pool, dropped = gate.gateway.pool, []  # type: Any, list[Any]
+        pool._open_connection = lambda origin: asyncio.sleep(0, "made")
+        pool.drop = dropped.append
+        provider = next(iter(gate.gateway.config.providers.values()))
+        task = asyncio.ensure_future(pool._connect(provider, 10))
+        for _ in range(2):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+        assert task.cancelled()
+        return dropped
+
+    gate = gate_for([])
+    assert asyncio.run_coroutine_threadsafe(leave(), gate.loop).result(WAIT) == ["made"]
+
+
+def test_the_refused_hold_no_place(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), limits={"connections": 1})
+    first = gate.client().send(request(method="GET", path="/health"))
+    assert first.answer().status == 200
+    for _ in range(3):
+        assert gate.client().send(request(method="GET", path="/health")).answer().status == 503
+    first.close()
+    eventually(lambda: not gate.server._clients)
+    assert gate.get("/health").status == 200
+
+
+def test_what_is_announced_counts_as_it_comes(gate_for: Any) -> None:
+    gate = gate_for(always(reply()))
+    idle = [gate.client().send(posted("Content-Length: 33554432")) for _ in range(8)]
+    gate.settle()
+    assert gate.call(chat()).status == 200 and len(idle) == 8
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_body_of_many_steps_is_whole(gate_for: Any, length: int) -> None:
+    gate = gate_for(serving(reply()))
+    body = chat(x="y" * (length * (1 << 16) + 7))
+    assert gate.call(body).status == 200
+    assert gate.upstream.requests.get(timeout=WAIT).body == body.replace(b"house", b"gpt-real", 1)
+    eventually(lambda: gate.server.bodies.held == 0)
+
+
+def test_arguments_without_end_are_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(gateway, "MAX_KEPT_CHARACTERS", 1000)
+    start = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}
+    more = {"index": 0, "function": {"arguments": "x" * 100}}
+    chunks_ = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]}
+               for piece in [start, *[more] * 10]]
+    with pytest.raises(GatewayError, match="too much"):
+        chat_parsed("chat", map(event, chunks_))
+
+
+@pytest.mark.parametrize("body, message", [
+    (b'{"detail": "No luck"}', "No luck"), (b'[{"error": {"message": "Broken"}}]', "Broken"),
+    (b'{"error": "Broken"}', "Broken"), (b"<html>", "html")])
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_an_error_after_a_keepalive_is_an_error(name: str, body: bytes, message: str) -> None:
+    exchange = gateway.Exchange("gw-1", 0.0)
+    exchange.dialect, exchange.is_stream = gateway.DIALECTS[name], True
+    made = gateway.make_gateway(parsed(BASE), LISTS, gateway.Metrics(),
+                                gateway.Log(1, False, time.monotonic, time.time))
+    signed = made.signed(exchange, gateway.Response(422, [], body))
+    last = json.loads(list(decoded([signed.event]))[-1].data)
+    error = last.get("response", last)["error"]
+    assert message in json.dumps(error) and isinstance(error, dict)
+
+
+@pytest.mark.parametrize("body", [
+    b'{"error": {"message": "x", "type": "invalid_request_error", "code": "invalid_api_key"}}',
+    b'{"error": {"message": "Incorrect API key provided: sk***ef"}}'])
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_bad_key_is_told_in_our_words_whatever_its_status(
+        gate_for: Any, status: int, body: bytes) -> None:
+    gate = gate_for(always(reply(body, status=f"{status} No")))
+    answer = gate.call(chat())
+    assert (answer.status, answer.error["type"]) == (502, "upstream_auth_error")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_bad_key_in_a_stream_is_told_in_our_words(gate_for: Any) -> None:
+    said = event({"error": {"message": "x", "type": "invalid_request_error",
+                            "code": "invalid_api_key"}})
+    answer = gate_for(always(streamed(said))).call(chat(stream=True))
+    assert (answer.status, answer.error["type"]) == (502, "upstream_auth_error")
+
+
+@pytest.mark.parametrize("name", ["key", "k%65y", "%6bey"])
+def test_a_key_in_a_query_goes_no_further(gate_for: Any, name: str) -> None:
+    gate = gate_for(serving(reply(b"{}")), provider={"kind": "gemini"}, api_keys=ALL_OPEN)
+    for path in ("/v1beta/models/house:generateContent", "/openai/v1beta/files"):
+        gate.client().send(request(b'{"contents": []}', path=f"{path}?{name}={APP_KEY}&monkey=1",
+                                   key="")).answer()
+        assert gate.upstream.requests.get(timeout=WAIT).line.split()[1].endswith("?monkey=1")
+
+
+def test_a_lost_name_that_no_header_can_hold_is_escaped(gate_for: Any) -> None:
+    gate = gate_for(always(reply()), provider={"drop": ["\u65e5"]})
+    answer = gate.call(b'{"model": "house", "messages": [], "\xe6\x97\xa5": 1}')
+    assert (answer.status, answer.headers["x-gateway-lost"]) == (200, "\\u65e5")
+
+
+def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("x")
+    with pytest.raises(OSError, match="no socket"):
+        gateway.open_unix_socket(str(path))
+    assert path.read_text() == "x"
+
+
+@pytest.mark.parametrize("value, counted", [(10.0, 10), (0.5, 0), (True, 0), (-1, 0), ("1", 0)])
+def test_whole_numbers_are_counted(value: object, counted: int) -> None:
+    assert gateway.count(value) == counted
+
+
+def test_a_line_fits_into_a_pipe() -> None:
+    long = "\U0001f600" * 300
+    for line in (gateway.render_log([("path", long)]), gateway.render_json_log([("path", long)])):
+        assert len(line) < 600
 
 
 # ---- any dialect in front of any ----
@@ -9125,13 +9314,22 @@ BAD_FORMS: dict[str, tuple[str, bytes]] = {
     "an empty boundary": ('Content-Type: multipart/form-data; boundary=""', GOOD_FORM),
     "another boundary": (FORM_TYPE.replace("B-0", "B-9"), GOOD_FORM),
     "empty": (FORM_TYPE, b""), "no end": (FORM_TYPE, form(FORM_MODEL, end=b"\r\n")),
-    "cut": (FORM_TYPE, GOOD_FORM[:-9]), "no start": (FORM_TYPE, GOOD_FORM[1:]),
+    "cut": (FORM_TYPE, GOOD_FORM[:-9]), "no start": (FORM_TYPE, GOOD_FORM[1:60]),
     "JSON": (FORM_TYPE, chat()), "a form that says it is JSON": ("X: y", GOOD_FORM),
     "no model": (FORM_TYPE, form(SOUND)), "an empty model": (FORM_TYPE, form((FORM_MODEL[0], b""))),
     "a model in a file": (FORM_TYPE, form((b'name="model"; filename="x"', b"house"))),
     "stream of words": (FORM_TYPE, form(FORM_MODEL, (b'name="stream"', b"yes"))),
     "two models": (FORM_TYPE, form(FORM_MODEL, (FORM_MODEL[0], b"gpt-secret"))),
 }
+
+
+@pytest.mark.parametrize("body", [
+    GOOD_FORM.replace(b'; name="model"', b"; name=model"), b"preamble\r\n" + GOOD_FORM,
+    GOOD_FORM.replace(b'; name="model"', b';name="model"')], ids=["bare", "preamble", "close"])
+def test_forms_are_read_as_they_may_be_written(gate_for: Any, body: bytes) -> None:
+    gate = gate_for(always(reply()))
+    assert gate.call(body, FORM_TYPE, path="/v1/audio/transcriptions").status == 200
+    assert gate.upstream.requests.get().body == body.replace(b"\r\nhouse\r", b"\r\ngpt-real\r")
 
 
 @pytest.mark.parametrize("name", BAD_FORMS)
@@ -9354,6 +9552,45 @@ def test_an_answer_before_the_uploads_end_counts(gate_for: Any, then: Script, fi
     assert (answer.status, answer.body) == (413, body)
     assert answer.headers["connection"] == "close"
     assert gate.get("/v1/files").status == 200 and gate.upstream.connects == 2
+
+
+@pytest.mark.parametrize("field, frame, end", [
+    ("Content-Length: 8", bytes, b""), (TE, chunks, END)], ids=["length", "chunked"])
+def test_a_connection_with_half_a_body_is_not_kept(gate_for: Any, field: str, frame: Any,
+                                                   end: bytes) -> None:
+    """The rest of the body comes, and is its last piece, when the answer is there."""
+    early = reply(b"{}", status="413 Too Large")
+    gate = gate_for([TAKE_HEAD, taking(len(frame(b"half"))), early, TELL], serving(reply(b"{}")),
+                    api_keys=ALL_OPEN)
+    client = gate.client().send(request(frame(b"half"), field, path="/v1/files"))
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    gate.settle()
+    assert client.send(frame(b"rest") + end).answer().status == 413
+    assert gate.get("/v1/files").status == 200 and gate.upstream.connects == 2
+
+
+@pytest.mark.parametrize("field, frame, end", [
+    ("Content-Length: 8", bytes, b""), (TE, chunks, END)], ids=["length", "chunked"])
+@pytest.mark.parametrize("status", ["100 Continue", "102 Processing", "103 Early Hints"])
+def test_an_interim_answer_ends_no_upload(gate_for: Any, field: str, frame: Any, end: bytes,
+                                          status: str) -> None:
+    gate = gate_for([TAKE_HEAD, taking(len(frame(b"half"))), f"HTTP/1.1 {status}\r\n\r\n".encode(),
+                     TELL, taking(len(frame(b"rest") + end)), reply(b"{}")], api_keys=ALL_OPEN)
+    client = gate.client().send(request(frame(b"half"), field, path="/v1/files"))
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    gate.settle()
+    assert client.send(frame(b"rest") + end).answer().status == 200
+    bodies = [gate.upstream.requests.get(timeout=WAIT).body for _ in range(3)]
+    assert bodies[1:] == [frame(b"half"), frame(b"rest") + end]
+
+
+def test_an_early_answer_counts_more_than_a_client_that_is_late(gate_for: Any) -> None:
+    gate = gate_for([TAKE_HEAD, reply(b"{}", status="413 Too Large"), TELL], api_keys=ALL_OPEN)
+    client = gate.client().send(request(b"half", "Content-Length: 8", path="/v1/files"))
+    assert gate.upstream.told.acquire(timeout=WAIT)
+    gate.settle()
+    gate.later(31)
+    assert client.answer().status == 413
 
 
 @pytest.mark.parametrize("leave", [Client.close, Client.reset], ids=["closes", "resets"])
@@ -9596,7 +9833,8 @@ def listed_by(gate: Gate, **how: str) -> list[str]:
     ("openai", {"data": [{"id": "b"}, {"id": "a/c"}, {"id": 7}, 7]}, ["openai/b", "openai/a/c"]),
     ("anthropic", {"data": [{"id": "claude-x"}], "has_more": False}, ["openai/claude-x"]),
     ("gemini", {"models": [{"name": "models/gemini-x"}]}, ["openai/gemini-x"]),
-    ("openai", {}, []), ("openai", {"data": 7}, []),
+    ("openai", {}, []), ("openai", {"data": 7}, []), ("openai", [{"id": "b"}], ["openai/b"]),
+    ("openai", {"data": [{"id": "o/n"}], "models": [{"name": "o/n"}]}, ["openai/o/n"]),
 ])
 def test_a_providers_own_models_are_listed_for_5_minutes(gate_for: Any, kind: str, told: Any,
                                                          names: list[str]) -> None:
@@ -9623,8 +9861,12 @@ def test_a_key_sees_the_listed_models_that_it_may_use(gate_for: Any) -> None:
     [reply(b"x", status="302 Found")],
 ], ids=["closed", "refused", "a list", "cut", "elsewhere"])
 def test_a_provider_that_cannot_list_its_models_is_left_out(gate_for: Any, script: Script) -> None:
-    gate = gate_for([TAKE_HEAD, *script], provider={"list_models": True})
+    gate = gate_for([TAKE_HEAD, *script], serving(reply(b'{"data": [{"id": "b"}]}')),
+                    provider={"list_models": True})
     assert listed_by(gate) == ["house"]
+    if CLOSE in script:
+        gate.later(11)  # it is asked again soon
+        assert listed_by(gate) == ["house", "openai/b"]
 
 
 @pytest.mark.parametrize("answered", [b"", reply(b"{}")[:-1]], ids=["nothing", "half"])
@@ -9638,7 +9880,7 @@ def test_a_list_that_stalls_leaves_no_connection_behind(gate_for: Any, answered:
     if leaves:
         client.close()
     else:
-        gate.later(601)
+        gate.later(11)
         assert client.answer().status == 200
     gate.upstream.left.get(timeout=WAIT)
 
