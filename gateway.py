@@ -5554,6 +5554,7 @@ class Kind(NamedTuple):
     rename: Tuple[Tuple[str, str], ...] = ()
     # What gives away another vendor's answer in a conversation, and the fields that go.
     foreign: Tuple[Tuple[bytes, ...], FrozenSet[str]] = (MARKS, FOREIGN_FIELDS)
+    has_developer: bool = True  # as a role, beside system
     keeps: Tuple[str, ...] = ()  # what it keeps for its clients: endpoints that name no model
     whole_list: str = ""  # the query that puts its list of models on one page
 
@@ -5608,13 +5609,15 @@ KINDS: Dict[str, Kind] = {
                    caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
     # docs.mistral.ai/api has only `max_tokens`; stream_options are a 422
     # (github.com/openai/openai-agents-python/issues/442), and its streams tell their usage unasked.
+    # Its roles are system, user, assistant and tool.
     "mistral": like_openai("https://api.mistral.ai/v1", rename=OLD_FIELD,
-                           drop=("stream_options",)),
+                           drop=("stream_options",), has_developer=False),
     # console.groq.com/docs/openai: logprobs, logit_bias and top_logprobs are a 400.
     "groq": like_openai("https://api.groq.com/openai/v1",
                         drop=("logprobs", "logit_bias", "top_logprobs")),
-    # api-docs.deepseek.com: `max_tokens` is the only name of it.
-    "deepseek": like_openai("https://api.deepseek.com/v1", rename=OLD_FIELD),
+    # api-docs.deepseek.com: `max_tokens` is the only name of it, and developer no role
+    # (github.com/eclipse-theia/theia/issues/15144).
+    "deepseek": like_openai("https://api.deepseek.com/v1", rename=OLD_FIELD, has_developer=False),
     "xai": like_openai("https://api.x.ai/v1"),  # docs.x.ai/docs/api-reference
     "openrouter": like_openai("https://openrouter.ai/api/v1"),  # openrouter.ai/docs/api-reference
     "together": like_openai("https://api.together.xyz/v1", rename=OLD_FIELD),  # docs.together.ai
@@ -6428,10 +6431,13 @@ class Edits(NamedTuple):
     drop: Tuple[str, ...]
     rename: Dict[str, str]
 
-    def apply(self, body: JSON, losses: Losses) -> None:
+    def apply(self, body: JSON, losses: Losses, ours: Container[str] = ()) -> None:
+        """What is dropped is lost, but for `ours`, which no client asked for."""
         for path in self.drop:
-            if take_path(body, path) is not None:
-                losses.drop(path)
+            value, name = take_path(body, path), path.partition(".")[0]
+            if value is not None and value != NO_LOSS.get(path) and path not in ours:
+                is_hint = name == "user" or name in OPTIONS and OPTIONS[name].is_hint
+                (losses.hint if is_hint else losses.drop)(path)
         for path, name in self.rename.items():
             value = take_path(body, path)
             if value is not None:
@@ -6448,6 +6454,11 @@ class Edits(NamedTuple):
         self.apply(after, losses)
         changed = {key: value for key, value in after.items() if value != before.get(key)}
         return changed, before.keys() - after.keys()
+
+
+# What says nothing.
+NO_LOSS = {"n": 1, "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True,
+           "tool_choice": "auto", **{name: option.default for name, option in OPTIONS.items()}}
 
 
 def take_path(body: JSON, path: str) -> Any:
@@ -7983,6 +7994,7 @@ BAD_KEY = re.compile(
 MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
+NONE: Mapping[str, str] = {}
 
 
 class Log:
@@ -8246,13 +8258,20 @@ class Gateway:
             raise GatewayError(400, "The body must be a JSON object.")
         return await self.translate(exchange, request, route, body, is_strict)
 
-    async def admit(
-            self, exchange: Exchange, request: Request) -> Tuple[App, Body | Form, Route]:
+    async def admit(self, exchange: Exchange, request: Request, endpoints: Mapping[str, str] = NONE,
+                    ) -> Tuple[App, Body | Form, Route]:
+        """`endpoints` name the provider of what may name no model."""
         app = self.authenticate(exchange, request)  # 401
         raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
         body = Form(raw, kind) if kind.lower().startswith("multipart/form-data") else Body(raw)
         exchange.bytes_in = len(body.body)
         exchange.ready = exchange.sent = exchange.came = self.clock()
+        keeper = endpoints.get(request.head.path)
+        if keeper and not exchange.model and body.get("model") is None:
+            app.check_may_use("")  # 403 for a key that may not use every model
+            exchange.is_stream = exchange.dialect.read_stream(body)  # 400
+            exchange.route = self.router.route_to(keeper)
+            return app, body, exchange.route
         if exchange.model:
             model, exchange.is_stream = exchange.model, exchange.dialect.read_stream(body)  # 400
         else:
@@ -8279,6 +8298,11 @@ class Gateway:
                 told = body.get(dialect.history)
                 own = without_marks(told, foreign)
                 values = values if own == told else {**values, dialect.history: own}
+            if not route.provider.row.has_developer and b'"developer"' in body.body:
+                told = values.get("messages", body.get("messages"))
+                values["messages"] = [
+                    {**turn, "role": "system"} if part_of({"": turn}, "").get("role") == "developer"
+                    else turn for turn in told] if isinstance(told, list) else told
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.settle_losses(request, route, losses, is_strict)  # 400
         body.forget()
@@ -8295,6 +8319,12 @@ class Gateway:
             return Response(200, fields, stream=HandedOn(self, exchange, answer))
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
+        if reply.get("error") and is_dialect and ANSWER_FIELDS.isdisjoint(reply):
+            error = dialect.parse_error(reply["error"], 200)  # under a 200
+            if error.status in (401, 402):
+                raise key_refused(error.status)
+            exchange.fail(error)
+            return Response(error.status, fields, mask(raw, route.provider))
         exchange.usage = dialect.usage_in(reply)
         exchange.usage_from = "reported" if exchange.usage else "none"
         if is_dialect and not exchange.usage:
@@ -8316,7 +8346,7 @@ class Gateway:
                      or route.wire is None and each.suits(chat, caps)), wires[-1])
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
         rewrites.answer_id = exchange.id
-        route.edits.apply(tree, losses)
+        route.edits.apply(tree, losses, ours=["stream_options"])
         self.settle_losses(request, route, losses, is_strict)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
         lines += self._defaults[route.provider.name] + field_lines(
@@ -8385,7 +8415,8 @@ class Gateway:
         """The request to the provider: the client's own bytes, but for what must differ."""
         head, provider = request.head, route.provider
         lines, dropped = self.request_lines(exchange, route, path)
-        values = {**values, **exchange.dialect.values_for_model(body, route.model)}
+        if route.model:
+            values = {**values, **exchange.dialect.values_for_model(body, route.model)}
         gone: Set[str] = set()
         if isinstance(body, Form):
             lines = lines.replace("content-type: application/json\r\n", "")
@@ -8504,7 +8535,7 @@ class Gateway:
 
     async def forward(self, exchange: Exchange, request: Request) -> Response:
         """An endpoint that no dialect is read for: bytes pass to where the body's model lives."""
-        _, body, route = await self.admit(exchange, request)
+        _, body, route = await self.admit(exchange, request, self.config.endpoints)
         path = endpoint_of(request.head.path)
         if path in route.provider.paths:
             return await self.pass_through(exchange, request, route, body, path)
@@ -8913,8 +8944,10 @@ def find_route(path: str, method: str) -> Tuple[str, Dict[str, Handler]]:
 
 def plain_head(head: RequestHead, exchange: Exchange) -> RequestHead:
     """Azure's paths name the model."""
-    exchange.model, _, path = head.path[len(AZURE):].partition("/")
-    return head._replace(path=f"/v1/{path}")
+    asked = head.path[len(AZURE):]
+    path = next((path for path in CHAT.values() if asked.endswith(path)), "")
+    exchange.model = asked[:-len(path)] if path else asked.partition("/")[0]
+    return head._replace(path=f"/v1{path}" if path else f"/v1/{asked.partition('/')[2]}")
 
 
 def target_of(base_url: str, path: str) -> str:
@@ -9015,6 +9048,7 @@ RETRY_FIELDS = ("retry-after", "retry-after-ms", "x-should-retry")
 TRANSLATED_TYPES = {"api_error": "server_error", "not_found_error": "invalid_request_error",
                     "request_too_large": "invalid_request_error", "timeout_error": "timeout"}
 MAX_LOST_BYTES = 400
+ANSWER_FIELDS = frozenset(["choices", "output", "content", "candidates"])
 
 
 def retry_fields(answer: Answer) -> List[Tuple[str, str]]:

@@ -8163,8 +8163,9 @@ def test_the_refused_hold_no_place(gate_for: Any) -> None:
     gate = gate_for(always(reply()), limits={"connections": 1})
     first = gate.client().send(request(method="GET", path="/health"))
     assert first.answer().status == 200
-    for _ in range(3):
-        assert gate.client().send(request(method="GET", path="/health")).answer().status == 503
+    refused = [gate.client().send(request(method="GET", path="/health")) for _ in range(3)]
+    assert [client.answer().status for client in refused] == [503] * 3
+    assert len(gate.server._clients) == 1 and all(client.is_closed() for client in refused)
     first.close()
     eventually(lambda: not gate.server._clients)
     assert gate.get("/health").status == 200
@@ -9794,14 +9795,20 @@ def test_who_brings_his_own_authorization_speaks_the_providers_dialect(gate_for:
      '{"model": "gpt-real","stream": true,"x": 1.0}', ""),
     ("perplexity", '{"tools": [1], "model":"house", "stream":true, "stream_options": {}}',
      '{"model":"gpt-real", "stream":true}', "tools, stream_options"),
-    ("cohere", '{"n":1,"model":"house","metadata":{"n":2}}', '{"model":"gpt-real"}', "n, metadata"),
+    ("cohere", '{"n":2,"model":"house","metadata":{"n":2}}', '{"model":"gpt-real"}', "n, metadata"),
+    ("cohere", '{"n":1,"model":"house","parallel_tool_calls":true,"metadata":{}}',
+     '{"model":"gpt-real"}', ""),
+    ("deepseek", '{"model":"house","messages":[{"role":"developer","content":"x"},7],"x":1.0}',
+     '{"model":"gpt-real","messages":[{"role":"system","content":"x"},7],"x":1.0}', ""),
+    ("openai", '{"model":"house","messages":[{"role":"developer","content":"x"}],"x":1.0}',
+     '{"model":"gpt-real","messages":[{"role":"developer","content":"x"}],"x":1.0}', ""),
     ("xai", '{"model":"house","logprobs":true}', '{"model":"gpt-real","logprobs":true}', ""),
     ({"kind": "vllm", "drop": ["a.b"], "rename": {"c": "d.e"}, "set": {"f": [1]}},
      '{"a": {"b": 1, "g": 2}, "c": 3, "model": "house"}',
      '{"a": {"g":2}, "model": "gpt-real","d":{"e":3},"f":[1]}', "a.b"),
     ({"kind": "vllm", "drop": ["stream_options"]}, '{"model":"house","stream":true}',
      '{"model":"gpt-real","stream":true}', ""),
-], ids=range(8))
+], ids=range(11))
 def test_a_kinds_row_and_the_config_change_a_passed_body(
         gate_for: Any, kind: Any, sent: str, went: str, lost: str) -> None:
     answered = streamed(STREAMED) if '"stream":' in sent else reply()
@@ -9820,6 +9827,44 @@ def test_under_strict_nothing_is_left_out_of_a_passed_body(gate_for: Any) -> Non
     gate = gate_for(always(reply()), provider={"kind": "groq"})
     assert gate.call(chat(logprobs=True), "x-gateway-strict: 1").status == 400
     assert gate.upstream.connects == 0
+
+
+def test_strict_refuses_no_hint_and_nothing_of_our_own(gate_for: Any) -> None:
+    gate = gate_for(always(streamed(WORD, FINAL)), provider={"kind": "perplexity"})
+    body = json.dumps({"model": "house", "max_tokens": 9, "stream": True, "messages": [user("Hi")]})
+    answer = gate.call(body.encode(), "x-gateway-strict: 1", path=MESSAGES)
+    assert answer.status == 200 and "x-gateway-lost" not in answer.headers
+    gate = gate_for(always(reply()), provider={"kind": "cohere", "drop": ["metadata.user_id"]})
+    body = chat(store=True, metadata={"user_id": "u"})
+    assert gate.call(body, "x-gateway-strict: 1").status == 200
+
+
+def test_an_endpoint_of_the_config_takes_what_names_no_model(gate_for: Any) -> None:
+    keys = [*ALL_OPEN, {"key": NARROW_KEY, "app": "narrow", "allowed_models": ["house"]}]
+    gate = gate_for(serving(reply(b'{"usage": {"total_tokens": 7}}')),
+                    endpoints={"/v1/moderations": "openai"}, api_keys=keys)
+    assert gate.call(b'{"input":"x"}', path="/v1/moderations").status == 200
+    assert gate.upstream.requests.get(timeout=WAIT).body == b'{"input":"x"}'
+    assert gate.access()["prompt_tokens"] == "7"
+    assert gate.call(b'{"input":"x"}', path="/v1/moderations", key=NARROW_KEY).status == 403
+    assert gate.call(b'{"input":"x"}', path="/v1/embeddings").status == 400
+
+
+@pytest.mark.parametrize("path", ["openai/gpt-4o", "openai%2Fgpt-4o", "house"])
+def test_azures_paths_name_any_model(gate_for: Any, path: str) -> None:
+    gate = gate_for(always(reply()))
+    body = b'{"messages": []}'
+    assert gate.call(body, path=f"/openai/deployments/{path}/chat/completions").status == 200
+
+
+def test_an_error_under_a_200_is_one(gate_for: Any) -> None:
+    body = b'{"error": {"message": "No luck with %b", "code": 502}}' % PROVIDER_KEY.encode()
+    gate = gate_for(always(reply(body)))
+    answer = gate.call(chat())
+    told = json.loads(answer.body)["error"]["message"]
+    assert (answer.status, told) == (502, "No luck with ***")
+    assert gate.access()["usage"] == "none"
+    assert gate.total("llm_provider_errors_total") == 1
 
 
 # ---- lists of models ----
