@@ -3135,7 +3135,7 @@ def parse_tool_result(block: Fields) -> Block:
     block.skip("toolset_name")
     return ToolResult(
         id=plain_id(block.need("tool_use_id")), is_error=bool(block.get("is_error", bool)),
-        content=parse_content(block, "content", MESSAGES_PARTS))
+        content=parse_content(block, "content", RESULT_PARTS))
 
 
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
@@ -3147,6 +3147,8 @@ MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
     "tool_use": parse_tool_use, "tool_result": parse_tool_result,
     "": parse_trace,
 }
+RESULT_PARTS = {**{kind: MESSAGES_PARTS[kind] for kind in (
+    "text", "document", "image", "search_result", "tool_reference")}, "": refuse_part}
 
 
 # Tools that run at a provider, or whose schema only Anthropic's models know.

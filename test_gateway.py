@@ -4838,6 +4838,17 @@ def test_an_end_means_the_same_everywhere(upstream: str, reason: str, calls_: bo
         assert told == [means[client]] * 2, client
 
 
+@pytest.mark.parametrize("block", [
+    {"type": "thinking", "thinking": "x", "signature": "y"}, use("d"), typed("browser_state")])
+def test_a_result_holds_only_what_a_tool_can_give(block: JSON) -> None:
+    params = history(spoken("assistant", [use("c")]), user([
+        {"type": "tool_result", "tool_use_id": "c", "content": [block]}]), tools=[F_USE])
+    for wire, model in [("chat", PLAIN), ("responses", GPT5), ("gemini", NEW)]:
+        with pytest.raises(GatewayError) as caught:
+            carry("messages", wire, params, model)
+        assert caught.value.param == "messages[2].content[0].content[0].type"
+
+
 OF_A_FILE = {"type": "file_citation", "file_id": "f", "filename": "a.pdf", "index": 1}
 
 
