@@ -1322,7 +1322,6 @@ REFUSED: dict[str, tuple[str, JSON, str]] = {
         {"input": [user("A"), {"type": "function_call_output", "output": "a"}]},
         "call_id",
     ),
-    "arguments": ("input", {"input": [user("A"), {**NOON, "arguments": "[1"}]}, ""),
     "forced tool": (
         "tool_choice",
         {"tools": HOSTED[:1], "tool_choice": {"type": "file_search"}},
@@ -1341,6 +1340,23 @@ def test_what_would_make_the_answer_wrong_is_refused(
         ask(model=model, **params)
     assert (caught.value.param or "").startswith(param)
     assert upstream.is_idle
+
+
+@pytest.mark.parametrize("model", TRANSLATED)
+def test_arguments_that_are_no_json_go_where_they_are_a_string(
+    ask: AskResponses, upstream: Upstream, model: str
+) -> None:
+    """As after a call that was cut off; the others take objects only."""
+    broken = [user("A"), {**NOON, "arguments": "[1"}, output(NOON["call_id"], "No.")]
+    if model == "chat":
+        upstream.script(answer_of(model))
+        ask(model=model, input=broken)
+        (call,) = upstream.take().json["messages"][1]["tool_calls"]
+        assert call["function"]["arguments"] == "[1"
+        return
+    with pytest.raises(openai.BadRequestError, match="JSON") as caught:
+        ask(model=model, input=broken)
+    assert (caught.value.param or "").startswith("input") and upstream.is_idle
 
 
 def test_chat_takes_no_file_by_its_url(ask: AskResponses, upstream: Upstream) -> None:
