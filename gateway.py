@@ -512,7 +512,7 @@ class ToolCall(Block):
     arguments: JSON = field(default_factory=dict)
     is_custom: bool = False
     input: str = ""
-    fault: GatewayError | None = field(default=None, compare=False)  # of a client's arguments
+    fault: Tuple[str, str] = field(default=("", ""), compare=False)  # of its arguments; their place
 
 
 @dataclass
@@ -1965,8 +1965,8 @@ def typed_object(schema: JSON) -> JSON:
 
 
 def call_arguments(call: ToolCall) -> JSON:
-    if call.fault is not None:
-        raise call.fault
+    if call.fault[0]:
+        raise GatewayError(400, *call.fault)
     return {"input": call.input} if call.is_custom else call.arguments
 
 
@@ -2251,7 +2251,8 @@ def parse_function(function: Fields, id_: str = "") -> ToolCall:
     try:
         call.arguments = parse_arguments(told)
     except ValueError as error:
-        call.input, call.fault = told, function.wrong("arguments", str(error))
+        fault = function.wrong("arguments", str(error))
+        call.input, call.fault = told, (fault.message, fault.param or "")
     return call
 
 
@@ -2389,7 +2390,7 @@ class ChatRequest(RequestWriter):
         name, id_ = self.tool_name(call.name), self.call_id(call.id)
         if call.is_custom and self.caps.custom_tools:
             return {"id": id_, "type": "custom", "custom": {"name": name, "input": call.input}}
-        arguments = call.input if call.fault else encode_json(call_arguments(call))
+        arguments = call.input if call.fault[0] else encode_json(call_arguments(call))
         return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _add_tools(self) -> None:
