@@ -5716,6 +5716,7 @@ def find_caps(kind: Kind, model: str) -> Caps:
 # ==============================
 
 MIN_KEY_CHARACTERS = 16
+MIN_SECRET_CHARACTERS = 8  # of a provider's key, to be masked
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and surrogates, which have no UTF-8
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -5970,7 +5971,8 @@ class Provider(Tuning):
     def secrets(self) -> Tuple[str, ...]:
         """What no client may see; what is short is a word of any text, as a local server's key."""
         values = [value for _, value in self.headers if len(value) >= MIN_KEY_CHARACTERS]
-        return (*([self.api_key] if self.api_key and len(self.api_key) >= 8 else []), *values)
+        key = self.api_key or ""
+        return (key, *values) if len(key) >= MIN_SECRET_CHARACTERS else tuple(values)
 
     @functools.cached_property
     def paths(self) -> Mapping[str, str]:
@@ -7997,7 +7999,7 @@ BAD_KEY = re.compile(
 MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
-NONE: Mapping[str, str] = {}
+NO_ENDPOINTS: Mapping[str, str] = {}
 
 
 class Log:
@@ -8261,8 +8263,9 @@ class Gateway:
             raise GatewayError(400, "The body must be a JSON object.")
         return await self.translate(exchange, request, route, body, is_strict)
 
-    async def admit(self, exchange: Exchange, request: Request, endpoints: Mapping[str, str] = NONE,
-                    ) -> Tuple[App, Body | Form, Route]:
+    async def admit(
+            self, exchange: Exchange, request: Request,
+            endpoints: Mapping[str, str] = NO_ENDPOINTS) -> Tuple[App, Body | Form, Route]:
         """`endpoints` name the provider of what may name no model."""
         app = self.authenticate(exchange, request)  # 401
         raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
@@ -8296,16 +8299,7 @@ class Gateway:
                            and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
         if isinstance(body, Body) and (is_dialect or path in COUNTS):
-            marks, foreign = route.provider.row.foreign
-            if dialect.told in body.body and any(map(body.body.__contains__, marks)):
-                told = body.get(dialect.history)
-                own = without_marks(told, foreign)
-                values = values if own == told else {**values, dialect.history: own}
-            if not route.provider.row.has_developer and b'"developer"' in body.body:
-                told = values.get("messages", body.get("messages"))
-                values["messages"] = [
-                    {**turn, "role": "system"} if part_of({"": turn}, "").get("role") == "developer"
-                    else turn for turn in told] if isinstance(told, list) else told
+            values = {**values, **own_history(dialect, body, route.provider.row)}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.settle_losses(request, route, losses, is_strict)  # 400
         body.forget()
@@ -8960,6 +8954,23 @@ def target_of(base_url: str, path: str) -> str:
     if re.fullmatch(r"v\d+[a-z0-9]*", version) and path.startswith(f"/{version}/"):
         path = path[len(version) + 1:]
     return base + quoted(path)
+
+
+def own_history(dialect: Dialect, body: Body, row: Kind) -> JSON:
+    """The conversation as the provider takes it, where it is not as it came: without what other
+    vendors' answers left, and without a role that it does not know."""
+    marks, foreign = row.foreign
+    is_marked_by = dialect.told in body.body and any(map(body.body.__contains__, marks))
+    has_developer = not row.has_developer and b'"developer"' in body.body
+    if not (is_marked_by or has_developer):
+        return {}
+    told = own = body.get(dialect.history)
+    if is_marked_by:
+        own = without_marks(told, foreign)
+    if has_developer and isinstance(own, list):
+        own = [{**turn, "role": "system"} if isinstance(turn, dict)
+               and turn.get("role") == "developer" else turn for turn in own]
+    return {} if own == told else {dialect.history: own}
 
 
 def quoted(path: str) -> str:
