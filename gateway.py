@@ -1919,8 +1919,8 @@ class RequestWriter:
 
     def lose_options(self, known: Container[str] = ()) -> None:
         for name, value in self.chat.options.items():
-            if name not in known and value != OPTIONS[name].default:
-                (self.losses.hint if OPTIONS[name].is_hint else self.losses.drop)(name)
+            if name not in known:
+                lose(self.losses, name, value)
 
 
 def check_turn(turn: Turn, calls: List[str]) -> None:
@@ -2115,6 +2115,19 @@ OPTIONS: Dict[str, Option] = {
     "frequency_penalty": Option(NUMBER, False, 0), "presence_penalty": Option(NUMBER, False, 0),
     "verbosity": Option(str, False, "medium"), "safety_identifier": Option(str),
 }
+
+
+# What says nothing.
+NO_LOSS = {"n": 1, "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True,
+           "tool_choice": "auto", **{name: option.default for name, option in OPTIONS.items()}}
+
+
+def lose(losses: Losses, path: str, value: object) -> None:
+    """Names a field that is left out, unless it says nothing; it may be an option's member."""
+    name = path.partition(".")[0]
+    if value != NO_LOSS.get(path):
+        is_hint = name == "user" or name in OPTIONS and OPTIONS[name].is_hint
+        (losses.hint if is_hint else losses.drop)(path)
 
 
 # ---- from the wire ----
@@ -5259,10 +5272,7 @@ class GeminiParser(Parser):
 
     def _begun(self, events: Events) -> Events:
         """The stream begins with the first word, so that an answer without one can be refused."""
-        if self._has_begun:
-            return events
-        self._has_begun = True
-        return [Start(self._id, self._model, self.usage), *events]
+        return [*self.start({"id": self._id, "model": self._model}), *events]
 
     def _read_grounding(self, about: JSON) -> Events:
         """Its indexes count bytes."""
@@ -5647,13 +5657,13 @@ KINDS: Dict[str, Kind] = {
 # What the models of a family take, from a version on; later rows override earlier ones. Versions
 # are read off the provider's name for a model; one without is taken as the newest of its family.
 FAMILIES = tuple(map(re.compile, (
-    r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>opus|sonnet|haiku|fable|mythos)"
+    r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>%s)" % FAMILY.pattern +
     r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
     r"(?P<family>gpt)-(?P<major>\d+)(?:\.(?P<minor>\d+))?",
     r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?",
     r"gemini-(?P<major>\d+)(?:\.(?P<minor>\d+))?-(?P<family>pro)",
     r"(?P<family>gemini)(?:-(?P<major>\d+)(?:\.(?P<minor>\d+))?)?")))
-ANY = ("opus", "sonnet", "haiku", "fable", "mythos")
+ANY = tuple(FAMILY.pattern.split("|"))
 MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (ANY, 0, {"sampling": "both", "thinking": "none", "efforts": (), "mid_system": False,
               "json_schema": False, "max_output": 8192}),
@@ -5720,7 +5730,7 @@ MIN_SECRET_CHARACTERS = 8  # of a provider's key, to be masked
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and surrogates, which have no UTF-8
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-VARIABLE = re.compile(r"\$\$(?=[{A-Za-z_])|\$\{([^}]*)(\}|$)|\$([A-Za-z_][A-Za-z0-9_]*)")
+VARIABLE = re.compile(rf"\$\$(?=[{{A-Za-z_])|\$\{{([^}}]*)(\}}|$)|\$({VARIABLE_NAME.pattern})")
 COMMENT_LINE = re.compile(r"^[ \t]*(#|//).*$", re.MULTILINE)
 
 
@@ -6439,10 +6449,9 @@ class Edits(NamedTuple):
     def apply(self, body: JSON, losses: Losses, ours: Container[str] = ()) -> None:
         """What is dropped is lost, but for `ours`, which no client asked for."""
         for path in self.drop:
-            value, name = take_path(body, path), path.partition(".")[0]
-            if value is not None and value != NO_LOSS.get(path) and path not in ours:
-                is_hint = name == "user" or name in OPTIONS and OPTIONS[name].is_hint
-                (losses.hint if is_hint else losses.drop)(path)
+            value = take_path(body, path)
+            if value is not None and path not in ours:
+                lose(losses, path, value)
         for path, name in self.rename.items():
             value = take_path(body, path)
             if value is not None:
@@ -6459,11 +6468,6 @@ class Edits(NamedTuple):
         self.apply(after, losses)
         changed = {key: value for key, value in after.items() if value != before.get(key)}
         return changed, before.keys() - after.keys()
-
-
-# What says nothing.
-NO_LOSS = {"n": 1, "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True,
-           "tool_choice": "auto", **{name: option.default for name, option in OPTIONS.items()}}
 
 
 def take_path(body: JSON, path: str) -> Any:
@@ -6805,7 +6809,7 @@ def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
 # ------------------------------
 
 PLAIN_LOG_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,\-]{1,256}")
-MAX_LOG_VALUE = 256
+MAX_LOG_VALUE, SHORT_LOG_VALUE = 256, 40
 
 
 def quote_log(value: str) -> str:
@@ -6825,8 +6829,10 @@ def render_json_log(fields: Iterable[Tuple[str, object]]) -> str:
 
 def log_value(value: str) -> str:
     """What a line holds of it: its escapes may take twelve bytes a character."""
+    if len(value) <= SHORT_LOG_VALUE:
+        return value
     value = clipped(value, MAX_LOG_VALUE)
-    return value if len(json.dumps(value)) <= 2 * MAX_LOG_VALUE else clipped(value, 40)
+    return value if len(json.dumps(value)) <= 2 * MAX_LOG_VALUE else clipped(value, SHORT_LOG_VALUE)
 
 
 # ==============================
@@ -8960,12 +8966,12 @@ def own_history(dialect: Dialect, body: Body, row: Kind) -> JSON:
     """The conversation as the provider takes it, where it is not as it came: without what other
     vendors' answers left, and without a role that it does not know."""
     marks, foreign = row.foreign
-    is_marked_by = dialect.told in body.body and any(map(body.body.__contains__, marks))
+    has_marks = dialect.told in body.body and any(map(body.body.__contains__, marks))
     has_developer = not row.has_developer and b'"developer"' in body.body
-    if not (is_marked_by or has_developer):
+    if not (has_marks or has_developer):
         return {}
     told = own = body.get(dialect.history)
-    if is_marked_by:
+    if has_marks:
         own = without_marks(told, foreign)
     if has_developer and isinstance(own, list):
         own = [{**turn, "role": "system"} if isinstance(turn, dict)
