@@ -7469,7 +7469,7 @@ KEEP_IDLE_SECONDS = 55.0  # many servers close after 60
 SETTLE_SECONDS = 1.0  # for the end of a body whose content has ended
 RACE_SECONDS = 1.0  # a kept-alive connection that dies unanswered within it was closed in the race
 FOREVER = float("inf")
-INTERIM = (b"HTTP/1.1 100", b"HTTP/1.1 102", b"HTTP/1.1 103")
+INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # to switch protocols is a last answer
 
 
 class Outbox:
@@ -7662,9 +7662,9 @@ class Connection(Wire):
 
     def has_answer(self) -> bool:
         """Whether one has begun; interim ones are passed over."""
-        while self.buffer.startswith(INTERIM) and b"\r\n\r\n" in self.buffer:
+        while INTERIM.match(self.buffer) and b"\r\n\r\n" in self.buffer:
             self.take(self.buffer.index(b"\r\n\r\n") + 4)
-        return bool(self.buffer) and not self.buffer.startswith(INTERIM)
+        return bool(self.buffer) and not INTERIM.match(self.buffer)
 
     def is_late(self, now: float) -> bool:
         if self.is_held:

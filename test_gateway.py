@@ -9583,7 +9583,8 @@ def test_a_connection_with_half_a_body_is_not_kept(gate_for: Any, field: str, fr
 
 @pytest.mark.parametrize("field, frame, end", [
     ("Content-Length: 8", bytes, b""), (TE, chunks, END)], ids=["length", "chunked"])
-@pytest.mark.parametrize("status", ["100 Continue", "102 Processing", "103 Early Hints"])
+@pytest.mark.parametrize("status", ["100 Continue", "102 Processing", "103 Early Hints",
+                                    "104 Upload Resumption Supported"])
 def test_an_interim_answer_ends_no_upload(gate_for: Any, field: str, frame: Any, end: bytes,
                                           status: str) -> None:
     gate = gate_for([TAKE_HEAD, taking(len(frame(b"half"))), f"HTTP/1.1 {status}\r\n\r\n".encode(),
