@@ -644,7 +644,6 @@ class Target(NamedTuple):
     caps: Caps
     default_max_tokens: int = 8192
     max_output_tokens: int | None = None  # a ceiling of the config's
-    family: str = ""  # whose thoughts no other family takes
 
 
 class Rewrites:
@@ -655,7 +654,6 @@ class Rewrites:
         self.custom: Set[str] = set()  # custom tools, by name, that went out as functions
         self.json_tool = ""  # a hidden tool whose arguments are the answer
         self.answer_id = ""  # for an answer without one
-        self.family = ""  # of the model that thinks
         self.lost: Set[str] = set()  # what of the answer no other dialect can say
 
 
@@ -1140,6 +1138,15 @@ def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
     return thinking
 
 
+FAMILY = re.compile("opus|sonnet|haiku|fable|mythos")
+
+
+def family_of(model: str) -> str:
+    """Whose thoughts no other family takes; "" where that is not known."""
+    found = FAMILY.search(model)
+    return found[0] if found else ""
+
+
 def own_id(prefix: str, id_: str) -> str:
     return id_ if id_.startswith(prefix) else prefix + id_
 
@@ -1366,7 +1373,7 @@ class Parser:
         self._logprobs: List[JSON] = []  # of an open text
         self._broken: GatewayError | None = None
         self._block_count = self._calls = 0
-        self._id = self._finish = self._service_tier = ""
+        self._id = self._model = self._finish = self._service_tier = ""
         self._live: object = None  # where events name their item: the one that is being told
         self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
         self._kept = 0  # characters that wait
@@ -1459,7 +1466,8 @@ class Parser:
         if self._has_begun:
             return []
         self._has_begun, self._id = True, text_of(answer, "id") or self.rewrites.answer_id
-        return [Start(self._id, text_of(answer, "model"), self.usage)]
+        self._model = text_of(answer, "model")
+        return [Start(self._id, self._model, self.usage)]
 
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         name = self.rewrites.names.get(name, name)
@@ -1763,7 +1771,6 @@ class RequestWriter:
         self.caps = target.caps
         self.losses = losses
         self.rewrites = Rewrites()
-        self.rewrites.family = target.family
         self.choice = chat.choice or ToolChoice("auto")
         if self.choice.allowed == [] and self.choice.mode == "auto":
             self.choice = ToolChoice("none")
@@ -1816,7 +1823,8 @@ class RequestWriter:
         return True
 
     def _is_of_family(self, block: Thinking) -> bool:
-        return not self.target.family or block.family in ("", self.target.family)
+        own = family_of(self.target.model)
+        return not own or block.family in ("", own)
 
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
@@ -3641,7 +3649,7 @@ class MessagesParser(Parser):
             made: Block = Text()
         elif kind in ("thinking", "redacted_thinking"):
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
-                            is_redacted=kind != "thinking", family=self.rewrites.family)
+                            is_redacted=kind != "thinking", family=family_of(self._model))
         elif kind == "server_tool_use" and name == "web_search":
             self._asked = [encode_json(block["input"])] if block.get("input") else []
             return closed
@@ -5213,7 +5221,6 @@ class GeminiParser(Parser):
 
     def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._model = ""
         self._has_said = False
         self._text_block = -1
         self._text: List[str] = []
@@ -5647,16 +5654,16 @@ KINDS: Dict[str, Kind] = {
                           ("llamacpp", 8080))},
 }
 
-ANY = ("opus", "sonnet", "haiku", "fable", "mythos")
 # What the models of a family take, from a version on; later rows override earlier ones. Versions
 # are read off the provider's name for a model; one without is taken as the newest of its family.
 FAMILIES = tuple(map(re.compile, (
-    r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>%s)" % "|".join(ANY) +
+    r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>%s)" % FAMILY.pattern +
     r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
     r"(?P<family>gpt)-(?P<major>\d+)(?:\.(?P<minor>\d+))?",
     r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?",
     r"gemini-(?P<major>\d+)(?:\.(?P<minor>\d+))?-(?P<family>pro)",
     r"(?P<family>gemini)(?:-(?P<major>\d+)(?:\.(?P<minor>\d+))?)?")))
+ANY = tuple(FAMILY.pattern.split("|"))
 MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (ANY, 0, {"sampling": "both", "thinking": "none", "efforts": (), "mid_system": False,
               "json_schema": False, "max_output": 8192}),
@@ -5708,12 +5715,6 @@ def find_caps(kind: Kind, model: str) -> Caps:
         if about["family"] in families and version >= since:
             caps = dataclasses.replace(caps, **changes)
     return caps
-
-
-def find_family(model: str) -> str:
-    """The family whose thoughts no other takes; "" where that is not known."""
-    found = FAMILIES[0].search(model)
-    return found["family"] if found else ""
 
 
 # ==============================
@@ -6495,7 +6496,7 @@ def make_target(provider: Provider, model: str, alias: Alias) -> Target:
     caps = {**provider.caps, **alias.caps}
     return Target(model, dataclasses.replace(find_caps(provider.row, model), **caps),
                   alias.default_max_tokens or provider.default_max_tokens or 8192,
-                  alias.max_output_tokens or provider.max_output_tokens, find_family(model))
+                  alias.max_output_tokens or provider.max_output_tokens)
 
 
 NO_ALIAS = Alias(provider="")

@@ -3149,8 +3149,7 @@ def carry(client: str, wire: str, params: JSON,
     (kind, _, name), losses = model.rpartition("/"), Losses()
     chat = understood(client, params, losses)
     caps = gateway.find_caps(gateway.KINDS[kind or KIND_FOR[wire]], name)
-    target = Target(name, caps, family=gateway.find_family(name))
-    sent, rewrites = gateway.DIALECTS[wire].render_request(chat, target, losses)
+    sent, rewrites = gateway.DIALECTS[wire].render_request(chat, Target(name, caps), losses)
     return sent, losses.names, rewrites
 
 
@@ -4920,10 +4919,9 @@ def test_a_call_that_was_cut_off_is_none_for_clients_that_would_run_it(upstream:
 @pytest.mark.parametrize("model, keeps", [
     ("claude-sonnet-4-6", True), ("house-model", True), ("claude-opus-4-6", False)])
 def test_a_thought_goes_back_to_its_own_family_only(client: str, model: str, keeps: bool) -> None:
-    whole, asked = message({**THOUGHT, "signature": SIGNATURE}, text("T")), Chat("m", [])
-    _, _, rewrites = carry("chat", "messages", {"messages": [user("Hi")]}, "claude-sonnet-4-6")
-    asked.shows_thinking = True
-    for body in seen("messages", client, whole, asked, rewrites):
+    whole = {**message({**THOUGHT, "signature": SIGNATURE}, text("T")),
+             "model": "claude-sonnet-4-6-20260217"}
+    for body in seen("messages", client, whole, Chat("m", [], shows_thinking=True)):
         sent, losses, _ = carry(client, "messages", echo(client, body), model)
         assert (SIGNATURE.encode() in gateway.dump_json(sent)) == keeps
         assert ("thinking" in losses) != keeps and b'"family"' not in gateway.dump_json(sent)
