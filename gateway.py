@@ -894,14 +894,14 @@ class Fields:
     """An object of a client's, and its place in the request. A value of the wrong type is a 400;
     null counts as absent; what nobody reads is unknown."""
 
-    lost: Sequence[str] = ()  # what of it no model here has a place for
-
-    def __init__(self, wire: JSON, place: str = "", read: List[Fields] | None = None) -> None:
+    def __init__(self, wire: JSON, place: str = "", parent: Fields | None = None) -> None:
         self.wire = wire
         self.place = place
-        self._unread = set(wire)
-        self._all = [] if read is None else read  # of the whole request
-        self._all.append(self)
+        self._unread = wire.copy()
+        # Of the whole request; the objects themselves in a list would be a circle of garbage.
+        self._all_unread: List[JSON] = parent._all_unread if parent else []
+        self.lost: List[str] = parent.lost if parent else []  # what no model here has a place for
+        self._all_unread.append(self._unread)
 
     def wrong(self, key: str, what: str, code: str | None = None) -> GatewayError:
         param = clipped(f"{self.place}{key}")
@@ -914,7 +914,7 @@ class Fields:
         value = self.wire.get(key)
         if value is None:
             return None
-        self._unread.discard(key)
+        self._unread.pop(key, None)
         if type(value) is kind or isinstance(value, kind) and not isinstance(value, bool):
             return value
         raise self.wrong(key, f"must be {TYPE_NAMES[kind]}")
@@ -935,7 +935,7 @@ class Fields:
         value = self.get(key, dict)
         if value is None:
             value = self.need(key, dict) if default is None else default
-        return type(self)(value, f"{self.place}{key}.", self._all)
+        return type(self)(value, f"{self.place}{key}.", self)
 
     def items(self, key: str, kind: type) -> Iterator[Tuple[str, Any]]:
         for i, item in enumerate(self.get(key, list) or ()):
@@ -944,13 +944,14 @@ class Fields:
             yield f"{self.place}{key}[{i}].", item
 
     def children(self, key: str) -> Iterator[Fields]:
-        return (type(self)(item, place, self._all) for place, item in self.items(key, dict))
+        return (type(self)(item, place, self) for place, item in self.items(key, dict))
 
     def strings(self, key: str) -> List[str]:
         return [item for _, item in self.items(key, str)]
 
     def skip(self, *keys: str) -> bool:
-        self._unread.difference_update(keys)
+        for key in keys:
+            self._unread.pop(key, None)
         return any(self.wire.get(key) not in (None, "", [], {}) for key in keys)
 
     def hint(self, losses: Losses, keys: Iterable[str]) -> None:
@@ -960,9 +961,9 @@ class Fields:
                 losses.hint(key)
 
     def name_lost(self, losses: Losses) -> None:
-        for name in itertools.chain.from_iterable(fields.lost for fields in self._all):
+        for name in self.lost:
             losses.drop(name)
-        if any(fields.wire[key] is not None for fields in self._all for key in fields._unread):
+        if any(value is not None for unread in self._all_unread for value in unread.values()):
             losses.drop("unknown")
 
 
@@ -1540,13 +1541,17 @@ DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
     Text: TextDelta, Thinking: ThinkingDelta, ToolCall: ArgumentsDelta}
 
 
+def say_nothing(text: str) -> bytes:
+    return b""
+
+
 class Renderer:
     events: Mapping[type, Callable[[Any, Any], bytes]] = {}  # all but the deltas of the open block
 
     def __init__(self, chat: Chat, created: int) -> None:
         self._chat = chat
         self._open: Block = Text()
-        self._say: Callable[[str], bytes] = lambda text: b""  # a delta of the open block
+        self._say: Callable[[str], bytes] = say_nothing  # a delta of the open block
         self._said = 0  # characters of it
 
     def feed(self, event: StreamEvent) -> bytes:
@@ -1556,7 +1561,10 @@ class Renderer:
         if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
             self._said += len(event.text)
             return self._say(event.text) if event.text else b""
-        return self.events[event.__class__](self, event)
+        out = self.events[event.__class__](self, event)
+        if isinstance(event, BlockStop):
+            self._say = say_nothing  # a method of our own would be a circle of garbage
+        return out
 
     def say_run(self, run: TextRun) -> bytes:
         """Of the open text, which every dialect but one says by a template."""
@@ -2758,7 +2766,7 @@ class ChatRenderer(Renderer):
                 "tool_calls": [{"index": index, **head, kind: about}]})
 
         if self._chat.legacy_functions and index:  # there is but one
-            self._say = lambda text: b""
+            self._say = say_nothing
             return b""
         self._say = DeltaTemplate(lambda text: delta({key: text}))
         return delta({"name": call.name, key: ""}, id=carried_id(call), type=kind,
@@ -3127,7 +3135,7 @@ def parse_source(block: Fields, kinds: Iterable[str]) -> JSON:
 
 def parse_document_block(block: Fields) -> Block:
     if block.child("citations", {}).get("enabled", bool):
-        block.lost = ["citations"]
+        block.lost.append("citations")
     return Document(
         title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
 
@@ -3765,7 +3773,7 @@ class MessagesRenderer(Renderer):
         self._block += 1
         if isinstance(block, Search) or isinstance(block, Thinking) and not (
                 self._chat.shows_thinking or block.is_redacted):
-            self._say = lambda text: b""  # its signature may follow
+            self._say = say_nothing  # its signature may follow
             return b""
         return self._open_block(block)
 
@@ -4733,8 +4741,8 @@ class GenerateContent(Dialect):
 class CamelFields(Fields):
     """Protobuf's JSON: names in two spellings, whole numbers also as floats and strings."""
 
-    def __init__(self, wire: JSON, place: str = "", read: List[Fields] | None = None) -> None:
-        super().__init__({camel(key): value for key, value in wire.items()}, place, read)
+    def __init__(self, wire: JSON, place: str = "", parent: Fields | None = None) -> None:
+        super().__init__({camel(key): value for key, value in wire.items()}, place, parent)
 
     def get(self, key: str, kind: Any = str) -> Any:
         value = self.wire.get(key)
@@ -7750,6 +7758,7 @@ class Answer:
         while self._wants_more and not self._error and not connection.at_eof:
             await connection.more()
         connection.sink = None
+        del self._sink  # whose owner holds this answer: a circle of garbage
         self._error = self._error or connection.error
         self._finish()
 
