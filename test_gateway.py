@@ -6838,6 +6838,89 @@ def test_a_step_of_the_wall_clock_changes_no_deadline(gate_for: Any, step: float
     assert float(gate.access()["duration_ms"]) < 5000
 
 
+# ---- silence ----
+
+ALIVE = {"chat": b": keep-alive\n\n", "responses": b": keep-alive\n\n",
+         "messages": b'event: ping\ndata: {"type":"ping"}\n\n', "gemini": b"\n"}
+
+
+def asking(client: str, model: str = "house") -> bytes:
+    """A request for a stream."""
+    asked = Chat(model, [Turn("user", [Text(text="a")])], max_tokens=9, stream=True)
+    body, _ = gateway.DIALECTS[client].render_request(
+        asked, Target(model, CAPS_OF[client]), Losses())
+    path = PATH_OF.get(client) or f"/v1beta/models/{model}:streamGenerateContent?alt=sse"
+    return request(gateway.dump_json(body), path=path)
+
+
+def test_a_silent_stream_tells_that_it_lives(gate_for: Any) -> None:
+    """Before its first event too: what follows is the rest of the same answer."""
+    gate = gate_for([READ, GO, CREATED + chunks(delta()), GO, chunks(LAST, FINAL) + END])
+    client = gate.client().send(asking("chat"))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(16)
+    status, fields = client.head()
+    assert (status, dict(fields)["content-type"]) == (200, "text/event-stream")
+    assert dict(fields)["x-gateway-id"] == dict(fields)["x-request-id"]
+    said = [client.chunk()]
+    gate.later(16)
+    said.append(client.chunk())
+    gate.upstream.go.release()
+    said.append(client.chunk())
+    gate.later(14)
+    gate.later(2)
+    said.append(client.chunk())
+    gate.upstream.go.release()
+    said += iter(client.chunk, b"")
+    alive = ALIVE["chat"]
+    assert b"".join(said) == alive * 2 + FIRST + delta() + alive + LAST + FINAL
+    head = sum(len(f"{name}: {value}\r\n") for name, value in fields) + len("HTTP/1.1 200 OK\r\n")
+    logged = gate.access()
+    assert int(logged["bytes_out"]) == head + 2 + len(chunks(*said) + END)
+    assert (logged["status"], logged["usage"]) == ("200", "estimated")
+
+
+@pytest.mark.parametrize("client_", ALIVE)
+def test_an_error_after_a_sign_of_life_is_told_in_the_stream(gate_for: Any, client_: str) -> None:
+    told = reply(b'{"error": {"message": "No luck", "type": "rate_limit_error"}}',
+                 status="429 Too Many")
+    gate = gate_for([READ, GO, told])
+    client = gate.client().send(asking(client_))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(16)
+    assert client.head()[0] == 200 and client.chunk() == ALIVE[client_]
+    gate.upstream.go.release()
+    body = b"".join(iter(client.chunk, b""))
+    last = json.loads(list(decoded([body]))[-1].data)
+    assert "No luck" in json.dumps(last.get("response", last)["error"])
+    assert gate.access()["status"] == "429"
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+
+
+def test_an_old_client_hears_that_its_stream_lives(gate_for: Any) -> None:
+    """Without chunks, so that the connection's end is the stream's."""
+    gate = gate_for([READ, GO, streamed(STREAMED)])
+    client = gate.client().send(request(chat(True), version="HTTP/1.0"))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(16)
+    assert dict(client.head()[1])["connection"] == "close"
+    assert client.exactly(len(ALIVE["chat"])) == ALIVE["chat"]
+    gate.upstream.go.release()
+    assert client.file.read() == STREAMED
+
+
+@pytest.mark.parametrize("stream, settings", [(False, {}), (True, {"sse_keepalive": 0}),
+                                              (True, {"sse_keepalive": 20})])
+def test_what_is_not_to_tell_that_it_lives_is_silent(
+        gate_for: Any, stream: bool, settings: Any) -> None:
+    gate = gate_for([READ, GO, streamed(STREAMED) if stream else reply()], **settings)
+    client = gate.client().send(request(chat(stream)))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(16)
+    gate.upstream.go.release()
+    assert client.answer().body == (STREAMED if stream else REPLY)
+
+
 # ---- slow readers ----
 
 LARGE = delta("x" * (6 << 20))  # no buffer takes it at once
@@ -8366,11 +8449,7 @@ def test_our_refused_key_is_no_fault_of_a_streams_client(
     gate = gate_for([READ, streamed(*opening, event(REFUSED[wire]))],
                     provider={"kind": KIND_OF[wire]},
                     models={"house": {"provider": "openai", "model": "up"}})
-    asked = Chat("house", ASKED_TURNS[:2], max_tokens=99, stream=True)
-    body, _ = gateway.DIALECTS[client].render_request(
-        asked, Target("house", CAPS_OF[client]), Losses())
-    path = PATH_OF.get(client) or "/v1beta/models/house:streamGenerateContent?alt=sse"
-    answer_ = gate.call(gateway.dump_json(body), path=path)
+    answer_ = gate.client().send(asking(client)).answer()
     assert answer_.status == (200 if is_later else 502)
     assert b"bad key" not in answer_.body and b"refused the gateway's key" in answer_.body
     if not is_later:
@@ -8384,12 +8463,7 @@ def test_a_stream_may_end_without_done_in_another_dialect(gate_for: Any, client:
     gate = gate_for([READ, streamed(FIRST, delta(), last)],
                     provider={"kind": "openai-compatible", "done": False},
                     models={"house": {"provider": "openai", "model": "up"}})
-    body, _ = gateway.DIALECTS[client].render_request(
-        Chat("house", ASKED_TURNS[:2], max_tokens=99, stream=True),
-        Target("house", CAPS_OF[client]), Losses())
-    path = PATH_OF.get(client) or "/v1beta/models/house:streamGenerateContent?alt=sse"
-    told = gateway.collect(chat_parsed(client, [gate.call(
-        gateway.dump_json(body), path=path).body]))
+    told = gateway.collect(chat_parsed(client, [gate.client().send(asking(client)).answer().body]))
     assert (told.blocks, told.finish) == ([Text(text=COMPLETION)], "stop")
 
 
@@ -9447,6 +9521,9 @@ TWO = {"one": {"kind": "openai"}, "two": {"kind": "openai"}}
      "/one/v1/batches/b"),
     ({"one": {"kind": "openai"}}, {}, "/v1/responses/resp_1/input_items",
      "/one/v1/responses/resp_1/input_items"),
+    ({"local": {"kind": "openai-compatible", "responses": True}, "claude": {"kind": "anthropic"}},
+     {}, "/v1/responses/resp_1", "/local/v1/responses/resp_1"),
+    ({"local": {"kind": "openai-compatible"}}, {}, "/v1/responses/resp_1", None),
     (TWO, {}, "/v1/files", None), ({"claude": {"kind": "anthropic"}}, {}, "/v1/files", None),
     ({"off": {"kind": "openai", "api_key": ""}}, {}, "/v1/files", None),
     (TWO, {"/v1/files": "two"}, "/v1/files/file-1/content", "/two/v1/files/file-1/content"),
@@ -9672,6 +9749,7 @@ def test_an_upload_that_its_provider_does_not_take_ends(gate_for: Any, leaves: b
 @pytest.mark.parametrize("path, target", [
     ("/openai/v1/files", "/v1/files"), ("/openai/files", "/v1/files"),
     ("/openai/v1/a%20b:c@d", "/v1/a%20b:c@d"), ("/openai/v1/v1/x", "/v1/v1/x"),
+    ("/openai/v1/files/", "/v1/files/"), ("/openai/", "/v1/"), ("/openai", "/v1"),
     (f"/openai/v1/x?limit=2&key={APP_KEY}&after=a%2Fb", "/v1/x?limit=2&after=a%2Fb"),
     (f"/openai/v1/x?key={APP_KEY}", "/v1/x"),
     ("/openai/v1/x?api-version=2025-01-01&alt=sse", "/v1/x?api-version=2025-01-01&alt=sse"),
