@@ -8903,6 +8903,8 @@ class TranslatedStream(ProviderStream[Parser]):
                 if self._exchange.ttft is None and isinstance(event, CONTENT_EVENTS):
                     self.note_first_content()
                 out.append(self._renderer.feed(event))
+            if self._tally.content_bytes > self._gateway.config.limits.answer:
+                raise bad_answer("The provider's answer is too large.")  # some repeat it whole
         except GatewayError as told:
             error = translated(told, self._route.provider)
             if not any(out) and not self._has_spoken:

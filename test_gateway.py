@@ -6732,6 +6732,25 @@ def test_a_stream_may_end_without_done_where_the_config_says_so(gate_for: Any) -
     assert "error" in gate.call(chat(True)).events[-1]
 
 
+@pytest.mark.parametrize("client", ["chat", "responses", "gemini"])
+def test_a_translated_stream_without_end_is_cut(gate_for: Any, client: str) -> None:
+    """Some dialects repeat the whole answer at its end, so it must be held."""
+    renderer = gateway.DIALECTS["messages"].renderer(Chat("up", []), 7)
+    start, *more = map(renderer.feed, [
+        Start("1", "up"), BlockStart(Text()), *[TextDelta("x" * 1000)] * 9])
+    gate = gate_for([READ, STREAM_HEAD + chunks(start, *more[:4]), GO, chunks(*more[4:])],
+                    provider={"kind": "anthropic"}, limits={"answer": 5000},
+                    models={"house": {"provider": "openai", "model": "up"}})
+    connection = gate.client().send(asking(client))
+    assert connection.head()[0] == 200
+    gate.upstream.go.release()
+    body = b"".join(iter(connection.chunk, b""))
+    last = json.loads(list(decoded([body]))[-1].data)
+    assert "too large" in json.dumps(last.get("response", last)["error"])
+    assert gate.access()["status"] == "502"
+    gate.upstream.left.get(timeout=WAIT)
+
+
 # ---- deadlines, by a clock that is put forward ----
 
 PING, CREATED = b": ping\n\n", STREAM_HEAD + chunks(FIRST)
