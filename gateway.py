@@ -5768,14 +5768,18 @@ def shown(value: object) -> str:
     return repr(value) if is_number(value) else TYPE_NAMES.get(type(value), "null")
 
 
-def has_type(kind: type, value: object, path: str, problems: Problems) -> bool:
-    if not isinstance(value, kind):
-        problems.error(path, f"must be {TYPE_NAMES[kind]}, not {shown(value)}")
-    return isinstance(value, kind)
-
-
 class Broken(str):
     """Stands for a value that has an error already, so that no second one is told of it."""
+
+
+class Fault(str):
+    """Stands for a value that JSON cannot hold, and says why; told where its path is known."""
+
+
+def has_type(kind: type, value: object, path: str, problems: Problems) -> bool:
+    if not isinstance(value, (kind, Broken)):
+        problems.error(path, f"must be {TYPE_NAMES[kind]}, not {shown(value)}")
+    return isinstance(value, kind)
 
 
 def scalar(expected: str, accepts: Callable[[Any], bool],
@@ -6085,6 +6089,9 @@ def expand(tree: Any, env: Mapping[str, str], read_file: Callable[[str], str], p
     if isinstance(tree, list):
         return [expand(value, env, read_file, f"{path}[{i}]", problems)
                 for i, value in enumerate(tree)]
+    if isinstance(tree, Fault):
+        problems.error(path, tree)
+        return Broken("?")
     if not isinstance(tree, str) or "$" not in tree:
         return tree
     told = len(problems.errors)
@@ -6136,7 +6143,7 @@ def parse_config(
     problems = Problems(where)
     config: Config | None = None
     try:
-        tree = expand(parse_config_json(text, problems), env, read_file, "", problems)
+        tree = expand(parse_config_json(text, where), env, read_file, "", problems)
         config = table_of(Config)(tree, "", problems)
         if config is not None:
             config = settle(config, problems)
@@ -6154,24 +6161,23 @@ YAML_HINT = ("this looks like YAML, and the config is JSON; convert it once: "
              "json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)' < {0} > {1})")
 
 
-def parse_config_json(text: str, problems: Problems) -> Any:
+def parse_config_json(text: str, where: str) -> Any:
     """The JSON tree, its comment lines left blank so that line numbers stay right. Raises
     ValueError or RecursionError."""
     def unique(pairs: List[Tuple[str, Any]]) -> JSON:
-        tree = dict(pairs)
-        if len(tree) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            problems.error("", f"key {twice!r} stands twice in one object")
+        tree: JSON = {}
+        for name, value in pairs:
+            tree[name] = Fault("this key stands twice in its object") if name in tree else value
         return tree
 
     plain = COMMENT_LINE.sub("", text)
     try:
-        return json.loads(plain, object_pairs_hook=unique, parse_constant=refuse_constant)
+        return json.loads(plain, object_pairs_hook=unique,
+                          parse_constant=lambda name: Fault(f"{name} is not JSON"))
     except json.JSONDecodeError as error:
         if not plain.lstrip().startswith(("{", "[", "\ufeff")) and ":" in plain:
-            new = "new.json" if problems.where == "config.json" else "config.json"
-            raise ValueError(YAML_HINT.format(problems.where, new)) from error
+            new = "new.json" if where == "config.json" else "config.json"
+            raise ValueError(YAML_HINT.format(where, new)) from error
         raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
 
 
@@ -10171,7 +10177,7 @@ def command_health(named: str) -> None:
     path, text = read_config(named)
     problems = Problems(path)
     try:
-        tree = parse_config_json(text, problems)
+        tree = parse_config_json(text, path)
         listen = tree.get("listen", ":8080") if isinstance(tree, dict) else None
         listen = expand(listen, os.environ, read_text, "listen", problems)
     except (ValueError, RecursionError) as error:

@@ -986,8 +986,12 @@ def test_every_refused_thing_is_told_at_once() -> None:
 @pytest.mark.parametrize("text, expected", [
     ("", "line 1, column 1: "), ("null", "must be an object"), ("[]", "must be an object"),
     ('"x"', "must be an object"), ('{"a":1,}', "line 1, column "), ("{} x", "line 1, column 4: "),
-    ("{}", "providers: is missing"), ('{"limits":{"body":NaN}}', "NaN is not JSON"),
-    ('{"limits":{"body":-Infinity}}', "-Infinity is not JSON"), ("[" * 100_000, "nested too deep"),
+    ("{}", "providers: is missing"),
+    ('{"limits":{"body":NaN}}', "limits.body: NaN is not JSON"),
+    ('{"limits":{"body":-Infinity}}', "limits.body: -Infinity is not JSON"),
+    ('{"listen":1,"listen":2,"listen":3}', "listen: this key stands twice"),
+    ('{"providers":{},"api_keys":[],"api_keys":[]}', "api_keys: this key stands twice"),
+    ("[" * 100_000, "nested too deep"),
     ('{"listen":' + "[" * 990 + "]" * 990 + "}", "nested too deep"),
     ("\ufeff{}", "line 1, column 1"),
     ('{"limits":{"body":1' + "0" * 5000 + "}}", ""),
@@ -1001,9 +1005,11 @@ def test_what_is_no_config_at_all(text: str, expected: str) -> None:
 def test_a_key_twice_is_told_with_all_else_that_is_wrong() -> None:
     text = json.dumps(changed(("providers.openai.api_key", "${NONE}"), ("listen", "${LISTEN}")))
     text = text.replace('"app": "other"', '"app": "x", "app": "y"')
-    lines = told(text, {"LISTEN": ":80"})
-    assert lines[0].startswith("key 'app' stands twice") and len(lines) == 2
-    assert lines[1].startswith("providers.openai.api_key: environment variable NONE is not set")
+    text = text.replace('"models"', '"models": [], "models"')
+    lines = sorted(told(text, {"LISTEN": ":80"}))
+    assert lines[0].startswith("api_keys[1].app: this key stands twice") and len(lines) == 3
+    assert lines[1].startswith("models: this key stands twice")
+    assert lines[2].startswith("providers.openai.api_key: environment variable NONE is not set")
 
 
 def test_comments_are_left_out() -> None:
