@@ -1553,6 +1553,7 @@ class Renderer:
         self._open: Block = Text()
         self._say: Callable[[str], bytes] = say_nothing  # a delta of the open block
         self._said = 0  # characters of it
+        self.lost: Set[str] = set()  # what came too late to be told
 
     def feed(self, event: StreamEvent) -> bytes:
         if isinstance(event, TextRun):
@@ -3800,6 +3801,7 @@ class MessagesRenderer(Renderer):
     def _citation(self, event: CitationDelta) -> bytes:
         """After the end of its block it has no place in this wire."""
         if event.block != self._block or not self._is_open:
+            self.lost.add("citations")
             return b""
         return self._delta("citations_delta", citation=render_citation(event.citation))
 
@@ -4498,6 +4500,8 @@ class ResponsesRenderer(Renderer):
         """Told at the end of its text, which may be its place; after it, it has none any more."""
         if event.block == len(self._output):
             self._cited.append(event.citation)
+        else:
+            self.lost.add("annotations")
         return b""
 
     def _block_stop(self, event: BlockStop) -> bytes:
@@ -5224,6 +5228,31 @@ FINISHES_IN_GEMINI = {"length": "MAX_TOKENS", "context": "MAX_TOKENS", "filter":
                       "refusal": "SAFETY"}
 
 
+class TextPlace:
+    """Where a text of Gemini's went: the block, and the characters of it that stand before."""
+
+    def __init__(self, block: int, before: int, text: str) -> None:
+        self.block, self._before, self._text = block, before, utf8(text)
+        self._is_ascii = text.isascii()
+
+    def of_byte(self, at: int) -> int:
+        """The character of the block that begins there."""
+        return self._before + (min(at, len(self._text)) if self._is_ascii else
+                               len(self._text[:at].decode(errors="ignore")))
+
+
+def is_said(part: JSON) -> bool:
+    return part.get("thought") is not True and bool(text_of(part, "text"))
+
+
+def halves(part: JSON) -> List[JSON]:
+    """A text, and the signature that ends it."""
+    if not is_said(part) or not part.get("thoughtSignature"):
+        return [part]
+    return [{**part, "thoughtSignature": ""},
+            {"text": "", "thoughtSignature": part["thoughtSignature"]}]
+
+
 class GeminiParser(Parser):
     """Each part comes whole; usage is cumulative; a stream ends when its connection does."""
 
@@ -5269,11 +5298,8 @@ class GeminiParser(Parser):
         self._id = self._id or text_of(wire, "responseId") or self.rewrites.answer_id
         self._model = self._model or text_of(wire, "modelVersion")
         for candidate in list_of_objects(wire, "candidates")[:1]:
-            for part in list_of_objects(part_of(candidate, "content"), "parts"):
-                events += self._read_part(part)
+            events += self._read_candidate(candidate)
             self._finish = text_of(candidate, "finishReason") or self._finish
-            events += self._read_grounding(part_of(candidate, "groundingMetadata"))
-            self._logprobs += gemini_logprobs(part_of(candidate, "logprobsResult"))
         if text_of(part_of(wire, "promptFeedback"), "blockReason"):
             self._finish = "SAFETY"
         return self._begun(events) if events else []
@@ -5282,21 +5308,53 @@ class GeminiParser(Parser):
         """The stream begins with the first word, so that an answer without one can be refused."""
         return [*self.start({"id": self._id, "model": self._model}), *events]
 
-    def _read_grounding(self, about: JSON) -> Events:
-        """Its indexes count bytes."""
-        pages = [part_of(chunk, "web") for chunk in list_of_objects(about, "groundingChunks")]
-        text, events = utf8("".join(self._text)), []  # type: bytes, Events
-        is_ascii = text.isascii()
+    def _read_candidate(self, candidate: JSON) -> Events:
+        """What is told about a text is read before what ends it: a signature or a call."""
+        grounding, events = part_of(candidate, "groundingMetadata"), []  # type: JSON, Events
+        pieces = [(number, piece) for number, part in enumerate(
+            list_of_objects(part_of(candidate, "content"), "parts")) for piece in halves(part)]
+        # Where the whole answer is one chunk, citations name a part of it, else the text so far.
+        places: Dict[int, TextPlace] | None = {} if self._text_block < 0 and grounding else None
+        last = max([i for i, (_, piece) in enumerate(pieces) if is_said(piece)], default=-1)
+        for i, (number, piece) in enumerate(pieces):
+            if i == last + 1:
+                events += self._read_about(candidate, grounding, places)
+            events += self._read_part(piece)
+            if places is not None and is_said(piece):
+                text = text_of(piece, "text")
+                places[number] = TextPlace(
+                    self._text_block, sum(map(len, self._text)) - len(text), text)
+        if last + 1 == len(pieces):
+            events += self._read_about(candidate, grounding, places)
+        return events
+
+    def _read_about(self, candidate: JSON, grounding: JSON,
+                    places: Dict[int, TextPlace] | None) -> Events:
+        self._logprobs += gemini_logprobs(part_of(candidate, "logprobsResult"))
+        if part_of(candidate, "citationMetadata"):
+            self.rewrites.lost.add("annotations")  # of what it recites
+        return self._read_grounding(grounding, places) if grounding else []
+
+    def _read_grounding(self, about: JSON, places: Dict[int, TextPlace] | None) -> Events:
+        """Its indexes count bytes of a part."""
+        pages = [next((page for kind in ("web", "maps", "retrievedContext")
+                       for page in [part_of(chunk, kind)] if text_of(page, "uri")), {})
+                 for chunk in list_of_objects(about, "groundingChunks")]
+        events: Events = []
+        so_far = TextPlace(self._text_block, 0, "".join(self._text))
         for support in list_of_objects(about, "groundingSupports"):
             segment, indexes = part_of(support, "segment"), support.get("groundingChunkIndices")
-            start, end = (min(at, len(text)) if is_ascii else len(text[:at].decode(errors="ignore"))
-                          for at in map(count, map(segment.get, ("startIndex", "endIndex"))))
+            place = so_far if places is None else places.get(count(segment.get("partIndex")), so_far)
+            start, end = (place.of_byte(count(segment.get(key)))
+                          for key in ("startIndex", "endIndex"))
             for index in indexes if isinstance(indexes, list) else []:
                 page = pages[index] if isinstance(index, int) and 0 <= index < len(pages) else {}
-                if page and self._text_block >= 0:
-                    events.append(CitationDelta(self._text_block, {
+                if page and place.block >= 0:
+                    events.append(CitationDelta(place.block, {
                         "url": text_of(page, "uri"), "title": text_of(page, "title"),
                         "start": start, "end": end}))
+                else:
+                    self.rewrites.lost.add("annotations")
         return events
 
     def _read_part(self, part: JSON) -> Events:
@@ -8923,7 +8981,8 @@ class TranslatedStream(ProviderStream[Parser]):
     def close(self) -> None:
         self._cutter.rest()
         self._tally.settle()
-        self._gateway.count_lost(self._tally.rewrites.lost, self._route)
+        lost = self._tally.rewrites.lost | self._renderer.lost
+        self._gateway.count_lost(lost, self._route)
         super().close()
 
 

@@ -4786,6 +4786,68 @@ def test_an_answer_in_another_dialect(
     assert {**streamed, "choices": 0, "candidates": 0} == {**body, "choices": 0, "candidates": 0}
 
 
+def grounded(*supports: JSON, **chunk: Any) -> JSON:
+    return {"groundingMetadata": {
+        "groundingChunks": [chunk or {"web": {"uri": "https://a", "title": "A"}}],
+        "groundingSupports": [{"groundingChunkIndices": [0], "segment": each}
+                              for each in supports]}}
+
+
+@pytest.mark.parametrize("parts, segment, block, start, end", [
+    (["aaaa", "bbbb"], {"partIndex": 1, "endIndex": 4}, 0, 4, 8),
+    (["é", "bé"], {"partIndex": 1, "startIndex": 1, "endIndex": 3}, 0, 2, 3),
+    ([{"text": "aaaa", "thoughtSignature": "c2ln"}, "bbbb"], {"endIndex": 3}, 0, 0, 3),
+    ([{"text": "aaaa", "thoughtSignature": "c2ln"}, "bbbb"], {"partIndex": 1, "endIndex": 3},
+     2, 0, 3),
+    ([{"text": "hm", "thought": True}, "aaaa"], {"partIndex": 1, "startIndex": 2, "endIndex": 9}, 1, 2, 4),
+])
+def test_a_citation_of_geminis_names_its_part(
+        parts: Any, segment: JSON, block: int, start: int, end: int) -> None:
+    told = gateway.DIALECTS["gemini"].parse_reply(
+        generated(*parts, **grounded(segment)), Rewrites())
+    cited = told.blocks[block]
+    assert isinstance(cited, Text)
+    assert cited.citations == [{"url": "https://a", "title": "A", "start": start, "end": end}]
+
+
+SIGNED = {"text": "", "thoughtSignature": "c2ln"}
+
+
+@pytest.mark.parametrize("last, is_told", [
+    ([generated(SIGNED, **GROUNDED)], True), ([generated(SIGNED, finish=""),
+                                               generated(**GROUNDED)], False),
+    ([generated(ran("f", "c"), **GROUNDED)], True)])
+@pytest.mark.parametrize("client", ["responses", "messages", "chat"])
+def test_a_citation_comes_before_what_ends_its_text_or_is_counted(
+        client: str, last: list[JSON], is_told: bool) -> None:
+    parser = gateway.DIALECTS["gemini"].parser(Rewrites())
+    renderer = gateway.DIALECTS[client].renderer(Chat("m", []), 7)
+    events = [said_ for chunk in [generated("é abc", finish=""), *last]
+              for said_ in parser.feed(event(chunk))] + parser.end()
+    told = b"".join(map(renderer.feed, events))
+    assert (b"https://a" in told) == (is_told or client == "chat")
+    assert bool(renderer.lost | parser.rewrites.lost) != (is_told or client == "chat")
+
+
+@pytest.mark.parametrize("end", [SIGNED, ran("f", "c")])
+def test_logprobs_of_geminis_are_those_of_the_text_before(end: JSON) -> None:
+    told = gateway.DIALECTS["gemini"].parse_reply(generated("He", end, logprobsResult={
+        "chosenCandidates": [{"token": "He", "logProbability": -0.1}]}), Rewrites())
+    assert isinstance(told.blocks[0], Text) and told.blocks[0].logprobs[0]["token"] == "He"
+
+
+@pytest.mark.parametrize("about, is_lost", [
+    (grounded({"endIndex": 1}, maps={"uri": "u", "title": "t"}), False),
+    (grounded({"endIndex": 1}, retrievedContext={"uri": "u"}), False),
+    (grounded({"endIndex": 1}, retrievedContext={"text": "of a store"}), True),
+    ({"citationMetadata": {"citations": [{"uri": "u", "endIndex": 2}]}}, True)])
+def test_sources_of_every_kind_are_cited_or_counted(about: JSON, is_lost: bool) -> None:
+    rewrites = Rewrites()
+    (said_,) = gateway.DIALECTS["gemini"].parse_reply(generated("a", **about), rewrites).blocks
+    assert isinstance(said_, Text) and bool(said_.citations) != is_lost
+    assert rewrites.lost == ({"annotations"} if is_lost else set())
+
+
 TARGETS = {"chat": PLAIN, "responses": GPT5, "messages": BOTH, "gemini": NEW}
 GEMINI_FILTERS = [
     "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
