@@ -726,10 +726,17 @@ def call_ids(turn: Turn) -> List[str]:
     return [call.id for call in blocks_of(turn.blocks, ToolCall)]
 
 
+def is_empty(block: Block) -> bool:
+    """Whether it is a text, or a document, that says nothing."""
+    if isinstance(block, Document):
+        return not (block.text or block.data or block.url)
+    return isinstance(block, Text) and not block.text
+
+
 def merged(turns: Iterable[Turn]) -> List[Turn]:
     result: List[Turn] = []
     for turn in turns:
-        blocks = [block for block in turn.blocks if not isinstance(block, Text) or block.text]
+        blocks = [block for block in turn.blocks if not is_empty(block)]
         if result and result[-1].role == turn.role:
             result[-1].blocks += blocks
         elif blocks:
@@ -953,6 +960,12 @@ class Fields:
         for key in keys:
             self._unread.pop(key, None)
         return any(self.wire.get(key) not in (None, "", [], {}) for key in keys)
+
+    def refuse(self, *keys: str) -> None:
+        """What would make the answer another where no other dialect can say it."""
+        for key in keys:
+            if self.skip(key) and self.wire[key]:
+                raise self.unsupported(key, "is not supported by the model's provider")
 
     def hint(self, losses: Losses, keys: Iterable[str]) -> None:
         """What says something here that no other dialect can."""
@@ -1732,7 +1745,7 @@ def parse_content(
         context = isinstance(block, Document) and part.get("context")
         if context:
             blocks.append(Text(text=context))
-        if not isinstance(block, Text) or block.text:
+        if not is_empty(block):
             blocks.append(block)
     return blocks
 
@@ -2171,10 +2184,13 @@ def parse_image_part(part: Fields) -> Block:
     return image_at(part.child("image_url"), "url")
 
 
+JPEG = {"image/jpg": "image/jpeg"}
+
+
 def image_at(about: Fields, key: str) -> Image:
     url, detail = about.need(key), about.get("detail") or ""
     media_type, data = parse_data_uri(url) or ("", "")
-    media_type = "image/jpeg" if media_type == "image/jpg" else media_type
+    media_type = JPEG.get(media_type, media_type)
     if not media_type and url[:5].lower() == "data:":
         raise about.wrong(key, "must be in base64 where it is a data: URI")
     return Image(url="" if media_type else url, media_type=media_type, data=data, detail=detail)
@@ -2475,7 +2491,7 @@ def image_url(block: Image) -> str:
 
 
 def titled_text(block: Document) -> str:
-    return f"{block.title}\n\n{block.text}" if block.title else block.text
+    return "\n\n".join(filter(None, (block.title, block.text)))
 
 
 def plain_content(blocks: List[JSON]) -> Any:
@@ -3519,6 +3535,14 @@ SCHEMA_MAPS = frozenset(["properties", "$defs", "definitions"])
 SCHEMA_VALUES = frozenset(["enum", "const", "default", "examples", "required"])
 
 
+def tell(schema: JSON, keywords: JSON) -> None:
+    """In the words of its description, what it cannot say otherwise."""
+    about, told = schema.get("description"), ", ".join(
+        f"{key}: {encode_json(value)}" for key, value in keywords.items())
+    if told:
+        schema["description"] = f"{about + ' ' if isinstance(about, str) else ''}({told})"
+
+
 def clean_schema(schema: Any) -> Any:
     """For `output_config.format`: what it cannot enforce is told in words."""
     if isinstance(schema, list):
@@ -3526,10 +3550,10 @@ def clean_schema(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     clean: JSON = {}
-    told = []
+    told: JSON = {}
     for key, value in schema.items():
         if UNSUPPORTED_KEYWORD.fullmatch(key) or key == "minItems" and value not in (0, 1):
-            told.append(f"{key}: {encode_json(value)}")
+            told[key] = value
         elif key in SCHEMA_MAPS and isinstance(value, dict):
             clean[key] = {name: clean_schema(item) for name, item in value.items()}
         elif key in SCHEMA_VALUES:
@@ -3538,9 +3562,7 @@ def clean_schema(schema: Any) -> Any:
             clean["allOf"] = [*clean.get("allOf", []), {"anyOf": clean_schema(value)}]
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
-    if told:
-        about = schema.get("description")
-        clean["description"] = f"{about + ' ' if isinstance(about, str) else ''}({', '.join(told)})"
+    tell(clean, told)
     if schema.get("type") == "object" or "properties" in schema:
         clean["additionalProperties"] = False
     return clean
@@ -3851,6 +3873,9 @@ class Responses(Dialect):
         chat.turns = canonical(turns)
         for item in root.children("tools"):
             parse_responses_tool(item, chat, losses)
+        named = {tool.name: tool for tool in reversed(chat.tools)}
+        chat.tools = [tool for tool in chat.tools
+                      if named[tool.name] is tool or named[tool.name] != tool]  # one said again
         chat.choice = parse_responses_choice(root, chat)
         self.parse_plain_fields(root, chat, losses)
         include = root.strings("include")
@@ -3867,7 +3892,8 @@ class Responses(Dialect):
         if set(include) - {"reasoning.encrypted_content", asked}:
             losses.hint("include")
         reasoning.hint(losses, ("generate_summary", "context", "mode"))
-        reasoning.skip("summary")
+        if reasoning.get("summary") not in (None, "auto"):
+            losses.hint("summary")
         root.child("stream_options", {}).hint(losses, ["include_obfuscation"])
         root.name_lost(losses)
         chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
@@ -3952,7 +3978,7 @@ def parse_items(root: Fields, chat: Chat, losses: Losses) -> Iterator[Turn]:
         return
     for item in root.children("input"):
         kind = item.get("type") or ("message" if "role" in item.wire else "item_reference")
-        item.skip("id", "status")
+        item.skip("id", "status", "caller")
         item.hint(losses, ["phase"])
         if kind == "message":
             role = ITEM_ROLES[item.one_of("role", ITEM_ROLES)]
@@ -4019,7 +4045,7 @@ def parse_input_image(part: Fields) -> Block:
 def parse_input_file(part: Fields) -> Block:
     part.skip("detail")
     url = part.get("file_url")
-    if url is not None:
+    if url:
         return Document(url=url, title=part.get("filename") or "")
     return parse_file(part)
 
@@ -4040,9 +4066,11 @@ def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = 
             tool.namespace, tool.name = space, f"{space}__{tool.name}"
         chat.tools.append(tool)
     elif kind == "namespace":
-        item.skip("description")
+        about, first = item.get("description") or "", len(chat.tools)
         for child in item.children("tools"):
             parse_responses_tool(child, chat, losses, item.need("name"))
+        for tool in chat.tools[first:first + 1]:  # it is about all of them: once is enough
+            tool.description = "\n\n".join(filter(None, (about, tool.description)))
     else:
         item.skip(*item.wire)
         if kind.startswith("web_search"):
@@ -4183,7 +4211,8 @@ class ResponsesRequest(RequestWriter):
         if isinstance(block, Document) and block.text:
             return {"type": "input_text", "text": titled_text(block)}
         if isinstance(block, Document) and block.url:
-            return {"type": "input_file", "file_url": block.url}
+            return {"type": "input_file", "file_url": block.url,
+                    **without_none(filename=block.title)}
         if isinstance(block, Document):
             return {"type": "input_file", "filename": block.title or "document.pdf",
                     "file_data": f"data:{block.media_type};base64,{block.data}"}
@@ -4634,7 +4663,7 @@ class GenerateContent(Dialect):
                     stream=bool(root.get("stream", bool)))
         for item in root.children("tools"):
             parse_gemini_tools(item, chat, losses)
-        chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat)
+        chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat, losses)
         config = root.child("generationConfig", {})
         self.parse_plain_fields(config, chat, losses)
         chat.stop, chat.format = config.strings("stopSequences"), parse_gemini_format(config)
@@ -4645,11 +4674,10 @@ class GenerateContent(Dialect):
         alternatives = config.get("logprobs", int)
         if config.get("responseLogprobs", bool):
             chat.logprobs = alternatives or 0
-        for holder, keys in ((config, ("speechConfig",)),
-                             (root, ("cachedContent", "continuationToken"))):
-            for key in keys:
-                if holder.skip(key) and holder.wire[key]:
-                    raise holder.unsupported(key, "is not supported by the model's provider")
+        elif alternatives:
+            raise config.wrong("logprobs", "needs 'responseLogprobs'")
+        config.refuse("speechConfig")
+        root.refuse("cachedContent", "continuationToken")
         for key, name in GEMINI_OPTIONS.items():
             value = config.get(key, OPTIONS[name].kind)
             if value is not None:
@@ -4723,7 +4751,8 @@ class GenerateContent(Dialect):
         return len(dump_json(reply.get("candidates", [])))
 
     def render_estimate(self, wire: JSON) -> JSON:
-        asked = part_of(wire, "generateContentRequest") or wire
+        asked = part_of({camel(key): value for key, value in wire.items()},
+                        "generateContentRequest") or wire
         chat = self.parse_request({"model": "m", **asked}, Losses())
         return {"totalTokens": estimate_tokens(chat)}
 
@@ -4790,13 +4819,18 @@ class GeminiContents:
     def __init__(self) -> None:
         self._made = 0
         self._open: Dict[str, Dict[str, None]] = {}  # by name, ids of the calls without result
+        self._told: Set[str] = set()  # the ids that results of one turn name
 
     def turns(self, root: Fields, losses: Losses) -> Iterator[Turn]:
         for content, role in ((root.child("systemInstruction", {}), "system"),
                               *((each, "") for each in root.children("contents"))):
             said = (content.get("role") or "user").lower()
-            blocks = [block for part in content.children("parts")
-                      for block in self._part(part, losses)]
+            parts = list(content.children("parts"))
+            self._told = {text_of(part_of(part.wire, "functionResponse"), "id") for part in parts}
+            blocks = [block for part in parts for block in self._part(part, losses)]
+            if any(part.wire.get("thought") for part in parts) and not any(
+                    part.wire.get("thoughtSignature") for part in parts):
+                losses.hint("thinking")
             yield Turn(role or {"model": "assistant"}.get(said, "user"), in_order(blocks))
 
     def _part(self, part: Fields, losses: Losses) -> List[Block]:
@@ -4816,7 +4850,7 @@ class GeminiContents:
                 return [call]
             return [*thoughts, call]
         if part.get("functionResponse", dict) is not None:
-            return [self._result(part.child("functionResponse"))]
+            return [self._result(part.child("functionResponse"), losses)]
         media = parse_gemini_media(part)
         if media is None:
             kind = next((key for key, value in part.wire.items() if value is not None), "")
@@ -4828,23 +4862,27 @@ class GeminiContents:
 
     def _call(self, call: Fields) -> ToolCall:
         name = call.need("name")
+        call.refuse("partialArgs", "willContinue")
         self._made += 1
         id_ = call.get("id") or f"call_{self._made}_{hashed(name, 8)}"
         self._open.setdefault(name, {})[id_] = None
         return ToolCall(id=id_, name=name, arguments=call.get("args", dict) or {})
 
-    def _result(self, about: Fields) -> ToolResult:
+    def _result(self, about: Fields, losses: Losses) -> ToolResult:
+        """Of the call with its id, else of the first with its name."""
         name, response = about.need("name"), about.get("response", dict) or {}
-        waiting = self._open.get(name, {})
-        id_ = about.get("id") or next(iter(waiting), name)
+        waiting, id_ = self._open.get(name, {}), about.get("id") or ""
+        if id_ not in waiting:
+            id_ = next((each for each in waiting if each not in self._told), id_ or name)
         waiting.pop(id_, None)
         is_error = list(response) == ["error"]
         said = next(iter(response.values())) if is_error or list(response) == ["output"] else (
             response or "")
         text = said if isinstance(said, str) else encode_json(said)
         media = [each for part in about.children("parts")
-                 for each in [parse_gemini_media(part)] if each]
-        about.skip("willContinue", "scheduling")
+                 for each in [parse_gemini_media(part)] if each and not is_empty(each)]
+        about.refuse("willContinue")
+        about.hint(losses, ["scheduling"])
         return ToolResult(id=id_, is_error=is_error,
                           content=[*([Text(text=text)] if text else []), *media])
 
@@ -4886,7 +4924,8 @@ def parse_gemini_media(part: Fields) -> Block | None:
     about = part.child("inlineData" if is_inline else "fileData")
     title = about.get("displayName") or ""
     url = "" if is_inline else about.need("fileUri")
-    kind = (about.get("mimeType") or guessed_type(url)).lower()
+    kind = (about.get("mimeType") or guessed_type(url)).lower().partition(";")[0].strip()
+    kind = JPEG.get(kind, kind)
     if url and (not url.startswith(("http://", "https://")) or GOOGLE_FILES.match(url)):
         raise about.unsupported("fileUri", "names a file in another vendor's store")
     data = "" if url else about.need("data").translate(FROM_URL_SAFE)
@@ -4917,7 +4956,7 @@ def parse_gemini_tools(item: Fields, chat: Chat, losses: Losses) -> None:
         schema = about.get("parametersJsonSchema", dict)
         if schema is None and about.get("parameters", dict) is not None:
             schema = json_schema(about.wire["parameters"])
-        about.skip("response", "responseJsonSchema", "behavior")
+        about.hint(losses, ("response", "responseJsonSchema", "behavior"))
         chat.tools.append(Tool(about.need("name"), about.get("description") or "", schema))
     for key, about in item.wire.items():
         if key == "googleSearch" and about is not None:
@@ -4965,12 +5004,14 @@ def json_schema(schema: Any) -> Any:
     return made
 
 
-def parse_gemini_choice(config: Fields, chat: Chat) -> ToolChoice | None:
-    config.skip("retrievalConfig", "includeServerSideToolInvocations")
+def parse_gemini_choice(config: Fields, chat: Chat, losses: Losses) -> ToolChoice | None:
+    if config.skip("retrievalConfig"):
+        losses.drop("retrievalConfig")
+    config.hint(losses, ["includeServerSideToolInvocations"])
     if config.get("functionCallingConfig", dict) is None:
         return None
     about = config.child("functionCallingConfig")
-    about.skip("streamFunctionCallArguments")
+    about.refuse("streamFunctionCallArguments")
     mode, names = (about.get("mode") or "AUTO").upper(), about.strings("allowedFunctionNames")
     if mode not in GEMINI_MODES:
         raise about.wrong("mode", f"must be one of: {', '.join(GEMINI_MODES)}")
@@ -4989,6 +5030,8 @@ def parse_gemini_format(config: Fields) -> Format | None:
         schema = json_schema(config.wire["responseSchema"])
     if kind not in ("text/plain", "application/json"):
         raise config.unsupported("responseMimeType", "is not supported by the model's provider")
+    if kind == "text/plain" and schema is not None:
+        raise config.wrong("responseMimeType", "must be application/json beside a schema")
     return Format(schema) if kind == "application/json" else None
 
 
@@ -5054,13 +5097,16 @@ class GeminiRequest(RequestWriter):
             return [{"functionCall": call, **without_none(thoughtSignature=signature)}]
         if isinstance(block, Image) and block.detail not in ("", "auto"):
             self.losses.hint("detail")
-        return [] if isinstance(block, ToolResult) else [render_gemini_media(block)]
+        title = block.title if isinstance(block, Document) and not block.text and not (
+            FILE_NAME.fullmatch(block.title)) else ""
+        return [] if isinstance(block, ToolResult) else [
+            *([{"text": title}] if title else []), render_gemini_media(block)]
 
     def _result(self, block: ToolResult, name: str) -> List[JSON]:
         texts = [titled_text(each) if isinstance(each, Document) else each.text
-                 for each in block.content if isinstance(each, (Text, Document)) and each.text]
-        media = [part for each in block.content if not getattr(each, "text", "")
-                 for part in self._part(each)]
+                 for each in block.content if isinstance(each, (Text, Document))]
+        texts = [text for text in texts if text]
+        media = [self._part(each)[-1] for each in block.content if not getattr(each, "text", "")]
         about: JSON = {"name": self.tool_name(name),
                        "response": {"error" if block.is_error else "output": "\n".join(texts)}}
         if self.is_new:
@@ -5112,10 +5158,13 @@ class GeminiRequest(RequestWriter):
         config.update(without_none(stopSequences=self.checked_stops()))
         if chat.logprobs is not None:
             config.update(responseLogprobs=True, **without_zeros(logprobs=chat.logprobs))
-        if chat.format is not None:
+        form = chat.format
+        if form is not None:
             config["responseMimeType"] = "application/json"
-            if chat.format.schema is not None:
-                config["responseJsonSchema"] = gemini_schema(chat.format.schema)
+        if form is not None and form.schema is not None:
+            config["responseJsonSchema"] = schema = gemini_schema(form.schema)
+            if form.description:
+                schema.setdefault("description", form.description)
         if tier:
             self.wire["serviceTier"] = tier
         if chat.user:
@@ -5167,6 +5216,9 @@ def sign_first_call(parts: List[JSON]) -> None:
             return
 
 
+FILE_NAME = re.compile(r"\S+\.\w{1,5}")  # says little, and has no place here
+
+
 def render_gemini_media(block: Block) -> JSON:
     if isinstance(block, Audio):
         kind = {"mp3": "mpeg"}.get(block.format, block.format)
@@ -5201,6 +5253,7 @@ def gemini_schema(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     clean: JSON = {}
+    told: JSON = {}
     for key, value in schema.items():
         if key == "const":
             clean["enum"] = [value]
@@ -5213,6 +5266,9 @@ def gemini_schema(schema: Any) -> Any:
             clean.update(*list_of_objects({key: gemini_schema(value)}, key))
         elif key in GEMINI_KEYWORDS:
             clean[key] = value if key in SCHEMA_VALUES else gemini_schema(value)
+        elif not key.startswith("$"):
+            told[key] = value
+    tell(clean, told)
     return clean
 
 
@@ -5314,13 +5370,14 @@ class GeminiParser(Parser):
         pieces = [(number, piece) for number, part in enumerate(
             list_of_objects(part_of(candidate, "content"), "parts")) for piece in halves(part)]
         # Where the whole answer is one chunk, citations name a part of it, else the text so far.
-        places: Dict[int, TextPlace] | None = {} if self._text_block < 0 and grounding else None
+        names_parts = bool(grounding) and self._text_block < 0
+        places: Dict[int, TextPlace] = {}
         last = max([i for i, (_, piece) in enumerate(pieces) if is_said(piece)], default=-1)
         for i, (number, piece) in enumerate(pieces):
             if i == last + 1:
                 events += self._read_about(candidate, grounding, places)
             events += self._read_part(piece)
-            if places is not None and is_said(piece):
+            if names_parts and is_said(piece):
                 text = text_of(piece, "text")
                 places[number] = TextPlace(
                     self._text_block, sum(map(len, self._text)) - len(text), text)
@@ -5329,13 +5386,13 @@ class GeminiParser(Parser):
         return events
 
     def _read_about(self, candidate: JSON, grounding: JSON,
-                    places: Dict[int, TextPlace] | None) -> Events:
+                    places: Mapping[int, TextPlace]) -> Events:
         self._logprobs += gemini_logprobs(part_of(candidate, "logprobsResult"))
         if part_of(candidate, "citationMetadata"):
             self.rewrites.lost.add("annotations")  # of what it recites
         return self._read_grounding(grounding, places) if grounding else []
 
-    def _read_grounding(self, about: JSON, places: Dict[int, TextPlace] | None) -> Events:
+    def _read_grounding(self, about: JSON, places: Mapping[int, TextPlace]) -> Events:
         """Its indexes count bytes of a part."""
         pages = [next((page for kind in ("web", "maps", "retrievedContext")
                        for page in [part_of(chunk, kind)] if text_of(page, "uri")), {})
@@ -5344,7 +5401,7 @@ class GeminiParser(Parser):
         so_far = TextPlace(self._text_block, 0, "".join(self._text))
         for support in list_of_objects(about, "groundingSupports"):
             segment, indexes = part_of(support, "segment"), support.get("groundingChunkIndices")
-            place = so_far if places is None else places.get(count(segment.get("partIndex")), so_far)
+            place = places.get(count(segment.get("partIndex")), so_far)
             start, end = (place.of_byte(count(segment.get(key)))
                           for key in ("startIndex", "endIndex"))
             for index in indexes if isinstance(indexes, list) else []:

@@ -252,7 +252,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 10_300 and len(SOURCE.encode()) < 446 << 10
+    assert len(lines) < 10_500 and len(SOURCE.encode()) < 456 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -3297,7 +3297,8 @@ CHAT_TO_GEMINI: list[Row] = [
         {**F, "cache_control": MARK}]}, {"contents": [turn("a")]}, "(cache_control)"),
     ("1.8 json_schema", format_(GEMINI_FORMAT), config(
         responseMimeType="application/json", responseJsonSchema={
-            "type": "object", "properties": {"minLength": {"enum": ["a"]}},
+            "type": "object", "properties": {"minLength": {
+                "enum": ["a"], "description": "(minLength: 1)"}},
             "additionalProperties": False}), ""),
     ("3.1 tools", {"tools": [function("f", description="D", parameters=OPEN), function("g")]},
      {"tools": [{"functionDeclarations": [
@@ -3461,7 +3462,7 @@ RESPONSES_TO_CHAT: list[Row] = [
      ""),
     ("4 namespace", {"tools": [NAMESPACE, typed("namespace", name="o", tools=[
         flat(F), flat(CUSTOM)])]},
-     {"tools": [function("ns__f", parameters=NO_ARGUMENTS), function(
+     {"tools": [function("ns__f", description="N", parameters=NO_ARGUMENTS), function(
          "o__f", parameters=NO_ARGUMENTS), typed("custom", custom={
              "name": "o__sh", "description": "Run."})]}, ""),
     *[(f"4 tool's {key}", {"tools": [flat(F, **{key: [{}]})]}, {"tools": [F_CHAT]}, f"({key})")
@@ -3627,7 +3628,7 @@ RESPONSES_TO_MESSAGES: list[Row] = [
       "messages": [user("Hi"), spoken("assistant", [use("c", "sh", input="ls")]),
                    user([result("c")])]}, ""),
     ("4 namespace", listed(user("Hi"), fcall("c", namespace="ns"), output("c"), tools=[NAMESPACE]),
-     {"tools": [{"name": "ns__f", "input_schema": NO_ARGUMENTS}],
+     {"tools": [{"name": "ns__f", "description": "N", "input_schema": NO_ARGUMENTS}],
       "messages": [user("Hi"), spoken("assistant", [use("c", "ns__f")]), user([result("c")])]}, ""),
     ("2.2 tool blocks without tools", listed(user("Hi"), fcall("c"), output("c")),
      {"tools": [F_USE], "tool_choice": {"type": "none"}}, ""),
@@ -4281,6 +4282,76 @@ MESSAGES_TO_CHAT += [
      {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
          "type": "object", "properties": {}, "additionalProperties": False}}}]}, "")]
 
+EMPTY_TEXT = {"inlineData": {"mimeType": "text/plain", "data": ""}}
+TWICE = flat(function("f", description="D"))
+GEMINI_TO_CHAT += [
+    ("7b a schema of no type", config(responseSchema={"type": "OBJECT"}),
+     "generationConfig.responseMimeType", ""),
+    *[(f"7 a call in pieces, {key}", contents(
+        turn("Hi"), turn({"functionCall": {"name": "f", key: value}}, role="model")),
+       f"contents[1].parts[0].functionCall.{key}", "") for key, value in [
+        ("partialArgs", [{"jsonPath": "$.a"}]), ("willContinue", True)]],
+    ("7 arguments in pieces", declared(GF, mode="AUTO", streamFunctionCallArguments=True),
+     "toolConfig.functionCallingConfig.streamFunctionCallArguments", ""),
+    ("7 a result in pieces", contents(
+        turn("Hi"), turn(ran("f", "c"), role="model"), turn({"functionResponse": {
+            "name": "f", "id": "c", "response": {"output": "1"}, "willContinue": True}})),
+     "contents[2].parts[0].functionResponse.willContinue", ""),
+    ("7b a result whose id no call has", contents(
+        turn("Hi"), turn({"functionCall": {"name": "f"}}, role="model"), turn(gave("1", id_="x"))),
+     {"messages": [user("Hi"), asked(call(minted(1))), answer(minted(1), "1")]}, ""),
+    ("7b a result without an id beside one with", contents(
+        turn("Hi"), turn(ran("f", "z"), {"functionCall": {"name": "f"}}, role="model"),
+        turn(gave("2"), gave("1", id_="z"))),
+     {"messages": [user("Hi"), asked(call("z"), call(minted(2))), answer("z", "1"),
+                   answer(minted(2), "2")]}, ""),
+    ("1.9 media types in other spellings", contents(turn(
+        {"inlineData": {"mimeType": "image/jpg", "data": "aGk="}},
+        {"inlineData": {"mimeType": "Audio/WAV; codecs=1", "data": "aGk="}})),
+     {"messages": [user([image("data:image/jpeg;base64,aGk="), typed(
+         "input_audio", input_audio={"data": "aGk=", "format": "wav"})])]}, ""),
+    ("1.9 an empty document", contents(turn("a", EMPTY_TEXT)), {"messages": [user("a")]}, ""),
+    ("7b logprobs unasked", config(logprobs=5), "generationConfig.logprobs", ""),
+    *[(f"7b a function's {key}", declared({**GF, key: value}), {"tools": [F_CHAT]}, f"({key})")
+      for key, value in [("response", {"type": "OBJECT"}), ("behavior", "BLOCKING")]],
+    ("7b retrievalConfig", {"toolConfig": {"retrievalConfig": {"languageCode": "de"}}}, {},
+     "retrievalConfig"),
+    ("7b a thought that nobody signed", contents(
+        turn("a"), turn({"text": "Hm", "thought": True}, "b", role="model"), turn("c")),
+     {"messages": [user("a"), spoken("assistant", "b"), user("c")]}, "(thinking)")]
+MESSAGES_TO_GEMINI += [
+    ("6.2 a document's title", {"messages": [user([document({
+        "type": "base64", "media_type": "application/pdf", "data": "aGk="}, title="Contract 7")])]},
+     {"contents": [turn("Contract 7", {"inlineData": {
+         "mimeType": "application/pdf", "data": "aGk="}})]}, "")]
+MESSAGES_TO_RESPONSES += [
+    ("6.2 a document's title", {"messages": [user([document(
+        {"type": "url", "url": "https://a/b"}, title="Contract 7")])]},
+     {"input": [user([typed("input_file", file_url="https://a/b", filename="Contract 7")])]}, "")]
+RESPONSES_TO_CHAT += [
+    ("4 tools that are said again", listed(
+        typed("additional_tools", tools=[TWICE]), user("Hi"),
+        typed("additional_tools", tools=[TWICE]), tools=[TWICE]),
+     {"tools": [function("f", description="D", parameters=NO_ARGUMENTS)]}, ""),
+    ("4 a file beside an empty URL", listed(user([typed(
+        "input_file", file_url="", filename="a.pdf", file_data=PDF_URI)])),
+     {"messages": [user([file(PDF_URI, filename="a.pdf")])]}, ""),
+    ("4 a summary of thoughts", {"model": GPT5, "reasoning": {
+        "effort": "low", "summary": "detailed"}}, {"reasoning_effort": "low"}, "(summary)"),
+    ("4 any summary", {"model": GPT5, "reasoning": {"effort": "low", "summary": "auto"}},
+     {"reasoning_effort": "low"}, ""),
+    ("5 who called", listed(user("Hi"), fcall("c", caller={"type": "direct"}), output("c"),
+                            tools=[TWICE]),
+     {"messages": [user("Hi"), asked(call("c")), answer("c")]}, "")]
+CHAT_TO_GEMINI += [
+    ("1.8 what a schema cannot say", format_({
+        "type": "object", "properties": {"a": {"allOf": [{"type": "string"}, {"minLength": 1}]}}},
+        description="D"),
+     config(responseMimeType="application/json", responseJsonSchema={
+         "type": "object", "properties": {"a": {
+             "description": '(allOf: [{"type":"string"},{"minLength":1}])'}},
+         "description": "D"}), "")]
+
 PAIRS: list[tuple[str, str, str, list[Row]]] = [  # client, wire, model unless a row names one
     ("chat", "gemini", NEW, CHAT_TO_GEMINI), ("responses", "chat", PLAIN, RESPONSES_TO_CHAT),
     ("responses", "messages", BOTH, RESPONSES_TO_MESSAGES),
@@ -4799,7 +4870,8 @@ def grounded(*supports: JSON, **chunk: Any) -> JSON:
     ([{"text": "aaaa", "thoughtSignature": "c2ln"}, "bbbb"], {"endIndex": 3}, 0, 0, 3),
     ([{"text": "aaaa", "thoughtSignature": "c2ln"}, "bbbb"], {"partIndex": 1, "endIndex": 3},
      2, 0, 3),
-    ([{"text": "hm", "thought": True}, "aaaa"], {"partIndex": 1, "startIndex": 2, "endIndex": 9}, 1, 2, 4),
+    ([{"text": "hm", "thought": True}, "aaaa"],
+     {"partIndex": 1, "startIndex": 2, "endIndex": 9}, 1, 2, 4),
 ])
 def test_a_citation_of_geminis_names_its_part(
         parts: Any, segment: JSON, block: int, start: int, end: int) -> None:
