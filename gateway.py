@@ -117,7 +117,7 @@ Headers = Dict[str, str]  # names in lower case; repeated fields are joined with
 ERROR_TYPES = {
     401: "invalid_request_error", 403: "permission_error", 404: "invalid_request_error",
     408: "timeout", 429: "rate_limit_error", 500: "server_error", 502: "upstream_error",
-    503: "overloaded_error", 504: "timeout",
+    503: "overloaded_error", 504: "timeout", 529: "overloaded_error",
 }
 
 
@@ -654,6 +654,7 @@ class Rewrites:
         self.custom: Set[str] = set()  # custom tools, by name, that went out as functions
         self.json_tool = ""  # a hidden tool whose arguments are the answer
         self.answer_id = ""  # for an answer without one
+        self.call_ids: Set[str] = set()  # that the conversation has already
         self.lost: Set[str] = set()  # what of the answer no other dialect can say
 
 
@@ -892,6 +893,7 @@ def parse_arguments(text: str) -> JSON:
 NUMBER = (int, float)
 TEXT_OR_LIST = (str, list)
 TEXT_OR_OBJECT = (str, dict)
+SAYS_NOTHING = (False, "standard")  # of a hint
 TYPE_NAMES: Dict[object, str] = {
     str: "a string", bool: "true or false", int: "an integer", NUMBER: "a number", list: "a list",
     dict: "an object", TEXT_OR_LIST: "a string or a list", TEXT_OR_OBJECT: "a string or an object"}
@@ -970,7 +972,7 @@ class Fields:
     def hint(self, losses: Losses, keys: Iterable[str]) -> None:
         """What says something here that no other dialect can."""
         for key in keys:
-            if key in self.wire and self.skip(key) and self.wire[key] is not False:
+            if key in self.wire and self.skip(key) and self.wire[key] not in SAYS_NOTHING:
                 losses.hint(key)
 
     def name_lost(self, losses: Losses) -> None:
@@ -1006,6 +1008,9 @@ def sse(data: bytes, event: str = "") -> bytes:
 class Event(NamedTuple):
     name: str
     data: bytes
+
+
+BOM = b"\xef\xbb\xbf"  # one may stand before all events
 
 
 def parse_event(raw: bytes) -> Event:
@@ -1386,6 +1391,7 @@ class Parser:
         self._arguments: List[str] = []  # of an open call
         self._logprobs: List[JSON] = []  # of an open text
         self._broken: GatewayError | None = None
+        self._call_ids = rewrites.call_ids.copy()
         self._block_count = self._calls = 0
         self._id = self._model = self._finish = self._service_tier = ""
         self._live: object = None  # where events name their item: the one that is being told
@@ -1394,7 +1400,7 @@ class Parser:
 
     def feed(self, block: bytes) -> Iterator[StreamEvent]:
         """What a block of whole events tells. Raises GatewayError."""
-        at = 0
+        at = len(BOM) if not self._has_begun and block.startswith(BOM) else 0
         while at < len(block):
             run = self._run_at(block, at) if self._text_is_open else None
             if run:
@@ -1486,6 +1492,9 @@ class Parser:
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         name = self.rewrites.names.get(name, name)
         id_ = id_ or f"call_{self._id[-24:]}_{self._calls}"
+        while id_ in self._call_ids:  # some servers count anew in each answer
+            id_ = f"{id_}_{hashed(self._id + id_, 8)}"
+        self._call_ids.add(id_)
         self._calls += 1
         return ToolCall(id=id_, name=name, is_custom=is_custom or name in self.rewrites.custom)
 
@@ -1677,7 +1686,7 @@ class Dialect(Protocol):
         detail = wire if isinstance(wire, dict) else {"message": wire}
         code, type_ = detail.get("code"), text_of(detail, "type")
         type_ = "" if type_ == "error" else type_  # of the event
-        message = text_of(detail, "message") or "The provider reported an error."
+        message = told_words(detail) or "The provider reported an error."
         if status == 200:
             named = (text_of(detail, "code"), type_, *(
                 text_of(each, "reason") for each in list_of_objects(detail, "details")))
@@ -1785,6 +1794,7 @@ class RequestWriter:
     issuer = ""  # of the signatures that this wire takes
     takes_cache = False
     has_search = False  # as a tool that can be chosen
+    refuses_blanks = False  # texts of white space
     effort_field = "reasoning_effort"  # among the losses
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
@@ -1793,6 +1803,7 @@ class RequestWriter:
         self.caps = target.caps
         self.losses = losses
         self.rewrites = Rewrites()
+        self.rewrites.call_ids.update(id_ for turn in chat.turns for id_ in call_ids(turn))
         self.choice = chat.choice or ToolChoice("auto")
         if self.choice.allowed == [] and self.choice.mode == "auto":
             self.choice = ToolChoice("none")
@@ -1826,12 +1837,17 @@ class RequestWriter:
             check_turn(turn, calls)
             if turn.role != "system":
                 calls = call_ids(turn)
+            if turn.role == "user" and any(
+                    block.issuer != self.issuer for block in blocks_of(turn.blocks, Opaque)):
+                self.losses.drop("content")  # a file that the model should read
             kept.append(Turn(turn.role, list(filter(self._has_words_for, turn.blocks))))
         if all(turn.role == "system" for turn in turns):
             raise GatewayError(400, "'messages' must hold a user message.", "messages")
         return merged(kept)
 
     def _has_words_for(self, block: Block) -> bool:
+        if self.refuses_blanks and isinstance(block, Text) and not block.text.strip():
+            return False
         inner = block.content if isinstance(block, ToolResult) else []
         if not self.takes_cache and any(each.cache for each in (block, *inner)):
             self.losses.hint("cache_control")
@@ -1963,6 +1979,11 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
                 400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
 
 
+def is_object(schema: JSON) -> bool:
+    kind = schema.get("type")
+    return kind == "object" or "properties" in schema or isinstance(kind, list) and "object" in kind
+
+
 def is_closed(schema: object, needs_all: bool = False) -> bool:
     """Whether all its objects are closed; with `needs_all` each property must be required too."""
     if isinstance(schema, list):
@@ -1970,11 +1991,10 @@ def is_closed(schema: object, needs_all: bool = False) -> bool:
     if not isinstance(schema, dict):
         return True
     required, properties = schema.get("required"), part_of(schema, "properties")
-    is_object = schema.get("type") == "object" or "properties" in schema
     required = required if isinstance(required, list) else []
     is_open = schema.get("additionalProperties") is not False or needs_all and not (
         set(properties).issubset(map(str, required)))
-    return not (is_object and is_open) and all(
+    return not (is_object(schema) and is_open) and all(
         is_closed(value, needs_all) for value in schema.values())
 
 
@@ -1983,7 +2003,8 @@ def is_strict_schema(schema: JSON | None) -> bool:
 
 
 def typed_object(schema: JSON) -> JSON:
-    return {"type": "object", **{key: value for key, value in schema.items() if key != "type"}}
+    return {"type": "object", **{key: value for key, value in schema.items()
+                                 if key != "type" and value is not None}}
 
 
 def call_arguments(call: ToolCall) -> JSON:
@@ -2009,6 +2030,13 @@ def list_of_objects(wire: JSON, key: str) -> List[JSON]:
 
 def without_none(**members: Any) -> JSON:
     return {key: value for key, value in members.items() if value not in (None, "", [])}
+
+
+def told_words(error: JSON) -> str:
+    """What an error says, in a string or in whatever a framework makes of it."""
+    told = next(filter(None, map(error.get, ("message", "detail", "msg", "errors"))), "")
+    return clipped(encode_json(told), 200) if isinstance(told, (dict, list)) else (
+        text_of({"": told}, ""))
 
 
 def error_label(status: int) -> str:
@@ -2158,6 +2186,7 @@ def lose(losses: Losses, path: str, value: object) -> None:
 def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
     root.need("messages", list)
     function_ids: Dict[str, str] = {}  # by the name of a deprecated function, its last call's
+    numbers = itertools.count()
     for message in root.children("messages"):
         role = message.one_of("role", CHAT_ROLES)
         blocks = parse_content(message, "content", CHAT_PARTS)
@@ -2167,7 +2196,11 @@ def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
         elif role == "tool":
             blocks = [ToolResult(id=plain_id(message.need("tool_call_id")), content=blocks)]
         elif role == "assistant":
-            blocks = parse_chat_assistant(message, blocks, function_ids, losses)
+            blocks = parse_chat_assistant(message, blocks, losses)
+            call = parse_deprecated_call(message, numbers)
+            if call is not None:
+                function_ids[call.name] = call.id
+                blocks.append(call)
         if message.get("name") and role != "function":
             losses.hint("name")
         cache = parse_cache(message)
@@ -2230,8 +2263,15 @@ CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
 }
 
 
-def parse_chat_assistant(message: Fields, content: List[Block], function_ids: Dict[str, str],
-                         losses: Losses) -> List[Block]:
+def parse_deprecated_call(message: Fields, numbers: Iterator[int]) -> ToolCall | None:
+    if message.get("function_call", dict) is None:
+        return None
+    call = parse_function(message.child("function_call"))
+    call.id = f"call_{call.name}_{next(numbers)}"
+    return call
+
+
+def parse_chat_assistant(message: Fields, content: List[Block], losses: Losses) -> List[Block]:
     if message.get("audio", dict) is not None:
         raise message.unsupported("audio", "cannot be sent to this model")
     blocks: List[Block] = [parse_thinking(block) for block in message.children("thinking_blocks")]
@@ -2241,10 +2281,6 @@ def parse_chat_assistant(message: Fields, content: List[Block], function_ids: Di
     refusal = message.get("refusal")
     blocks += content + ([Text(text=refusal, is_refusal=True)] if refusal else [])
     blocks += map(parse_chat_call, message.children("tool_calls"))
-    if message.get("function_call", dict) is not None:
-        call = parse_function(message.child("function_call"))
-        call.id = function_ids[call.name] = f"call_{call.name}_{len(function_ids)}"
-        blocks.append(call)
     return in_place(blocks)
 
 
@@ -2384,7 +2420,8 @@ class ChatRequest(RequestWriter):
             texts = [part.text for part in blocks_of(block.content, Text)]
             others = [part for part in block.content if not isinstance(part, Text)]
             if others:
-                pictures.append({"type": "text", "text": f"From the tool call {block.id}:"})
+                pictures.append({"type": "text", "text": "From the tool call "
+                                 f"{self.call_id(block.id)}:"})
                 pictures += self._parts(others)
             said = "\n".join(texts)
             yield {"role": "tool", "tool_call_id": self.call_id(block.id),  # which has no flag
@@ -2610,6 +2647,13 @@ def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
     return FINISHES_IN_CHAT.get(finish, "stop")
 
 
+class UnnamedCall(NamedTuple):
+    """What came of a call before its name."""
+
+    ids: List[str]
+    pieces: List[str]
+
+
 class ChatParser(Parser):
     """One block is open at a time: a call stays open to the end, since more of it may come,
     and what is said beside it waits."""
@@ -2619,6 +2663,8 @@ class ChatParser(Parser):
         self._open_key: object = None
         self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
         self._by_index: Dict[object, Tuple[int, ToolCall]] = {}  # calls, with a number of their own
+        self._unnamed: Dict[object, UnnamedCall] = {}
+        self._early: List[JSON] = []  # citations of a text that is still to come
         self._text_block = -1
         self._has_refused = False
 
@@ -2648,7 +2694,11 @@ class ChatParser(Parser):
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
         events = self.start(wire)
         for choice in list_of_objects(wire, "choices")[:1]:
-            events += self._read_delta(part_of(choice, part))
+            delta = part_of(choice, part)
+            if part == "message":  # each is a call of its own
+                delta = {**delta, "tool_calls": [{**call, "index": i} for i, call in enumerate(
+                    list_of_objects(delta, "tool_calls"))]}
+            events += self._read_delta(delta)
             self._logprobs += list_of_objects(part_of(choice, "logprobs"), "content")
             reason = text_of(choice, "finish_reason")
             if reason in ("error", "abort"):
@@ -2671,6 +2721,8 @@ class ChatParser(Parser):
                 self.rewrites.lost.add("annotations")
             elif self._text_block >= 0:
                 events.append(CitationDelta(self._text_block, parse_citation(about)))
+            else:
+                self._early.append(parse_citation(about))
         calls = list_of_objects(delta, "tool_calls")
         if isinstance(delta.get("function_call"), dict):
             calls.append({"index": 0, "function": delta["function_call"]})
@@ -2688,12 +2740,22 @@ class ChatParser(Parser):
         if not isinstance(index, int):
             index = -1
         known = self._by_index.get(index)
+        arguments = part_of(about, "arguments")  # some servers' are no string
+        said = encode_json(arguments) if arguments else text_of(about, "arguments")
+        said = said or text_of(about, "input")
+        if known is None and (not name or index in self._unnamed):
+            unnamed = self._unnamed.setdefault(index, UnnamedCall([], []))
+            unnamed.ids.append(id_)
+            unnamed.pieces.append(said)
+            self.keep(len(said))
+            if not name:
+                return []
+            id_, said = next(filter(None, unnamed.ids), ""), "".join(unnamed.pieces)
+            del self._unnamed[index]
         if known is None or name and id_ != known[1].id and (id_ or index < 0):
             number, made = self._calls, self.make_call(id_, name, call.get("type") == "custom")
             known = self._by_index[index] = (number, made)
-        arguments = part_of(about, "arguments")  # some servers' are no string
-        said = encode_json(arguments) if arguments else text_of(about, "arguments")
-        return self._say(known[0], known[1], said or text_of(about, "input"))
+        return self._say(known[0], known[1], said)
 
     def _say(self, key: object, block: Block, text: str) -> Events:
         events: Events = []
@@ -2704,13 +2766,20 @@ class ChatParser(Parser):
                 return []
             events, self._open_key = self.open(block), key
             if key == "content":
-                self._text_block = self._block_count - 1
+                self._text_block, early = self._block_count - 1, self._early
+                self._early = []
+                events += [CitationDelta(self._text_block, each) for each in early]
         return events + self.say(text)
 
     def finish(self) -> Events:
         events: Events = []
         for block, pieces in self._waiting.values():
             events += self.open(block) + self.say("".join(pieces))
+        for unnamed in self._unnamed.values():
+            if any(unnamed.ids + unnamed.pieces):
+                raise bad_answer("The provider called a tool without its name.")
+        if self._early:
+            self.rewrites.lost.add("annotations")
         finish = self._finish or "stop"
         if finish == "stop" and self._calls:
             finish = "tool_calls"
@@ -2987,13 +3056,21 @@ class Messages(Dialect):
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
         system = parse_content(root, "system", MESSAGES_PARTS)
-        turns = [Turn("system", [block for block in system if not (
-            isinstance(block, Text) and block.text.startswith(BILLING))])]
+        for block in blocks_of(system, Text):
+            if block.text.startswith(BILLING):
+                block.text = block.text.partition("\n")[2]
+        turns = [Turn("system", system)]
         root.need("messages", list)
         for message in root.children("messages"):
             role = message.one_of("role", ("user", "assistant", "system"))
-            message.need("content", TEXT_OR_LIST)
-            turns.append(Turn(role, parse_content(message, "content", MESSAGES_PARTS)))
+            if role != "system":
+                message.need("content", TEXT_OR_LIST)
+            message.hint(losses, ("clear_at", "output_config"))
+            blocks = parse_content(message, "content", MESSAGES_PARTS)
+            if role == "system" and blocks_of(blocks, Opaque):
+                losses.drop("content")  # tools that come or go
+                blocks = [block for block in blocks if not isinstance(block, Opaque)]
+            turns.append(Turn(role, blocks))
         root.need("max_tokens", int)
         output = root.child("output_config", {})
         chat = Chat(
@@ -3099,7 +3176,7 @@ class Messages(Dialect):
             count(part_of(wire, "output_tokens_details").get("thinking_tokens")))
 
 
-BILLING = "x-anthropic-billing-header"  # a system block of Claude Code's, new in every request
+BILLING = "x-anthropic-billing-header"  # a system line of Claude Code's, new in every request
 MESSAGES_HINTS = ("cache_control", "container", "context_management", "diagnostics",
                   "inference_geo", "speed", "user_profile_id", "workspace_id")
 MESSAGES_TOOL_HINTS = (
@@ -3124,7 +3201,8 @@ ERROR_STATUSES = {
 # ---- from the wire ----
 
 
-TRACES = re.compile("server_tool_use|mcp_tool_use|.+_tool_result|container_upload|compaction")
+TRACES = re.compile("server_tool_use|mcp_tool_use|mcp_tool_listing|.+_tool_result|compaction|"
+                    "container_upload|fallback|tool_addition|tool_removal")
 
 
 def parse_trace(block: Fields) -> Block:
@@ -3150,15 +3228,19 @@ def parse_source(block: Fields, kinds: Iterable[str]) -> JSON:
             "text" if kind == "text" else "data": source.need("data")}
 
 
-def parse_document_block(block: Fields) -> Block:
+def lose_citations(block: Fields) -> None:
     if block.child("citations", {}).get("enabled", bool):
         block.lost.append("citations")
+
+
+def parse_document_block(block: Fields) -> Block:
+    lose_citations(block)
     return Document(
         title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
 
 
 def parse_search_result(block: Fields) -> Block:
-    block.skip("citations")
+    lose_citations(block)
     content = parse_content(block, "content", MESSAGES_PARTS)
     texts = [part.text for part in blocks_of(content, Text)]
     return Text(text="\n".join([block.need("title"), block.need("source"), *texts]))
@@ -3250,7 +3332,7 @@ def estimate_tokens(chat: Chat) -> int:
 IMAGE_TYPES = frozenset(["image/jpeg", "image/png", "image/gif", "image/webp"])
 MAX_CACHE_MARKS = 4
 JSON_TOOL = "json_answer"
-CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}")
+CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}", re.DOTALL)
 MIN_BUDGET = 1024
 THINKING_BUDGETS = {
     "minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768, "max": 32768}
@@ -3265,7 +3347,7 @@ def render_source(block: Image | Document) -> JSON:
 
 class MessagesRequest(RequestWriter):
     legal_name = re.compile("[A-Za-z0-9_-]{1,128}")
-    issuer, takes_cache, has_search = "anthropic", True, True
+    issuer, takes_cache, has_search, refuses_blanks = "anthropic", True, True, True
 
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(chat, target, losses)
@@ -3293,6 +3375,14 @@ class MessagesRequest(RequestWriter):
                                  stream=chat.stream or None, service_tier=tier))
         self.lose_options(["service_tier"] * bool(tier) + ["safety_identifier"] * (not chat.user))
         return wire
+
+    def tool_name(self, name: str) -> str:
+        """A function may have the name that the search has here."""
+        if self.chat.web_search is None or name != WEB_SEARCH or all(
+                tool.name != name for tool in self.chat.tools):
+            return super().tool_name(name)
+        self.rewrites.names[f"own_{name}"] = name
+        return f"own_{name}"
 
     def blocks(self, blocks: Iterable[Block]) -> List[JSON]:
         return [self.marked(self.kinds[type(block)](self, block), block.cache) for block in blocks]
@@ -3331,7 +3421,8 @@ class MessagesRequest(RequestWriter):
 
     def _result(self, block: ToolResult) -> JSON:
         return {"type": "tool_result", "tool_use_id": self.call_id(block.id),
-                "content": plain_content(self.blocks(block.content)) or "",
+                "content": plain_content(
+                    self.blocks(filter(self._has_words_for, block.content))) or "",
                 **({"is_error": True} if block.is_error else {})}
 
     kinds: Mapping[type, Callable[[Any, Any], JSON]] = {
@@ -3344,7 +3435,7 @@ class MessagesRequest(RequestWriter):
         holds."""
         system: List[JSON] = []
         messages: List[JSON] = []
-        for turn in self.turns():
+        for turn in with_own_ids(self.turns()):
             content = self.blocks(thoughts_first(turn))
             if turn.role == "system" and not (messages and self.caps.mid_system):
                 system += content
@@ -3367,14 +3458,16 @@ class MessagesRequest(RequestWriter):
         if self.chat.web_search is not None:
             options = Fields(self.chat.web_search, "web_search_options.")
             tools.append(render_web_search(options, self.losses))
+            options.name_lost(self.losses)
         if tools:
             self.wire["tools"] = tools
 
     def _tool(self, tool: Tool) -> JSON:
         description, schema = self.as_function(tool)
+        schema = typed_object(schema)
         wire: JSON = {"name": self.tool_name(tool.name), **without_none(description=description),
-                      "input_schema": typed_object(schema)}
-        if tool.strict and is_closed(schema):
+                      "input_schema": schema}
+        if tool.strict and clean_schema(schema) == schema:
             wire["strict"] = True
         elif tool.strict:
             self.losses.drop("strict")
@@ -3397,7 +3490,7 @@ class MessagesRequest(RequestWriter):
         wire: JSON = {"type": CHOICES_IN_MESSAGES[mode]}
         if mode == "tool":
             wire["name"] = self.tool_name(self.choice.name)
-        if mode != "none" and (chat.parallel is False or chat.legacy_functions and mode != "tool"):
+        if mode != "none" and (chat.parallel is False or chat.legacy_functions):
             wire["disable_parallel_tool_use"] = True
         if chat.choice or len(wire) > 1:
             self.wire["tool_choice"] = wire
@@ -3428,6 +3521,8 @@ class MessagesRequest(RequestWriter):
         thinking = chat.thinking or self._thinking_by_effort()
         if chat.thinking and chat.effort and self.asked_effort() != "none":
             self._add_effort(chat.effort)
+        elif chat.thinking and chat.effort not in (None, "none"):
+            self.losses.drop("reasoning_effort")
         if thinking and thinking.get("type") != "disabled":
             if wire.get("tool_choice", {}).get("type") in ("any", "tool"):
                 self.losses.drop(param)  # no tool can be forced while it thinks
@@ -3481,7 +3576,7 @@ class MessagesRequest(RequestWriter):
         blocks = next(
             (turn.blocks for turn in reversed(self.chat.turns) if turn.role == "assistant"), [])
         return bool(blocks_of(blocks, ToolCall)) and not any(
-            block.issuer == self.issuer and block.signature
+            block.issuer == self.issuer and block.signature and self._is_of_family(block)
             for block in blocks_of(blocks, Thinking))
 
     def _add_sampling(self) -> None:
@@ -3503,6 +3598,45 @@ class MessagesRequest(RequestWriter):
                 self.wire[name] = 1
 
 
+def with_own_ids(turns: List[Turn]) -> List[Turn]:
+    """Elsewhere the place tells which call a result is for, and ids may come again."""
+    told = [id_ for turn in turns for id_ in call_ids(turn)]
+    if len(set(told)) == len(told):
+        return turns
+    used, counts = set(told), {}  # type: Set[str], Dict[str, int]
+
+    def own(id_: str) -> str:
+        counts[id_] = number = counts.get(id_, 0) + 1
+        if number == 1:
+            return id_
+        fresh = f"{id_}_{number}"
+        while fresh in used:
+            fresh += "_"
+        used.add(fresh)
+        return fresh
+
+    renamed: List[Turn] = []
+    waiting: Dict[str, List[str]] = {}  # by what was told, the own ids, the next one last
+    for turn in turns:
+        fresh = [(id_, own(id_)) for id_ in call_ids(turn)]
+        if turn.role == "assistant":
+            waiting = {}
+            for id_, name in reversed(fresh):
+                waiting.setdefault(id_, []).append(name)
+        names = iter(fresh)
+        blocks: List[Block] = []
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                blocks.append(block.but(id=next(names)[1]))
+            elif isinstance(block, ToolResult):
+                left = waiting.get(block.id, [block.id])
+                blocks.append(block.but(id=left.pop() if len(left) > 1 else left[0]))
+            else:
+                blocks.append(block)
+        renamed.append(Turn(turn.role, blocks))
+    return renamed
+
+
 def thoughts_first(turn: Turn) -> List[Block]:
     return sorted(turn.blocks, key=lambda block: turn.role == "assistant" and not isinstance(
         block, Thinking))
@@ -3518,13 +3652,15 @@ def trim_prefill(content: List[JSON]) -> List[JSON]:
 
 
 def render_web_search(options: Fields, losses: Losses) -> JSON:
-    location = options.child("user_location", {}).child("approximate", {})
-    place = without_none(**{
+    place = options.child("user_location", {})
+    place.skip("type")
+    location = place.child("approximate", {})
+    told = without_none(**{
         key: location.get(key) for key in ("city", "country", "region", "timezone")})
     if options.get("search_context_size") not in (None, "medium"):
         losses.drop("search_context_size")
     return {"type": "web_search_20250305", "name": "web_search",
-            **({"user_location": {"type": "approximate", **place}} if place else {})}
+            **({"user_location": {"type": "approximate", **told}} if told else {})}
 
 
 # What structured output does not take; the SDK moves it into the description too.
@@ -3560,10 +3696,12 @@ def clean_schema(schema: Any) -> Any:
             clean[key] = value
         elif key == "oneOf" and "anyOf" in schema:
             clean["allOf"] = [*clean.get("allOf", []), {"anyOf": clean_schema(value)}]
+        elif key == "allOf" and isinstance(value, list):
+            clean[key] = [*clean.get(key, []), *clean_schema(value)]
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
     tell(clean, told)
-    if schema.get("type") == "object" or "properties" in schema:
+    if is_object(schema):
         clean["additionalProperties"] = False
     return clean
 
@@ -5783,6 +5921,7 @@ FAMILIES = tuple(map(re.compile, (
     r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>%s)" % FAMILY.pattern +
     r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
     r"(?P<family>gpt)-(?P<major>\d+)(?:\.(?P<minor>\d+))?",
+    r"(?:^|/)(?P<family>o3-mini)(?P<major>\b)?(?P<minor>\b)?",
     r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?",
     r"gemini-(?P<major>\d+)(?:\.(?P<minor>\d+))?-(?P<family>pro)",
     r"(?P<family>gemini)(?:-(?P<major>\d+)(?:\.(?P<minor>\d+))?)?")))
@@ -5804,8 +5943,8 @@ MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (("opus", "sonnet"), 5.5, {"can_disable_thinking": False, "forced_tools": "refused"}),
     (("haiku",), 5.5, {"can_disable_thinking": True}),
     (("fable", "mythos"), 5.1, {"forced_tools": "refused"}),
-    (("gpt", "o"), 0, {"max_tokens_field": "max_completion_tokens"}),
-    (("o",), 1, {"sampling": "none", "thinking": "effort", "efforts": GPT_EFFORTS[1:],
+    (("gpt", "o", "o3-mini"), 0, {"max_tokens_field": "max_completion_tokens"}),
+    (("o", "o3-mini"), 1, {"sampling": "none", "thinking": "effort", "efforts": GPT_EFFORTS[1:],
                  "default_effort": "medium"}),
     (("o",), 3, {"max_stops": 0}),
     (("gpt",), 5, {"sampling": "none", "thinking": "effort", "default_effort": "medium",

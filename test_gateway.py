@@ -519,10 +519,11 @@ def test_an_error_has_the_dialects_shape() -> None:
     ({"message": "x", "type": "new", "code": "context_length_exceeded"}, 400, "client_error", "x"),
     ({"message": "x", "code": 429}, 429, "rate_limit", "x"),
     ({"message": "x", "code": 7}, 502, "server_error", "x"),
-    ({"message": ["x"], "type": {}, "code": []}, 502, "server_error",
-     "The provider reported an error."),
-    ("in words", 502, "server_error", "in words"),
-    ([1], 502, "server_error", "The provider reported an error."),
+    ({"message": ["x"], "type": {}, "code": []}, 502, "server_error", '["x"]'),
+    ("in words", 502, "server_error", "in words"), ([1], 502, "server_error", "[1]"),
+    ({"detail": [{"msg": "field required"}]}, 502, "server_error", '[{"msg":"field required"}]'),
+    ({"detail": "No luck"}, 502, "server_error", "No luck"),
+    ({"message": {}, "errors": ["a"]}, 502, "server_error", '["a"]'),
     (True, 502, "server_error", "The provider reported an error."),
 ])
 def test_a_providers_error_keeps_its_words(
@@ -2054,7 +2055,8 @@ class Making:
         return self.random.random() < odds
 
     def text(self, most: int = 8) -> str:
-        return "".join(self.random.choices(WORDS, k=self.random.randint(1, most)))
+        text = "".join(self.random.choices(WORDS, k=self.random.randint(1, most)))
+        return text if text.strip() or not self.is_messages else f"{text}a"  # else it is left out
 
     def name(self, what: str) -> str:
         self.count += 1
@@ -2525,7 +2527,7 @@ CASES: list[tuple[str, JSON, Any, str]] = [
      {"tools": [F_TOOL],
       "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, ""),
     ("2.1 function_call", {"functions": [{"name": "f"}], "function_call": {"name": "f"}},
-     {"tool_choice": {"type": "tool", "name": "f"}}, ""),
+     {"tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True}}, ""),
     ("2.1 tool_choice absent", {"tools": [F]}, {"tool_choice": UNSET}, ""),
     ("2.1 tool_choice auto", {"tools": [F], "tool_choice": "auto"},
      {"tool_choice": {"type": "auto"}}, ""),
@@ -2817,6 +2819,56 @@ CASES: list[tuple[str, JSON, Any, str]] = [
 ]
 
 
+FAR = {"type": "thinking", "thinking": "Hm", "signature": "SIG", "family": "opus"}
+CASES += [
+    ("2.2 texts of white space", {"messages": [
+        {"role": "system", "content": "\n"}, user(" "), user([text("a"), text(" \n")]),
+        asked(call("c"), content="\n\n"), answer("c", [text("\t")]), user("b")], "tools": [F]},
+     {"messages": [user("a"), {"role": "assistant", "content": [use("c")]},
+                   user([result("c", ""), text("b")])], "system": UNSET}, ""),
+    ("2.2 a function called again and again", {"functions": [{"name": "f"}], "messages": [
+        user("Hi"), *[message for i in range(3) for message in (
+            {"role": "assistant", "content": None, "function_call": {"name": "f",
+                                                                     "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": str(i)})]]},
+     {"messages": [user("Hi"), *[message for i in range(3) for message in (
+         {"role": "assistant", "content": [use(f"call_f_{i}")]},
+         user([result(f"call_f_{i}", str(i))]))]]}, ""),
+    ("1.5 ids that come again", {"tools": [F], "messages": [
+        user("Hi"), asked(call("c")), answer("c", "1"), asked(call("c"), call("c"), call("c_2")),
+        answer("c", "2"), answer("c", "3"), answer("c_2", "4"), answer("c", "5")]},
+     {"messages": [user("Hi"), {"role": "assistant", "content": [use("c")]},
+                   user([result("c", "1")]),
+                   {"role": "assistant", "content": [use("c_2_"), use("c_3"), use("c_2")]},
+                   user([result("c_2_", "2"), result("c_3", "3"), result("c_3", "5"),
+                         result("c_2", "4")])]}, ""),
+    ("1.7 a thought of another family is lost", {
+        "model": "claude-sonnet-4-5", "reasoning_effort": "high", **loop(
+            asked(call("c"), thinking_blocks=[FAR]), answer("c"))},
+     {"thinking": UNSET}, "(thinking), (reasoning_effort)"),
+    ("2.1 strict, what it does not take", {"tools": [function("f", strict=True, parameters={
+        "type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}, "required": [],
+        "additionalProperties": False})]}, {}, "strict"),
+    ("2.1 an unknown option of a search", {"web_search_options": {"foo": 1}}, {}, "unknown"),
+    ("2.1 a search beside a function of its name", {
+        "web_search_options": {}, "tools": [function("web_search")]},
+     {"tools": [{**F_TOOL, "name": "own_web_search"},
+                {"type": "web_search_20250305", "name": "web_search"}]}, ""),
+    ("2.1 no thinking and yet effort", {"model": NOW, "thinking": {"type": "disabled"},
+                                        "reasoning_effort": "high"},
+     {"thinking": {"type": "disabled"}}, "reasoning_effort"),
+    ("2.1 an address in two lines", {"user": "mail a@b.co\nnext"}, {"metadata": UNSET}, "(user)"),
+    ("1.8 oneOf, anyOf and allOf", format_({
+        "oneOf": [{"type": "string"}], "anyOf": [{"type": "integer"}], "allOf": [{"const": 1}]}),
+     {"output_config": {"format": {"type": "json_schema", "schema": {
+         "allOf": [{"anyOf": [{"type": "string"}]}, {"const": 1}],
+         "anyOf": [{"type": "integer"}]}}}}, ""),
+    ("1.8 an object or null", format_({"type": ["object", "null"]}),
+     {"output_config": {"format": {"type": "json_schema", "schema": {
+         "type": ["object", "null"], "additionalProperties": False}}}}, ""),
+]
+
+
 @pytest.mark.parametrize("params, expected, lost", [case[1:] for case in CASES],
                          ids=[case[0] for case in CASES])
 def test_a_chat_request_becomes_one_of_messages(params: JSON, expected: Any, lost: str) -> None:
@@ -2840,8 +2892,8 @@ def test_names_are_made_legal_in_pairs_and_restored() -> None:
     assert len(sent) == 63 and re.fullmatch("[A-Za-z0-9_-]+", sent)
     assert wire["messages"][1]["content"][0]["name"] == wire["tool_choice"]["name"] == sent
     assert rewrites.names == {sent: name} and losses == {}
-    reply = gateway.DIALECTS["messages"].parse_reply({"content": [use("c", sent)]}, rewrites)
-    assert reply.blocks == [ToolCall(id="c", name=name)]
+    reply = gateway.DIALECTS["messages"].parse_reply({"content": [use("d", sent)]}, rewrites)
+    assert reply.blocks == [ToolCall(id="d", name=name)]
 
 
 def test_the_configs_word_on_a_model_counts() -> None:
@@ -3770,7 +3822,8 @@ MESSAGES_TO_CHAT: list[Row] = [
      "messages[0].content[0].source.type", ""),
     ("6.2 search_result", {"messages": [user([typed(
         "search_result", title="T", source="https://a", content=[text("x"), text("y")],
-        citations={"enabled": True})])]}, {"messages": [user("T\nhttps://a\nx\ny")]}, ""),
+        citations={"enabled": True})])]}, {"messages": [user("T\nhttps://a\nx\ny")]},
+     "citations"),
     ("6.2 search_result in a result", history(spoken("assistant", [use("c")]), user([result("c", [
         typed("search_result", title="T", source="S", content=[text("x")])])])),
      {"messages": [user("Hi"), asked(call("c")), answer("c", "T\nS\nx")]}, ""),
@@ -4282,6 +4335,34 @@ MESSAGES_TO_CHAT += [
      {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
          "type": "object", "properties": {}, "additionalProperties": False}}}]}, "")]
 
+LONG_ID = f"call_{gateway.hashed('c' * 50, 22)}"
+UPLOAD = {"type": "container_upload", "file_id": "f"}
+MESSAGES_TO_CHAT += [
+    ("6.1 a schema's nulls", {"tools": [{"name": "f", "input_schema": {
+        "type": "object", "properties": None, "required": None}}]}, {"tools": [F_CHAT]}, ""),
+    ("6.1 the billing line", {"system": "x-anthropic-billing-header: a=b;\nBe brief."},
+     {"messages": [spoken("system", "Be brief."), user("Hi")]}, ""),
+    ("6.1 the default speed", {"speed": "standard"}, {}, ""),
+    ("6.1 stop_sequences, o3-mini", {"model": "o3-mini", "stop_sequences": ["a"]},
+     {"stop": ["a"]}, ""),
+    ("6.2 a file of the user's", {"messages": [user([UPLOAD, text("a")])]},
+     {"messages": [user("a")]}, "content"),
+    ("6 a system's turn without words", history(
+        {"role": "system", "output_config": {"effort": "low"}}, user("a")),
+     {"messages": [user([text("Hi"), text("a")])]}, "(output_config)"),
+    ("6 tools that come and go", history(
+        spoken("assistant", "a"), spoken("system", [typed("tool_addition", tools=[]), text("S")]),
+        user("b")),
+     {"messages": [user("Hi"), spoken("assistant", "a"), spoken("system", "S"), user("b")]},
+     "content"),
+    ("6.2 traces of the provider's", history(
+        spoken("assistant", [typed("fallback"), typed("mcp_tool_listing"), text("a")]), user("b")),
+     {"messages": [user("Hi"), spoken("assistant", "a"), user("b")]}, "(content)"),
+    ("6.2 a picture in a result whose id is long", history(
+        spoken("assistant", [use("c" * 50)]), user([result("c" * 50, [typed(
+            "image", source={"type": "url", "url": "https://a"})])]), tools=[F_USE]),
+     {"messages": [user("Hi"), asked(call(LONG_ID)), answer(LONG_ID, ""), user(
+         [text(f"From the tool call {LONG_ID}:"), image("https://a")])]}, "")]
 EMPTY_TEXT = {"inlineData": {"mimeType": "text/plain", "data": ""}}
 TWICE = flat(function("f", description="D"))
 GEMINI_TO_CHAT += [
@@ -5373,7 +5454,7 @@ MORE_MODELS: list[tuple[str, str, tuple[Any, ...]]] = [  # kind, name, what it t
         "gpt-3.5-turbo", "gpt-4o-2024-08-06", "gpt-4.1-mini", "chatgpt-4o-latest",
         "ft:gpt-4o-mini-2024-07-18:acme::x")],
     *[("openai", name, (*O_SERIES, stops, "max_completion_tokens"))
-      for name, stops in [("o1", 4), ("o1-2024-12-17", 4), ("o3", 0), ("o3-mini", 0),
+      for name, stops in [("o1", 4), ("o1-2024-12-17", 4), ("o3", 0), ("o3-mini", 4),
                           ("o4-mini-2025-04-16", 0)]],
     *[("openai", name, GPT_5) for name in ("gpt-5", "gpt-5-mini", "gpt-5-2025-08-07")],
     ("openai", "gpt-5.1", ("idle", "effort", ("none", *LOW_HIGH), "none", "yes", *GPT_5[5:])),
@@ -5745,6 +5826,82 @@ def test_a_custom_call_becomes_one_of_messages() -> None:
     body = dialect.render_reply(reply, Chat("m", []), 7)
     assert dialect.parse_reply(body, Rewrites()).blocks == wrapped
     assert body["stop_reason"] == "tool_use"
+
+
+def chat_piece(**told: Any) -> bytes:
+    return event({"id": "1", "choices": [{"index": 0, "delta": told}]})
+
+
+NAME, REST = {"name": "f", "arguments": '{"x":'}, {"arguments": "1}"}
+
+
+@pytest.mark.parametrize("pieces", [
+    [{"id": "a", "type": "function"}, {"function": NAME}, {"function": REST}],
+    [{"id": "a", "function": {"name": "", "arguments": '{"x":'}},
+     {"function": {"name": "f", "arguments": "1}"}}],
+    [{"function": {"arguments": '{"x":'}}, {"id": "a", "function": {"name": "f"}},
+     {"function": REST}]])
+def test_a_name_may_come_after_its_call_began(pieces: list[JSON]) -> None:
+    stream = [chat_piece(tool_calls=[{"index": 0, **piece}]) for piece in pieces]
+    told = gateway.collect(chat_parsed("chat", [*stream, event(b"[DONE]")]))
+    assert told.blocks == [ToolCall(id="a", name="f", arguments={"x": 1})]
+
+
+def test_a_call_that_never_gets_a_name_is_an_error() -> None:
+    with pytest.raises(GatewayError, match="without its name"):
+        chat_parsed("chat", [chat_piece(tool_calls=[{"index": 0, "id": "a"}]), event(b"[DONE]")])
+    assert not gateway.collect(chat_parsed(
+        "chat", [chat_piece(tool_calls=[{"index": 0}]), event(b"[DONE]")])).blocks
+
+
+def test_calls_of_one_answer_are_each_their_own_whatever_their_ids() -> None:
+    told = CHAT.parse_reply(completion("tool_calls", tool_calls=[
+        call("c", "f", ""), call("c", "g", '{"x":1}')]), Rewrites())
+    assert [(block.name, block.arguments) for block in told.blocks
+            if isinstance(block, ToolCall)] == [("f", {}), ("g", {"x": 1})]
+
+
+@pytest.mark.parametrize("wire", ["chat", "responses", "gemini"])
+def test_an_id_that_the_conversation_has_already_is_made_another(wire: str) -> None:
+    """Some servers count anew in each answer, and Messages' clients take an id for one call."""
+    conversation = history(spoken("assistant", [use("c")]), user([result("c")]), tools=[F_USE])
+    _, _, rewrites = carry("messages", wire, conversation, {
+        "chat": PLAIN, "responses": GPT5, "gemini": NEW}[wire])
+    for _ in range(2):
+        told = gateway.DIALECTS[wire].parse_reply(ANSWER_CALLING[wire]("f"), rewrites)
+        (id_,) = (block.id for block in told.blocks if isinstance(block, ToolCall))
+        assert id_ != "c" and id_.startswith("c_")
+
+
+@pytest.mark.parametrize("client", ["messages", "responses", "chat"])
+@pytest.mark.parametrize("said_", [[], [{"content": "abc"}]])
+def test_an_annotation_may_come_before_its_text(client: str, said_: list[JSON]) -> None:
+    note = chat_piece(content="", annotations=[{"type": "url_citation", "url_citation": {
+        "url": "https://a", "title": "A", "start_index": 0, "end_index": 1}}])
+    parser = CHAT.parser(Rewrites())
+    renderer = gateway.DIALECTS[client].renderer(Chat("m", []), 7)
+    stream = [note, *(chat_piece(**each) for each in said_), event(b"[DONE]")]
+    told = b"".join(renderer.feed(each) for piece in stream for each in parser.feed(piece))
+    assert (b"https://a" in told) == bool(said_)
+    assert parser.rewrites.lost == (set() if said_ else {"annotations"})
+
+
+def test_a_mark_of_byte_order_hides_no_event() -> None:
+    told = gateway.collect(chat_parsed(
+        "chat", [b"\xef\xbb\xbf" + chat_piece(content="a"), event(b"[DONE]")]))
+    assert told.blocks == [Text(text="a")]
+
+
+@pytest.mark.parametrize("body, words, kind", [
+    (b"over", "over", "overloaded_error"),
+    (b'{"detail": [{"msg": "field required"}]}', "field required", "overloaded_error")])
+def test_words_of_an_error_reach_another_dialects_client(
+        gate_for: Any, body: bytes, words: str, kind: str) -> None:
+    gate = gate_for(always(reply(body, status="529 Over")), provider={"kind": "anthropic"},
+                    models={"house": {"provider": "openai", "model": "up"}})
+    answer_ = gate.call(chat())
+    assert (answer_.status, answer_.error["type"]) == (503, kind)
+    assert words in answer_.error["message"]
 
 
 # ---- what models take ----
