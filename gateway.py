@@ -5872,7 +5872,7 @@ OLD_FIELD = (("max_completion_tokens", "max_tokens"),)
 KINDS: Dict[str, Kind] = {
     "openai": Kind("https://api.openai.com/v1", "/v1", {**RESPONSES, **CHAT}, BEARER,
                    caps=OPENAI_CAPS, foreign=ALL_FOREIGN,
-                   keeps=("/files", "/batches")),
+                   keeps=("/files", "/batches", "/responses")),
     "azure": Kind(None, "", AZURE_CHAT, ("api-key", "{}"), caps=OPENAI_CAPS, foreign=ALL_FOREIGN),
     "openai-compatible": LOCAL,
     "anthropic": Kind("https://api.anthropic.com/v1", "/v1", MESSAGES, ("x-api-key", "{}"),
@@ -6257,10 +6257,6 @@ class Provider(Tuning):
     @functools.cached_property
     def wires(self) -> List[Dialect]:
         return [DIALECTS[name] for name in self.paths if name in DIALECTS]
-
-    @property
-    def keeps(self) -> Tuple[str, ...]:
-        return (*self.row.keeps, "/responses") if "responses" in self.paths else self.row.keeps
 
     @property
     def is_on(self) -> bool:
@@ -6821,7 +6817,9 @@ class Router:
         named = [name for prefix, name in endpoints.items()
                  if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
         have = named or [name for name, provider in self._providers.items()
-                         if path[len("/v1"):].startswith(provider.keeps)]
+                         if path[len("/v1"):].startswith(provider.row.keeps)]
+        have = have or [name for name, provider in self._providers.items()
+                        if path.startswith("/v1/responses/") and provider.responses]
         if len(have) != 1 or have[0] not in self._providers:
             raise GatewayError(404, "Which provider this path goes to is not configured: name it "
                                     "under 'endpoints', or write /PROVIDER before the path.",

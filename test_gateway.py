@@ -9841,6 +9841,8 @@ TWO = {"one": {"kind": "openai"}, "two": {"kind": "openai"}}
      "/one/v1/responses/resp_1/input_items"),
     ({"local": {"kind": "openai-compatible", "responses": True}, "claude": {"kind": "anthropic"}},
      {}, "/v1/responses/resp_1", "/local/v1/responses/resp_1"),
+    ({"local": {"kind": "openai-compatible", "responses": True}, "one": {"kind": "openai"}},
+     {}, "/v1/responses/resp_1", "/one/v1/responses/resp_1"),
     ({"local": {"kind": "openai-compatible"}}, {}, "/v1/responses/resp_1", None),
     (TWO, {}, "/v1/files", None), ({"claude": {"kind": "anthropic"}}, {}, "/v1/files", None),
     ({"off": {"kind": "openai", "api_key": ""}}, {}, "/v1/files", None),

@@ -427,7 +427,11 @@ def test_a_deprecated_function_is_called(ask: Ask, upstream: Upstream) -> None:
     (choice,) = ask(functions=[{"name": "time"}], function_call={"name": "time"}).choices
     assert choice.finish_reason == "function_call"
     assert choice.message.function_call.to_dict() == {"name": "time", "arguments": "{}"}
-    assert upstream.take().json["tool_choice"] == {"type": "tool", "name": "time"}
+    assert upstream.take().json["tool_choice"] == {
+        "type": "tool",
+        "name": "time",
+        "disable_parallel_tool_use": True,
+    }
 
 
 STRICT = {"extra_headers": {"x-gateway-strict": "1"}}

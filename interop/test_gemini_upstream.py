@@ -145,8 +145,11 @@ CLEAN_SCHEMA = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["a"]},
-        "name": {"type": "string"},
-        "items": {"type": "array", "items": {"type": "number"}},
+        "name": {"type": "string", "description": '(minLength: 1, pattern: "^[A-Z]", maxLength: 9)'},
+        "items": {
+            "type": "array",
+            "items": {"type": "number", "description": "(exclusiveMinimum: 0)"},
+        },
     },
     "required": ["kind"],
 }
