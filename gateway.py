@@ -895,8 +895,9 @@ TEXT_OR_LIST = (str, list)
 TEXT_OR_OBJECT = (str, dict)
 SAYS_NOTHING = (False, "standard")  # of a hint
 TYPE_NAMES: Dict[object, str] = {
-    str: "a string", bool: "true or false", int: "an integer", NUMBER: "a number", list: "a list",
-    dict: "an object", TEXT_OR_LIST: "a string or a list", TEXT_OR_OBJECT: "a string or an object"}
+    str: "a string", bool: "true or false", int: "an integer", float: "a number",
+    NUMBER: "a number", list: "a list", dict: "an object", TEXT_OR_LIST: "a string or a list",
+    TEXT_OR_OBJECT: "a string or an object"}
 
 
 class Fields:
@@ -1666,6 +1667,13 @@ class Dialect(Protocol):
         """What names the model in a passed body."""
         return {} if body.get("model") == model else {"model": model}
 
+    def values_for_ceiling(self, body: Body, most: int) -> JSON:
+        """What keeps a passed body's answer below so many tokens."""
+        return capped({key: body.get(key) for key in self.cap_fields()}, most)
+
+    def cap_fields(self) -> List[str]:
+        return [key for key, name, _ in self.plain_fields if name == "max_tokens"]
+
     def suits(self, chat: Chat, caps: Caps) -> bool:
         """Whether a provider that speaks several dialects is to be asked in this one."""
         return True
@@ -2037,6 +2045,10 @@ def told_words(error: JSON) -> str:
     told = next(filter(None, map(error.get, ("message", "detail", "msg", "errors"))), "")
     return clipped(encode_json(told), 200) if isinstance(told, (dict, list)) else (
         text_of({"": told}, ""))
+
+
+def capped(told: JSON, most: int) -> JSON:
+    return {key: most for key, value in told.items() if count(value) > most}
 
 
 def error_label(status: int) -> str:
@@ -4861,6 +4873,15 @@ class GenerateContent(Dialect):
         name, _, action = path.partition("/models/")[2].rpartition(":")
         return name, action == "streamGenerateContent"
 
+    def values_for_ceiling(self, body: Body, most: int) -> JSON:
+        for key in ("generationConfig", "generation_config"):
+            config = part_of({key: body.get(key)}, key)
+            lowered = capped({name: whole_number(config.get(name)) for name in (
+                "maxOutputTokens", "max_output_tokens")}, most)
+            if lowered:
+                return {key: {**config, **lowered}}
+        return {}
+
     def values_for_model(self, body: Body | Form, model: str) -> JSON:
         """It stands within: in `requests`, in `generateContentRequest`, as models/NAME."""
         def named(value: Any) -> Any:
@@ -6026,6 +6047,10 @@ class Broken(str):
     """Stands for a value that has an error already, so that no second one is told of it."""
 
 
+class Expanded(str):
+    """What came out of a variable: perhaps a secret, even where none belongs."""
+
+
 class Fault(str):
     """Stands for a value that JSON cannot hold, and says why; told where its path is known."""
 
@@ -6043,7 +6068,9 @@ def scalar(expected: str, accepts: Callable[[Any], bool],
             return value
         if accepts(value):
             return convert(value)
-        what = "this one" if isinstance(value, str) and "string" in expected else shown(value)
+        what = shown(value)
+        if "string" in expected:  # perhaps a secret
+            what = "this one" if isinstance(value, str) else TYPE_NAMES.get(type(value), "null")
         problems.error(path, f"must be {expected}, not {what}")
         return Broken("?")
     return read
@@ -6111,11 +6138,17 @@ def read_json_object(value: Any, path: str, problems: Problems) -> Any:
     return value if has_type(dict, value, path, problems) else None
 
 
+PLAIN_KEY = re.compile("[A-Za-z_]{1,32}")
+
+
 def check_keys_known(value: JSON, known: Iterable[str], path: str, problems: Problems) -> None:
     for key in value:
-        if key not in known:
-            hint = suggest(key, known) or "; known: " + ", ".join(known)
-            problems.error(join(path, key), "unknown key" + hint)
+        if key in known:
+            continue
+        near = suggest(key, known)
+        is_shown = near or PLAIN_KEY.fullmatch(key)  # else it is perhaps a secret
+        hint = near or "; known: " + ", ".join(known)
+        problems.error(join(path, key) if is_shown else path, "unknown key" + hint)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -6354,7 +6387,7 @@ def expand(tree: Any, env: Mapping[str, str], read_file: Callable[[str], str], p
             return ""
 
     text = VARIABLE.sub(value_of, tree)
-    return Broken("?") if len(problems.errors) > told else text
+    return Broken("?") if len(problems.errors) > told else Expanded(text)
 
 
 def variable_value(
@@ -6362,8 +6395,7 @@ def variable_value(
     """What stands in a variable's place; raises ValueError that says how to mend it."""
     braced, end, bare = found.groups()
     if bare:
-        raise ValueError(f"write ${{{bare}}} for the environment variable, or $${bare} for the "
-                         "text itself")
+        raise ValueError("write ${NAME} for an environment variable, or $$ for a $ of the text's")
     if braced is None:
         return "$"
     if not end:
@@ -6376,7 +6408,8 @@ def variable_value(
             raise ValueError(f"cannot read {braced[5:]}: {reason}") from error
     name, has_default, default = braced.partition(":-")
     if not VARIABLE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no variable's name; write ${{NAME}} or ${{NAME:-default}}")
+        raise ValueError("what stands in ${} is no variable's name; write ${NAME} or "
+                         "${NAME:-default}")
     if "$" in default:
         raise ValueError(f"the default of {name} cannot hold another variable")
     if env.get(name) or (name in env and not has_default):
@@ -6420,9 +6453,14 @@ def parse_config_json(text: str, where: str) -> Any:
             tree[name] = Fault("this key stands twice in its object") if name in tree else value
         return tree
 
+    def short_int(digits: str) -> Any:
+        return int(digits) if len(digits) < 20 else Fault("this number is too long")
+
     plain = COMMENT_LINE.sub("", text)
+    if not plain.strip():
+        raise ValueError("is empty; config.example.yaml.json shows what may stand in it")
     try:
-        return json.loads(plain, object_pairs_hook=unique,
+        return json.loads(plain, object_pairs_hook=unique, parse_int=short_int,
                           parse_constant=lambda name: Fault(f"{name} is not JSON"))
     except json.JSONDecodeError as error:
         if not plain.lstrip().startswith(("{", "[", "\ufeff")) and ":" in plain:
@@ -6464,11 +6502,15 @@ def settle(config: Config, problems: Problems) -> Config:
 def check_provider(
         name: str | None, config: Config, path: str, tell: Callable[[str, str], None]) -> None:
     if name is not None and not isinstance(name, Broken) and name not in config.providers:
-        tell(path, f"no provider {name!r} is configured" + suggest(name, config.providers))
+        named = "" if isinstance(name, Expanded) else f" {name!r}"
+        tell(path, f"no provider{named} is configured" + suggest(name, config.providers))
 
 
-LOG_FIELDS = frozenset(["time", "level", "msg", "method", "path", "status", "provider", "model",
-                        "stream", "cost", "usage", "error"])
+LOG_FIELDS = frozenset([
+    "time", "level", "msg", "request_id", "method", "path", "status", "duration_ms", "virtual_key",
+    "provider", "model", "stream", "prompt_tokens", "completion_tokens", "cache_read_tokens",
+    "cache_write_tokens", "reasoning_tokens", "cost", "usage", "bytes_in", "bytes_out", "ttft_ms",
+    "upstream_request_id", "error"])
 KEY_HEADERS = ("x-api-key", "api-key", "x-goog-api-key")
 SECRET_HEADERS = frozenset(["authorization", "proxy-authorization", "cookie", "x-gateway-key",
                             *KEY_HEADERS])
@@ -6504,12 +6546,15 @@ def settle_provider(
 
 
 def settle_base_url(url: str, version: str) -> str:
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port
+    except ValueError:  # whose words quote it
+        raise ValueError("has a host or a port that is none") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError('must start with "http://" or "https://" and name a host')
     if parts.username or parts.password or parts.query or parts.fragment or " " in url:
         raise ValueError("must be free of user names, queries, fragments and spaces")
-    _ = parts.port  # raises ValueError where it is no port
     path = parts.path.rstrip("/")
     if version and not re.search(r"/v\d+[a-z0-9]*(/|$)", path):
         path += version
@@ -6529,7 +6574,7 @@ def check_keys(keys: Sequence[ApiKey], problems: Problems) -> None:
         if key in first:
             problems.error(path, f"is the key of api_keys[{first[key]}] too")
         first.setdefault(key, i)
-    if not keys and not problems.has_error("api_keys"):
+    if not keys and not problems.has_error("api_keys") and not problems.has_error("api_keys[0]"):
         problems.warn("api_keys", "is empty: nobody may call")
 
 
@@ -6839,13 +6884,20 @@ class Router:
 
 def override_price(price: Price | None, alias: Alias) -> Price | None:
     said = {name: getattr(alias, f"cost_per_million_{name}") for name in PRICE_FIELDS[:4]}
-    own = {name: nano_dollars(value) for name, value in said.items() if value is not None}
+    own: Dict[str, Any] = {
+        name: nano_dollars(value) for name, value in said.items() if value is not None}
     if not own:
         return price
-    base = price or Price(0, 0)
-    if "input" in own:  # a cache price of the list's would not belong to it
-        base = Price(base.input, base.output)
-    return dataclasses.replace(base, tiers=(), **own)
+
+    def overridden(base: Price) -> Price:
+        if "input" in own:  # a cache price of the list's would not belong to it
+            base = Price(base.input, base.output, tiers=base.tiers)
+        return dataclasses.replace(base, **own)
+
+    base = overridden(price or Price(0, 0))
+    is_flat = own.keys() >= {"input", "output"}
+    return dataclasses.replace(base, tiers=() if is_flat else tuple(
+        (above, overridden(tier)) for above, tier in base.tiers))
 
 
 PLAIN_MODEL = re.compile(r"[!-~]{1,128}")
@@ -7189,8 +7241,8 @@ def parse_head(head: bytes, max_target: int, max_fields: int,
     try:
         start, fields = parse_fields(head, known)
         method, target, minor = REQUEST_LINE.fullmatch(start).groups()  # type: ignore[union-attr]
-    except (ValueError, AttributeError) as error:
-        raise GatewayError(400, "The request's head is malformed.") from error
+    except (ValueError, AttributeError):
+        raise GatewayError(400, "The request's head is malformed.") from None
     if len(target) > max_target:
         raise GatewayError(414, f"The request's target is longer than {max_target} bytes.")
     if len(fields) > max_fields:
@@ -8697,6 +8749,12 @@ class Gateway:
         if route.model:
             values = {**values, **exchange.dialect.values_for_model(body, route.model)}
         gone: Set[str] = set()
+        most = route.target.max_output_tokens
+        if most is not None and isinstance(body, Body) and path == exchange.dialect.name:
+            lowered = exchange.dialect.values_for_ceiling(body, most)
+            values = {**values, **lowered}
+            if lowered:
+                losses.drop("max_tokens")
         if isinstance(body, Form):
             lines = lines.replace("content-type: application/json\r\n", "")
             dropped -= {"content-type"}
@@ -8951,6 +9009,8 @@ class Gateway:
         asked = request.head.path.partition("/models/")[2]
         if not asked:
             raise GatewayError(404, "There is no such endpoint.", code="not_found")
+        if self.keyring.knows(asked):  # which is for no log
+            exchange.path, asked = "/v1/models/***", "***"
         app.check_may_use(asked)
         owner = self.router.resolve(asked).provider.name
         return Response(200, [JSON_TYPE], dump_json(exchange.dialect.render_model(asked, owner)))
@@ -9549,9 +9609,9 @@ class Client(Wire):
         while head == b"\r\n":  # RFC 9112, section 2.2: an empty line before it is passed over
             try:
                 head = await super().read_head()
-            except OverflowError as error:
+            except OverflowError:
                 raise GatewayError(431, "The request's head is larger than "
-                                        f"{self._max_head} bytes.") from error
+                                        f"{self._max_head} bytes.") from None
             self.consumed += len(head)
             if head[:2] == b"\r\n":
                 head = head[2:]
@@ -9866,11 +9926,13 @@ class Server:
 
     async def refuse(self, client: Client, error: GatewayError) -> None:
         client.lingers, client.is_committed = True, False
-        exchange = Exchange(self._new_id(), self.clock())
+        client.exchange = exchange = Exchange(self._new_id(), self.clock())
+        client.written_before = client.written
         head = RequestHead("", "", "", False, {}, 0)
         try:
             await self.write_response(client, head, self._app.refuse(exchange, error), False)
         finally:
+            client.exchange = None
             self._app.record(exchange)
 
     async def close(self, client: Client) -> None:
@@ -10044,11 +10106,15 @@ class DemoUpstream:
     """Plays the provider, as an app of the server's."""
 
     async def handle(self, exchange: Exchange, request: Request) -> Response:
-        dialect = DEMO_PATHS.get(request.head.path)
+        path, counts, _ = request.head.path.partition("/count_tokens")
+        dialect = DEMO_PATHS.get(path)
         try:
             if dialect is None:
                 raise GatewayError(404, "There is no such endpoint.")
-            chat = dialect.parse_request(Body(await request.body()).tree(), Losses())
+            exchange.dialect, tree = dialect, Body(await request.body()).tree()
+            if counts:
+                return Response(200, [JSON_TYPE], dump_json(dialect.render_estimate(tree)))
+            chat = dialect.parse_request(tree, Losses())
             if not chat.turns:
                 raise GatewayError(400, "'messages' must hold a message.", "messages")
         except GatewayError as error:
@@ -10063,7 +10129,7 @@ class DemoUpstream:
 
     def refuse(self, exchange: Exchange, error: GatewayError) -> Response:
         return Response(
-            error.status, [JSON_TYPE], DIALECTS["chat"].render_error(error, exchange.id))
+            error.status, [JSON_TYPE], exchange.dialect.render_error(error, exchange.id))
 
     def record(self, exchange: Exchange) -> None:
         """The gateway in front of it keeps the records."""
@@ -10240,6 +10306,14 @@ def id_maker() -> Callable[[], str]:
     return lambda: f"gw-{start}-{next(number):06x}"
 
 
+def say(text: str, fd: int = 1) -> None:
+    """Prints at once; a reader that has gone or a full disk is no reason to end."""
+    try:
+        os.write(fd, f"{text}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass
+
+
 async def serve(config: Config, prices: PriceLists, sock: socket.socket,
                 log: Log, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once."""
@@ -10249,6 +10323,8 @@ async def serve(config: Config, prices: PriceLists, sock: socket.socket,
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
+    loop.add_signal_handler(signal.SIGHUP, lambda: log.line(
+        "WARN", "SIGHUP is ignored: a changed config needs a restart"))
     address = parse_listen(config.listen)
     if not address.path:
         address = address._replace(port=sock.getsockname()[1])
@@ -10285,7 +10361,7 @@ async def serve_demo(log: Log) -> None:
     hint = DEMO_HINT.replace("8080", str(sock.getsockname()[1]))
     prices = PriceLists(parse_prices(PRICES), {})
     await serve(parse_config(DEMO_CONFIG, "-demo", ports, str), prices, sock, log,
-                lambda: print(hint, flush=True))
+                lambda: say(hint))
 
 
 # ==============================
@@ -10345,7 +10421,7 @@ def parse_command_line(arguments: Sequence[str]) -> Tuple[str, str]:
 
 
 def read_text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # some editors begin with a mark
         return file.read()
 
 
@@ -10365,18 +10441,19 @@ def load_config(named: str) -> Tuple[Config, PriceLists]:
     """The config, its warnings printed, and the prices. Raises ConfigError."""
     path, text = read_config(named)
     config = parse_config(text, path, os.environ, read_text)
-    prices = load_prices(config)
+    prices = load_prices(config, path)
     for warning in config.warnings:
-        print(warning, file=sys.stderr)
+        say(warning, 2)
     return config, prices
 
 
-def load_prices(config: Config) -> PriceLists:
+def load_prices(config: Config, path: str) -> PriceLists:
     try:
         own = parse_litellm_prices(read_text(config.prices)) if config.prices else {}
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
-        raise ConfigError("prices", f"{config.prices}: {reason}") from error
+        raise ConfigError(f"{path}: prices", f"cannot read {config.prices}, which must be in "
+                          f"LiteLLM's JSON format: {reason}") from error
     return PriceLists(parse_prices(PRICES), own)
 
 
@@ -10397,9 +10474,8 @@ def warn_of_missing_store(config: Config) -> None:
     paths = ssl.get_default_verify_paths()
     has_store = bool(paths.cafile) or bool(paths.capath and os.listdir(paths.capath))
     if not has_store and any(p.origin.is_tls for p in config.providers.values() if p.is_on):
-        print("warning: this system has no certificate store, so every provider over https will be "
-              "refused; install the package `ca-certificates`, or set SSL_CERT_FILE",
-              file=sys.stderr)
+        say("warning: this system has no certificate store, so every provider over https will be "
+            "refused; install the package `ca-certificates`, or set SSL_CERT_FILE", 2)
 
 
 def command_demo(named: str) -> None:
@@ -10408,21 +10484,21 @@ def command_demo(named: str) -> None:
 
 def command_check(named: str) -> None:
     config, _ = load_config(named)
-    print(f"listen     {config.listen}")
+    say(f"listen     {config.listen}")
     for provider in config.providers.values():
         state = "" if provider.is_on else "   off: no api_key"
-        print(f"provider   {provider.name}: {provider.kind} at {provider.base_url}{state}")
+        say(f"provider   {provider.name}: {provider.kind} at {provider.base_url}{state}")
     off = {name: "" if provider.is_on else "   off" for name, provider in config.providers.items()}
     for name, alias in config.models.items():
-        print(f"model      {name} -> {alias.provider}/{alias.model or name}{off[alias.provider]}")
+        say(f"model      {name} -> {alias.provider}/{alias.model or name}{off[alias.provider]}")
     for rule in config.routing:
         what = ("everything else" if rule.default else
                 f"{rule.prefix}*" if rule.prefix is not None else rule.match)
-        print(f"route      {what} -> {rule.provider}{off.get(rule.provider, '   not configured')}")
+        say(f"route      {what} -> {rule.provider}{off.get(rule.provider, '   not configured')}")
     for entry in config.api_keys:
         state = "   disabled" * entry.disabled
-        print(f"app        {entry.app}: {', '.join(entry.allowed_models)}{state}")
-    print("The config is good.")
+        say(f"app        {entry.app}: {', '.join(entry.allowed_models)}{state}")
+    say("The config is good.")
 
 
 def command_health(named: str) -> None:
@@ -10431,12 +10507,15 @@ def command_health(named: str) -> None:
     problems = Problems(path)
     try:
         tree = parse_config_json(text, path)
-        listen = tree.get("listen", ":8080") if isinstance(tree, dict) else None
-        listen = expand(listen, os.environ, read_text, "listen", problems)
+        if not isinstance(tree, dict):
+            raise ValueError("must be an object")
+        listen = tree.get("listen")
+        listen = TEXT(expand(":8080" if listen is None else listen, os.environ, read_text,
+                             "listen", problems), "listen", problems)
     except (ValueError, RecursionError) as error:
         raise ConfigError(path, str(error)) from error
-    if problems.errors or not isinstance(listen, str):
-        raise ConfigError("", "\n".join(problems.errors) or f"{path}: must be an object")
+    if problems.errors:
+        raise ConfigError("", "\n".join(problems.errors))
     try:
         status = ask_health(parse_listen(listen))
     except (OSError, ValueError) as error:
@@ -10464,8 +10543,8 @@ def ask_health(address: Address) -> int:
 
 COMMANDS: Dict[str, Callable[[str], None]] = {
     "serve": command_serve, "check": command_check, "health": command_health,
-    "demo": command_demo, "version": lambda _: print(f"gateway.py {__version__}"),
-    "help": lambda _: print(USAGE_TEXT),
+    "demo": command_demo, "version": lambda _: say(f"gateway.py {__version__}"),
+    "help": lambda _: say(USAGE_TEXT),
 }
 
 
@@ -10485,10 +10564,10 @@ def main(arguments: Sequence[str]) -> int:
         command, config = parse_command_line(arguments)
         COMMANDS[command](config)
     except (CommandError, UsageError) as error:
-        print(f"gateway.py: {error}", file=sys.stderr)
+        say(f"gateway.py: {error}", 2)
         return 1 if isinstance(error, CommandError) else 2
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        say(str(error), 2)
         return 1 if command == "health" else 2  # which Docker keeps for itself
     return 0
 

@@ -252,7 +252,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 10_500 and len(SOURCE.encode()) < 456 << 10
+    assert len(lines) < 10_700 and len(SOURCE.encode()) < 464 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -928,7 +928,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("providers.openai.timeouts", {"conect": 1}, ".conect: unknown key; did you mean 'connect'?"),
     ("providers.openai.timeouts", {"idle": 0}, ".idle: must be"),
     ("providers.openai.done", "yes", ": must be true or false, not a string"),
-    ("timeouts.idle", 10**400, ": must be a number of seconds"),
+    ("timeouts.idle", 10**400, ": this number is too long"),
     ("providers.openai.api_kye", "very-secret", ": unknown key; did you mean 'api_key'?"),
     ("models", [], ": must be an object"), ("models.fast", {}, ".provider: is missing"),
     ("models.fast.provider", "opnai",
@@ -958,7 +958,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("timeouts.connect", -1, ": must be"), ("timeouts", 5, ": must be"),
     ("log", "xml", ': must be one of "text", "json", not a string'),
     ("log_headers", ["Authorization"], "[0]: is no header name, or one that"),
-    ("log_headers", ["a b"], "[0]: is no header name"), ("prices", 1, ": must be"),
+    ("log_headers", ["a b"], "[0]: is no header name"),
+    ("log_headers", ["Virtual_Key"], "[0]: is no header name"), ("prices", 1, ": must be"),
     ("provider", {}, ": unknown key; did you mean 'prov"),
     ("api_keys[1].app", "a\ud800", ": must be"),
     ("log_headers", ["Status"], "[0]: is no header name, or one that"),
@@ -985,7 +986,8 @@ def test_every_refused_thing_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("", "line 1, column 1: "), ("null", "must be an object"), ("[]", "must be an object"),
+    ("", "is empty"), ("# c\n", "is empty"),
+    ("null", "must be an object"), ("[]", "must be an object"),
     ('"x"', "must be an object"), ('{"a":1,}', "line 1, column "), ("{} x", "line 1, column 4: "),
     ("{}", "providers: is missing"),
     ('{"limits":{"body":NaN}}', "limits.body: NaN is not JSON"),
@@ -1011,6 +1013,24 @@ def test_a_key_twice_is_told_with_all_else_that_is_wrong() -> None:
     assert lines[0].startswith("api_keys[1].app: this key stands twice") and len(lines) == 3
     assert lines[1].startswith("models: this key stands twice")
     assert lines[2].startswith("providers.openai.api_key: environment variable NONE is not set")
+
+
+@pytest.mark.parametrize("path, value", [
+    ("api_keys[0].key", 4711471147114711), ("providers.openai.api_key", 4711471147114711),
+    ("providers.openai.api_key", 4711.4711), ("providers.openai.headers", {"x-a": 47114711}),
+    ("api_keys[0]", {"vk-4711-4711": "app"}), ("providers.openai.api_key", "${sk-4711-4711}"),
+    ("api_keys[0].key", "pa$SECRET4711"), ("providers.openai.base_url", "https://gw:4711x/y@h/v1"),
+    ("providers.openai.base_url", "https://[4711"), ("models.fast.provider", "${SECRET}"),
+    ("endpoints", {"/v1/files": "${SECRET}"}), ("routing[0].provider", "${SECRET}")])
+def test_no_message_about_a_config_shows_a_secret(path: str, value: Any) -> None:
+    tree = changed((path, value), ("colour", "red"))
+    with pytest.raises(ConfigError) as caught:
+        gateway.parse_config(json.dumps(tree), "config.json", {"SECRET": "sk-4711"}, no_file)
+    assert "4711" not in str(caught.value) and str(caught.value).count("\n") >= 1
+
+
+def test_an_item_that_is_wrong_is_no_empty_list() -> None:
+    assert len(told(changed(("api_keys", ["x"])))) == 1
 
 
 def test_comments_are_left_out() -> None:
@@ -1081,11 +1101,11 @@ def test_the_environment_is_put_in(text: str, expanded: str) -> None:
 
 @pytest.mark.parametrize("text, expected", [
     ("${NONE}", "environment variable NONE is not set; set it, or write ${NONE:-} if it may be em"),
-    ("$KEY", "write ${KEY} for the environment variable, or $$KEY for the text itself"),
+    ("$KEY", "write ${NAME} for an environment variable, or $$ for a $ of the text's"),
     ("${file:/none}", "cannot read /none: No such file or directory"),
     ("${file:/run/binary}", "cannot read /run/binary: it is not UTF-8"),
-    ("${}", "'' is no variable's name"), ("${KEY", ""), ("vk-${KEY-0123456789", ""),
-    ("${KEY-x}", "'KEY-x' is no variable's name"),
+    ("${}", "what stands in ${} is no variable's name"), ("${KEY", ""), ("vk-${KEY-0123456789", ""),
+    ("${KEY-x}", "what stands in ${} is no variable's name"),
     ("${NONE:-${KEY}}", "the default of NONE cannot hold another variable"),
     ("${NONE:-$KEY}", "the default of NONE cannot hold another variable"),
 ])
@@ -1354,8 +1374,10 @@ def test_dollars_are_read_as_they_stand(dollars: Any, expected: int) -> None:
 
 
 @pytest.mark.parametrize("own, expected", [
-    ({}, TIERED), ({"input": 1}, Price(nano("1"), nano("12"))),
-    ({"output": 0}, Price(nano("2"), 0, nano("0.2"))),
+    ({}, TIERED),
+    ({"input": 1}, Price(nano("1"), nano("12"), tiers=((200_000, Price(nano("1"), nano("18"))),))),
+    ({"output": 0}, Price(nano("2"), 0, nano("0.2"), tiers=(
+        (200_000, Price(nano("4"), 0, nano("0.4"))),))),
     ({"input": 1, "output": 2, "cache_read": 0.5, "cache_write": 1.5},
      Price(nano("1"), nano("2"), nano("0.5"), nano("1.5"))),
 ])
@@ -8275,6 +8297,21 @@ def test_lost_lines_are_counted_and_nothing_waits_for_them(gate_for: Any) -> Non
     assert gate.total("llm_log_lines_lost_total") == lost + 2
 
 
+def test_a_refused_head_is_logged_with_what_went_out_and_no_words_of_pythons(gate_for: Any) -> None:
+    gate = gate_for()
+    answer_ = gate.client().send(b"nonsense\r\n\r\n").answer()
+    line = gate.access()
+    assert (answer_.status, line["status"], "Error" in line["error"]) == (400, "400", False)
+    assert int(line["bytes_out"]) > len(answer_.body)
+
+
+def test_a_key_in_the_place_of_a_models_name_is_not_logged(gate_for: Any) -> None:
+    gate = gate_for()
+    assert gate.get(f"/v1/models/{NARROW_KEY}").status == 404
+    line = gate.access()
+    assert line["path"] == "/v1/models/***" and NARROW_KEY not in str(line)
+
+
 # ---- Messages, passed ----
 
 def named(*events: dict[str, Any]) -> bytes:
@@ -9239,6 +9276,12 @@ def ask_demo(gate_for: Any, monkeypatch: Any) -> Callable[..., Answer]:
     return ask
 
 
+def test_the_demo_counts_tokens_and_errs_in_the_dialect_of_its_path(ask_demo: Any) -> None:
+    counted = ask_demo(MESSAGES + "/count_tokens")
+    assert (counted.status, list(json.loads(counted.body))) == (200, ["input_tokens"])
+    assert json.loads(ask_demo(MESSAGES, content=5).body)["type"] == "error"
+
+
 def test_the_demo_says_it_back(ask_demo: Any) -> None:
     answer = ask_demo()
     assert answer.body == ask_demo().body  # it is deterministic
@@ -9501,13 +9544,13 @@ def test_an_address_in_use(run: Any) -> None:
 
 
 @pytest.fixture
-def command(capsys: Any, tmp_path: Path, monkeypatch: Any) -> Callable[..., tuple[int, str, str]]:
+def command(capfd: Any, tmp_path: Path, monkeypatch: Any) -> Callable[..., tuple[int, str, str]]:
     """Runs a command in a folder of its own, to its end: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = gateway.main(arguments)
-        said = capsys.readouterr()
+        said = capfd.readouterr()
         OUTPUT.extend(said)
         return status, said.out, said.err
 
@@ -9539,6 +9582,47 @@ def test_help_fits_one_screen(command: Any) -> None:
     assert said.count("\n") <= 24 and max(map(len, said.splitlines())) <= 100
     for flag in ("-config", "-check", "-health", "-demo", "-version"):
         assert flag in said
+
+
+@pytest.mark.parametrize("arguments, status", [
+    (["-version"], 0), (["-help"], 0), (["-check"], 0), (["-check", "-config", "bad"], 2),
+    (["-nonsense"], 2)])
+@pytest.mark.parametrize("deaf", ["stdout", "stderr"])
+def test_a_reader_that_has_gone_changes_no_exit_status(
+        tmp_path: Path, arguments: list[str], status: int, deaf: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_for(9, provider={"api_key": ""})))
+    (tmp_path / "bad").write_text("{}")
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, deaf: writer}
+    done = subprocess.run([sys.executable, str(FILE), *arguments], cwd=tmp_path, timeout=60,
+                          check=False, text=True, **streams)
+    os.close(writer)
+    assert done.returncode == status
+    assert "Traceback" not in str(done.stderr) and "ignored" not in str(done.stderr)
+
+
+def test_a_signal_that_means_reload_stops_nothing(run: Any) -> None:
+    process = run(config={**config_for(9), "listen": "127.0.0.1:0"})
+    client = Client(process.ready())
+    process.signal(signal.SIGHUP)
+    assert "restart" in process.until("SIGHUP")
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
+    client.close()
+
+
+def test_a_file_of_prices_that_cannot_be_read_names_the_config(command: Any) -> None:
+    Path("config.json").write_text(json.dumps(config_for(9, prices="/nowhere")))
+    status, _, errors = command("-check")
+    assert status == 2 and errors.startswith("config.json: prices: cannot read /nowhere")
+
+
+@pytest.mark.parametrize("listen, told", [(None, "does not answer"), (5, "listen: must be")])
+def test_health_reads_listen_as_the_server_does(command: Any, listen: Any, told: str) -> None:
+    Path("config.json").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"listen": listen}).encode())  # as some editors write it
+    status, _, errors = command("-health")
+    assert status == 1 and told in errors
 
 
 @pytest.mark.parametrize("arguments, told", [
@@ -10515,6 +10599,28 @@ def test_a_dialects_bytes_pass_and_are_counted(gate_for: Any, name: str, model: 
     assert (line["usage"], line["prompt_tokens"], line["completion_tokens"],
             line["reasoning_tokens"]) == ("reported", "1000", "200", "50")
     assert gate.total("llm_tokens_total", direction="completion") == 200
+
+
+CEILINGS: list[tuple[str, str, bytes, bytes]] = [
+    ("openai", PATH, b'{"model": "house", "max_tokens": 5000,  "max_completion_tokens":7}',
+     b'{"model": "gpt-real", "max_tokens": 100,  "max_completion_tokens":7}'),
+    ("openai", "/v1/responses", b'{"model": "house", "input": "a", "max_output_tokens": 101}',
+     b'{"model": "gpt-real", "input": "a", "max_output_tokens": 100}'),
+    ("anthropic", "/v1/messages", b'{"model": "house", "max_tokens": 100, "messages": []}',
+     b'{"model": "gpt-real", "max_tokens": 100, "messages": []}'),
+    ("gemini", "/v1beta/models/house:generateContent",
+     b'{"contents": [], "generationConfig": {"maxOutputTokens": "101", "topP": 1}}',
+     b'{"contents": [], "generationConfig": {"maxOutputTokens":100,"topP":1}}')]
+
+
+@pytest.mark.parametrize("kind, path, body, sent", CEILINGS)
+def test_a_ceiling_holds_where_bytes_pass(
+        gate_for: Any, kind: str, path: str, body: bytes, sent: bytes) -> None:
+    gate = gate_for(always(reply(b"{}")), provider={"kind": kind, "max_output_tokens": 100})
+    answer_ = gate.call(body, path=path)
+    assert gate.upstream.requests.get(timeout=WAIT).body == sent
+    assert (answer_.headers.get("x-gateway-lost") == "max_tokens") == (b"500" in body or
+                                                                       b"101" in body)
 
 
 @pytest.mark.parametrize("name", SPOKEN)

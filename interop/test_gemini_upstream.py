@@ -145,7 +145,10 @@ CLEAN_SCHEMA = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["a"]},
-        "name": {"type": "string", "description": '(minLength: 1, pattern: "^[A-Z]", maxLength: 9)'},
+        "name": {
+            "type": "string",
+            "description": '(minLength: 1, pattern: "^[A-Z]", maxLength: 9)',
+        },
         "items": {
             "type": "array",
             "items": {"type": "number", "description": "(exclusiveMinimum: 0)"},
