@@ -2949,10 +2949,9 @@ class ChatWatch(Watch):
         self._open_choices: Dict[object, bool] = {}
 
     def feed(self, block: bytes) -> bytes:
-        if not self.has_content:
-            self._find_text(block)
-        if not self.has_content or not self._needs_done:
-            self._look_at_each(block)
+        begins = 0 if self.has_content else self._find_text(block)
+        if begins < 0 or not self._needs_done:
+            begins = max(begins, self._look_at_each(block))
         done = find_done(block)
         if done >= 0:
             self.ended = True
@@ -2962,8 +2961,8 @@ class ChatWatch(Watch):
         passed = self._settle_held(block) if self._held else (
             self._take_usage(block) if b'"usage"' in block else block)
         if self.has_content and not (self.ended and self.usage):
-            self._bytes += len(block)
-            self._events += block.count(b"\ndata:") + 1
+            self._bytes += len(block) - max(begins, 0)
+            self._events += block.count(b"\ndata:", begins) + 1
         return passed
 
     def end(self) -> bytes:
@@ -2972,23 +2971,29 @@ class ChatWatch(Watch):
         self._held = b""  # however it ended, that chunk was ours
         return super().end()
 
-    def _find_text(self, block: bytes) -> None:
-        """The first content is nearly always text."""
+    def _find_text(self, block: bytes) -> int:
+        """Where the first content begins, which is nearly always text; -1 where none is."""
         found = TEXT_DELTA.search(block)
-        if found:
-            start, end = event_span(block, found.start())
-            self.has_content, self._first = True, block[start:end]
+        if not found:
+            return -1
+        start, end = event_span(block, found.start())
+        self.has_content, self._first = True, block[start:end]
+        return start
 
-    def _look_at_each(self, block: bytes) -> None:
-        """Finds the first content; where no [DONE] is to come, also which choices are open."""
+    def _look_at_each(self, block: bytes) -> int:
+        """Where the first content begins, or -1; where no [DONE] is to come, it sees which choices
+        are open."""
+        begins, at = -1, 0
         for raw in split_events(block):
             for choice in list_of_objects(parse_chunk(raw), "choices"):
                 self._open_choices[str(choice.get("index"))] = not choice.get("finish_reason")
                 said = said_in(choice)
                 if not self.has_content and (said or choice.get("finish_reason")):
-                    self.has_content, self._first = True, raw
+                    self.has_content, self._first, begins = True, raw, at
+            at += len(raw)
             if self.has_content and self._needs_done:
-                return
+                break
+        return begins
 
     def envelope(self, event: bytes) -> int:
         return len(event) - sum(

@@ -5926,6 +5926,18 @@ def test_words_of_an_error_reach_another_dialects_client(
     assert words in answer_.error["message"]
 
 
+def test_an_estimate_depends_on_no_cut() -> None:
+    """What came before the first content is none, in whichever read it came."""
+    events = [FIRST, delta("a" * 40), delta("b" * 40), delta("c" * 40)]
+    counted = set()
+    for cut in range(1, len(events)):
+        watch = CHAT.watch(hide_usage=True, needs_done=True)
+        for piece in (b"".join(events[:cut]), b"".join(events[cut:])):
+            watch.feed(piece)
+        counted.add(watch.content_bytes)
+    assert counted == {120}
+
+
 # ---- what models take ----
 
 EFFORT = gateway.ALL_EFFORTS
