@@ -6492,6 +6492,13 @@ def settle(config: Config, problems: Problems) -> Config:
             problems.error(f"routing[{i}]", 'needs one of "prefix", "match" and "default": true')
     for prefix, name in config.endpoints.items():
         check_provider(name, config, f"endpoints.{prefix}", problems.error)
+        if not prefix.startswith("/"):
+            problems.error(f"endpoints.{prefix}", 'must be a path, which begins with "/"')
+    for i, entry in enumerate(config.api_keys):
+        for glob in entry.allowed_endpoints or ():
+            if not isinstance(glob, Broken) and not glob.startswith(("/", "*", "[", "?")):
+                problems.error(f"api_keys[{i}].allowed_endpoints",
+                               'each must be a glob of paths, which begin with "/"')
     check_keys(config.api_keys, problems)
     sizes = (config.limits.bodies, config.limits.body)
     if not any(isinstance(size, Broken) for size in sizes) and sizes[0] < sizes[1]:
@@ -10501,7 +10508,8 @@ def command_check(named: str) -> None:
                 f"{rule.prefix}*" if rule.prefix is not None else rule.match)
         say(f"route      {what} -> {rule.provider}{off.get(rule.provider, '   not configured')}")
     for entry in config.api_keys:
-        state = "   disabled" * entry.disabled
+        is_over = make_app(entry, day_start).expires <= time.time()
+        state = "   disabled" if entry.disabled else "   expired" * is_over
         say(f"app        {entry.app}: {', '.join(entry.allowed_models)}{state}")
     say("The config is good.")
 

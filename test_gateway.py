@@ -959,7 +959,10 @@ REFUSED: list[tuple[str, object, str]] = [
     ("log", "xml", ': must be one of "text", "json", not a string'),
     ("log_headers", ["Authorization"], "[0]: is no header name, or one that"),
     ("log_headers", ["a b"], "[0]: is no header name"),
-    ("log_headers", ["Virtual_Key"], "[0]: is no header name"), ("prices", 1, ": must be"),
+    ("log_headers", ["Virtual_Key"], "[0]: is no header name"),
+    ("endpoints", {"v1/files": "openai"}, ".v1/files: must be a path"),
+    ("api_keys[0].allowed_endpoints", ["v1/chat/*"], ": each must be a glob"),
+    ("prices", 1, ": must be"),
     ("provider", {}, ": unknown key; did you mean 'prov"),
     ("api_keys[1].app", "a\ud800", ": must be"),
     ("log_headers", ["Status"], "[0]: is no header name, or one that"),
@@ -9662,10 +9665,11 @@ def test_a_check_prints_what_it_would_serve_and_no_secret(command: Any, name: st
                                                           arguments: list[str]) -> None:
     monkeypatch.setenv("PROVIDERS_KEY", PROVIDER_KEY)
     config = config_for(9, provider={"api_key": "${PROVIDERS_KEY}", "headers": {"X-S": APP_KEY}})
+    config["api_keys"][1]["expires"] = "2020-01-31"
     Path(name).write_text("# a comment\n" + json.dumps(config, indent=2))
     status, said, errors = command(*arguments)
     assert (status, errors) == (0, "")
-    for shown in ("127.0.0.1:0", "openai", "house", "gpt-", "chatbot", "tiny-*"):
+    for shown in ("127.0.0.1:0", "openai", "house", "gpt-", "chatbot", "tiny-*   expired"):
         assert shown in said
     assert not any(secret in said for secret in SECRETS)
 
