@@ -2427,6 +2427,8 @@ class ChatRequest(RequestWriter):
 
     def _messages(self, turn: Turn) -> Iterator[JSON]:
         """Pictures and files of results follow in a message of the user's."""
+        for text in blocks_of(turn.blocks, Text):
+            text.is_refusal = text.is_refusal and turn.role == "assistant"
         pictures: List[JSON] = []
         for block in blocks_of(turn.blocks, ToolResult):
             texts = [part.text for part in blocks_of(block.content, Text)]

@@ -4446,6 +4446,10 @@ RESPONSES_TO_CHAT += [
         "effort": "low", "summary": "detailed"}}, {"reasoning_effort": "low"}, "(summary)"),
     ("4 any summary", {"model": GPT5, "reasoning": {"effort": "low", "summary": "auto"}},
      {"reasoning_effort": "low"}, ""),
+    ("4 a refusal of others", listed(
+        user([typed("refusal", refusal="a")]), spoken("developer", [
+            typed("refusal", refusal="b"), typed("input_text", text="c")])),
+     {"messages": [user("a"), spoken("system", "b\n\nc")]}, ""),
     ("5 who called", listed(user("Hi"), fcall("c", caller={"type": "direct"}), output("c"),
                             tools=[TWICE]),
      {"messages": [user("Hi"), asked(call("c")), answer("c")]}, "")]
