@@ -2661,13 +2661,6 @@ def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
     return FINISHES_IN_CHAT.get(finish, "stop")
 
 
-class UnnamedCall(NamedTuple):
-    """What came of a call before its name."""
-
-    ids: List[str]
-    pieces: List[str]
-
-
 class ChatParser(Parser):
     """One block is open at a time: a call stays open to the end, since more of it may come,
     and what is said beside it waits."""
@@ -2677,7 +2670,7 @@ class ChatParser(Parser):
         self._open_key: object = None
         self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
         self._by_index: Dict[object, Tuple[int, ToolCall]] = {}  # calls, with a number of their own
-        self._unnamed: Dict[object, UnnamedCall] = {}
+        self._unnamed: Dict[object, Tuple[str, List[str]]] = {}  # calls whose name is to come
         self._early: List[JSON] = []  # citations of a text that is still to come
         self._text_block = -1
         self._has_refused = False
@@ -2736,6 +2729,7 @@ class ChatParser(Parser):
             elif self._text_block >= 0:
                 events.append(CitationDelta(self._text_block, parse_citation(about)))
             else:
+                self.keep(len(encode_json(about)))
                 self._early.append(parse_citation(about))
         calls = list_of_objects(delta, "tool_calls")
         if isinstance(delta.get("function_call"), dict):
@@ -2758,14 +2752,14 @@ class ChatParser(Parser):
         said = encode_json(arguments) if arguments else text_of(about, "arguments")
         said = said or text_of(about, "input")
         if known is None and (not name or index in self._unnamed):
-            unnamed = self._unnamed.setdefault(index, UnnamedCall([], []))
-            unnamed.ids.append(id_)
-            unnamed.pieces.append(said)
-            self.keep(len(said))
+            told, pieces = self._unnamed.pop(index, ("", []))
+            id_ = told or id_
+            pieces += [said] if said else []
+            self.keep(len(said) + 64)
             if not name:
+                self._unnamed[index] = (id_, pieces)
                 return []
-            id_, said = next(filter(None, unnamed.ids), ""), "".join(unnamed.pieces)
-            del self._unnamed[index]
+            said = "".join(pieces)
         if known is None or name and id_ != known[1].id and (id_ or index < 0):
             number, made = self._calls, self.make_call(id_, name, call.get("type") == "custom")
             known = self._by_index[index] = (number, made)
@@ -2789,9 +2783,8 @@ class ChatParser(Parser):
         events: Events = []
         for block, pieces in self._waiting.values():
             events += self.open(block) + self.say("".join(pieces))
-        for unnamed in self._unnamed.values():
-            if any(unnamed.ids + unnamed.pieces):
-                raise bad_answer("The provider called a tool without its name.")
+        if any(id_ or pieces for id_, pieces in self._unnamed.values()):
+            raise bad_answer("The provider called a tool without its name.")
         if self._early:
             self.rewrites.lost.add("annotations")
         finish = self._finish or "stop"
@@ -5538,15 +5531,16 @@ class GeminiParser(Parser):
         # Where the whole answer is one chunk, citations name a part of it, else the text so far.
         names_parts = bool(grounding) and self._text_block < 0
         places: Dict[int, TextPlace] = {}
+        block, at = -1, 0  # of the next text
         last = max([i for i, (_, piece) in enumerate(pieces) if is_said(piece)], default=-1)
         for i, (number, piece) in enumerate(pieces):
             if i == last + 1:
                 events += self._read_about(candidate, grounding, places)
             events += self._read_part(piece)
             if names_parts and is_said(piece):
-                text = text_of(piece, "text")
-                places[number] = TextPlace(
-                    self._text_block, sum(map(len, self._text)) - len(text), text)
+                block, at = self._text_block, at if block == self._text_block else 0
+                places[number] = TextPlace(block, at, piece["text"])
+                at += len(piece["text"])
         if last + 1 == len(pieces):
             events += self._read_about(candidate, grounding, places)
         return events
