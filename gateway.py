@@ -2661,6 +2661,12 @@ def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
     return FINISHES_IN_CHAT.get(finish, "stop")
 
 
+class KnownCall(NamedTuple):
+    id: str  # as the server says it, which the call's may not be
+    number: int  # of its own
+    call: ToolCall
+
+
 class ChatParser(Parser):
     """One block is open at a time: a call stays open to the end, since more of it may come,
     and what is said beside it waits."""
@@ -2669,7 +2675,7 @@ class ChatParser(Parser):
         super().__init__(dialect, rewrites)
         self._open_key: object = None
         self._waiting: Dict[object, Tuple[Block, List[str]]] = {}
-        self._by_index: Dict[object, Tuple[int, ToolCall]] = {}  # calls, with a number of their own
+        self._by_index: Dict[object, KnownCall] = {}
         self._unnamed: Dict[object, Tuple[str, List[str]]] = {}  # calls whose name is to come
         self._early: List[JSON] = []  # citations of a text that is still to come
         self._text_block = -1
@@ -2760,10 +2766,10 @@ class ChatParser(Parser):
                 self._unnamed[index] = (id_, pieces)
                 return []
             said = "".join(pieces)
-        if known is None or name and id_ != known[1].id and (id_ or index < 0):
+        if known is None or name and (id_ != known.id if id_ else index < 0):
             number, made = self._calls, self.make_call(id_, name, call.get("type") == "custom")
-            known = self._by_index[index] = (number, made)
-        return self._say(known[0], known[1], said)
+            known = self._by_index[index] = KnownCall(id_, number, made)
+        return self._say(known.number, known.call, said)
 
     def _say(self, key: object, block: Block, text: str) -> Events:
         events: Events = []

@@ -5902,6 +5902,18 @@ def test_an_id_that_the_conversation_has_already_is_made_another(wire: str) -> N
         assert id_ != "c" and id_.startswith("c_")
 
 
+def test_an_id_that_is_repeated_with_each_piece_is_one_call() -> None:
+    rewrites = Rewrites()
+    rewrites.call_ids.add("c")
+    parser = CHAT.parser(rewrites)
+    pieces = [chat_piece(tool_calls=[{"index": 0, "id": "c", "function": {
+        "name": "f", "arguments": said_}}]) for said_ in ('{"x":', "1", "}")]
+    told = gateway.collect([each for piece in [*pieces, event(b"[DONE]")]
+                            for each in parser.feed(piece)])
+    (made_,) = told.blocks
+    assert isinstance(made_, ToolCall) and made_.arguments == {"x": 1} and made_.id != "c"
+
+
 @pytest.mark.parametrize("client", ["messages", "responses", "chat"])
 @pytest.mark.parametrize("said_", [[], [{"content": "abc"}]])
 def test_an_annotation_may_come_before_its_text(client: str, said_: list[JSON]) -> None:
