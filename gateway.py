@@ -1493,8 +1493,9 @@ class Parser:
     def make_call(self, id_: str, name: str, is_custom: bool = False) -> ToolCall:
         name = self.rewrites.names.get(name, name)
         id_ = id_ or f"call_{self._id[-24:]}_{self._calls}"
+        told, number = id_, self._calls
         while id_ in self._call_ids:  # some servers count anew in each answer
-            id_ = f"{id_}_{hashed(self._id + id_, 8)}"
+            id_, number = f"{told}_{hashed(f'{self._id}{told}{number}', 8)}", number + 1
         self._call_ids.add(id_)
         self._calls += 1
         return ToolCall(id=id_, name=name, is_custom=is_custom or name in self.rewrites.custom)
@@ -2739,7 +2740,7 @@ class ChatParser(Parser):
                 self._early.append(parse_citation(about))
         calls = list_of_objects(delta, "tool_calls")
         if isinstance(delta.get("function_call"), dict):
-            calls.append({"index": 0, "function": delta["function_call"]})
+            calls.append({"index": len(calls), "function": delta["function_call"]})
         for call in calls:
             events += self._read_call(call)
         self._has_refused = self._has_refused or bool(delta.get("refusal"))
@@ -3370,6 +3371,8 @@ class MessagesRequest(RequestWriter):
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(chat, target, losses)
         self._cache_marks = 0
+        self._owns_search = chat.web_search is not None and any(
+            tool.name == WEB_SEARCH for tool in chat.tools)
 
     def render(self) -> JSON:
         chat, wire = self.chat, self.wire
@@ -3385,7 +3388,7 @@ class MessagesRequest(RequestWriter):
         if len(stops) < len(chat.stop):
             self.losses.drop("stop")
         user = chat.user or chat.options.get("safety_identifier")
-        if user and (CONTACT.fullmatch(user) or len(user) > 256):
+        if user and (len(user) > 256 or CONTACT.fullmatch(user)):
             self.losses.hint("user")  # ids that look like addresses are refused
             user = None
         tier = SERVICE_TIERS.get(chat.options.get("service_tier", ""))
@@ -3396,8 +3399,7 @@ class MessagesRequest(RequestWriter):
 
     def tool_name(self, name: str) -> str:
         """A function may have the name that the search has here."""
-        if self.chat.web_search is None or name != WEB_SEARCH or all(
-                tool.name != name for tool in self.chat.tools):
+        if name != WEB_SEARCH or not self._owns_search:
             return super().tool_name(name)
         self.rewrites.names[f"own_{name}"] = name
         return f"own_{name}"
@@ -3716,6 +3718,8 @@ def clean_schema(schema: Any) -> Any:
             clean["allOf"] = [*clean.get("allOf", []), {"anyOf": clean_schema(value)}]
         elif key == "allOf" and isinstance(value, list):
             clean[key] = [*clean.get(key, []), *clean_schema(value)]
+        elif key == "allOf":
+            continue  # it says nothing
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
     tell(clean, told)
@@ -4985,6 +4989,7 @@ class GeminiContents:
         self._made = 0
         self._open: Dict[str, Dict[str, None]] = {}  # by name, ids of the calls without result
         self._told: Set[str] = set()  # the ids that results of one turn name
+        self._free: Dict[str, Iterator[str]] = {}  # by name, those that they do not
 
     def turns(self, root: Fields, losses: Losses) -> Iterator[Turn]:
         for content, role in ((root.child("systemInstruction", {}), "system"),
@@ -4992,6 +4997,7 @@ class GeminiContents:
             said = (content.get("role") or "user").lower()
             parts = list(content.children("parts"))
             self._told = {text_of(part_of(part.wire, "functionResponse"), "id") for part in parts}
+            self._free = {}
             blocks = [block for part in parts for block in self._part(part, losses)]
             if any(part.wire.get("thought") for part in parts) and not any(
                     part.wire.get("thoughtSignature") for part in parts):
@@ -5038,7 +5044,9 @@ class GeminiContents:
         name, response = about.need("name"), about.get("response", dict) or {}
         waiting, id_ = self._open.get(name, {}), about.get("id") or ""
         if id_ not in waiting:
-            id_ = next((each for each in waiting if each not in self._told), id_ or name)
+            free = self._free.setdefault(name, iter(list(waiting)))
+            id_ = next((each for each in free if each in waiting and each not in self._told),
+                       id_ or name)
         waiting.pop(id_, None)
         is_error = list(response) == ["error"]
         said = next(iter(response.values())) if is_error or list(response) == ["output"] else (

@@ -2888,6 +2888,9 @@ CASES += [
      {"output_config": {"format": {"type": "json_schema", "schema": {
          "allOf": [{"anyOf": [{"type": "string"}]}, {"const": 1}],
          "anyOf": [{"type": "integer"}]}}}}, ""),
+    ("1.8 an allOf that is no list", format_({"allOf": 5, "anyOf": [], "oneOf": []}),
+     {"output_config": {"format": {"type": "json_schema", "schema": {
+         "anyOf": [], "allOf": [{"anyOf": []}]}}}}, ""),
     ("1.8 an object or null", format_({"type": ["object", "null"]}),
      {"output_config": {"format": {"type": "json_schema", "schema": {
          "type": ["object", "null"], "additionalProperties": False}}}}, ""),
@@ -5900,6 +5903,20 @@ def test_an_id_that_the_conversation_has_already_is_made_another(wire: str) -> N
         told = gateway.DIALECTS[wire].parse_reply(ANSWER_CALLING[wire]("f"), rewrites)
         (id_,) = (block.id for block in told.blocks if isinstance(block, ToolCall))
         assert id_ != "c" and id_.startswith("c_")
+
+
+def test_many_calls_of_one_id_stay_short_and_apart() -> None:
+    told = CHAT.parse_reply(completion("tool_calls", tool_calls=[call("c")] * 50), Rewrites())
+    ids = [block.id for block in told.blocks if isinstance(block, ToolCall)]
+    assert len(set(ids)) == 50 and max(map(len, ids)) == len("c_12345678")
+
+
+def test_a_deprecated_call_beside_others_is_its_own() -> None:
+    told = CHAT.parse_reply(completion(
+        "tool_calls", tool_calls=[call("c", "f", '{"a":1}')],
+        function_call={"name": "g", "arguments": '{"b":1}'}), Rewrites())
+    assert [block.arguments for block in told.blocks if isinstance(block, ToolCall)] == [
+        {"a": 1}, {"b": 1}]
 
 
 def test_an_id_that_is_repeated_with_each_piece_is_one_call() -> None:
