@@ -5044,9 +5044,9 @@ class GeminiContents:
         name, response = about.need("name"), about.get("response", dict) or {}
         waiting, id_ = self._open.get(name, {}), about.get("id") or ""
         if id_ not in waiting:
-            free = self._free.setdefault(name, iter(list(waiting)))
-            id_ = next((each for each in free if each in waiting and each not in self._told),
-                       id_ or name)
+            if name not in self._free:  # once a turn: to look anew for each result is quadratic
+                self._free[name] = iter([each for each in waiting if each not in self._told])
+            id_ = next((each for each in self._free[name] if each in waiting), id_ or name)
         waiting.pop(id_, None)
         is_error = list(response) == ["error"]
         said = next(iter(response.values())) if is_error or list(response) == ["output"] else (
