@@ -1670,10 +1670,8 @@ class Dialect(Protocol):
 
     def values_for_ceiling(self, body: Body, most: int) -> JSON:
         """What keeps a passed body's answer below so many tokens."""
-        return capped({key: body.get(key) for key in self.cap_fields()}, most)
-
-    def cap_fields(self) -> List[str]:
-        return [key for key, name, _ in self.plain_fields if name == "max_tokens"]
+        return capped({key: body.get(key) for key, name, _ in self.plain_fields
+                       if name == "max_tokens"}, most)
 
     def suits(self, chat: Chat, caps: Caps) -> bool:
         """Whether a provider that speaks several dialects is to be asked in this one."""
@@ -1812,7 +1810,9 @@ class RequestWriter:
         self.caps = target.caps
         self.losses = losses
         self.rewrites = Rewrites()
-        self.rewrites.call_ids.update(id_ for turn in chat.turns for id_ in call_ids(turn))
+        told = [id_ for turn in chat.turns for id_ in call_ids(turn)]
+        self.rewrites.call_ids = set(told)
+        self.repeats_ids = len(self.rewrites.call_ids) < len(told)
         self.choice = chat.choice or ToolChoice("auto")
         if self.choice.allowed == [] and self.choice.mode == "auto":
             self.choice = ToolChoice("none")
@@ -2041,11 +2041,16 @@ def without_none(**members: Any) -> JSON:
     return {key: value for key, value in members.items() if value not in (None, "", [])}
 
 
+def in_paragraphs(*texts: str) -> str:
+    return "\n\n".join(filter(None, texts))
+
+
 def told_words(error: JSON) -> str:
     """What an error says, in a string or in whatever a framework makes of it."""
     told = next(filter(None, map(error.get, ("message", "detail", "msg", "errors"))), "")
-    return clipped(encode_json(told), 200) if isinstance(told, (dict, list)) else (
-        text_of({"": told}, ""))
+    if isinstance(told, (dict, list)):
+        return clipped(encode_json(told), 200)
+    return told if isinstance(told, str) else ""
 
 
 def capped(told: JSON, most: int) -> JSON:
@@ -2543,7 +2548,7 @@ def image_url(block: Image) -> str:
 
 
 def titled_text(block: Document) -> str:
-    return "\n\n".join(filter(None, (block.title, block.text)))
+    return in_paragraphs(block.title, block.text)
 
 
 def plain_content(blocks: List[JSON]) -> Any:
@@ -3455,7 +3460,8 @@ class MessagesRequest(RequestWriter):
         holds."""
         system: List[JSON] = []
         messages: List[JSON] = []
-        for turn in with_own_ids(self.turns()):
+        turns = self.turns()
+        for turn in with_own_ids(turns, self.rewrites.call_ids) if self.repeats_ids else turns:
             content = self.blocks(thoughts_first(turn))
             if turn.role == "system" and not (messages and self.caps.mid_system):
                 system += content
@@ -3618,12 +3624,10 @@ class MessagesRequest(RequestWriter):
                 self.wire[name] = 1
 
 
-def with_own_ids(turns: List[Turn]) -> List[Turn]:
-    """Elsewhere the place tells which call a result is for, and ids may come again."""
-    told = [id_ for turn in turns for id_ in call_ids(turn)]
-    if len(set(told)) == len(told):
-        return turns
-    used, counts = set(told), {}  # type: Set[str], Dict[str, int]
+def with_own_ids(turns: List[Turn], told: Set[str]) -> List[Turn]:
+    """Elsewhere the place tells which call a result is for, and an id that was `told` may come
+    again."""
+    used, counts = told.copy(), {}  # type: Set[str], Dict[str, int]
 
     def own(id_: str) -> str:
         counts[id_] = number = counts.get(id_, 0) + 1
@@ -4230,7 +4234,7 @@ def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = 
         for child in item.children("tools"):
             parse_responses_tool(child, chat, losses, item.need("name"))
         for tool in chat.tools[first:first + 1]:  # it is about all of them: once is enough
-            tool.description = "\n\n".join(filter(None, (about, tool.description)))
+            tool.description = in_paragraphs(about, tool.description)
     else:
         item.skip(*item.wire)
         if kind.startswith("web_search"):
@@ -5244,7 +5248,8 @@ class GeminiRequest(RequestWriter):
             names.update({call.id: call.name for call in blocks_of(turn.blocks, ToolCall)})
             results = [part for block in blocks_of(turn.blocks, ToolResult)
                        for part in self._result(block, names[block.id])]
-            parts = [part for block in turn.blocks for part in self._part(block)]
+            parts = [part for block in turn.blocks
+                     for part in (*title_part(block), *self._part(block))]
             if turn.role == "system":
                 system += parts
             if turn.role == "assistant" and i > asked and self.is_new:
@@ -5270,16 +5275,14 @@ class GeminiRequest(RequestWriter):
             return [{"functionCall": call, **without_none(thoughtSignature=signature)}]
         if isinstance(block, Image) and block.detail not in ("", "auto"):
             self.losses.hint("detail")
-        title = block.title if isinstance(block, Document) and not block.text and not (
-            FILE_NAME.fullmatch(block.title)) else ""
-        return [] if isinstance(block, ToolResult) else [
-            *([{"text": title}] if title else []), render_gemini_media(block)]
+        return [] if isinstance(block, ToolResult) else [render_gemini_media(block)]
 
     def _result(self, block: ToolResult, name: str) -> List[JSON]:
         texts = [titled_text(each) if isinstance(each, Document) else each.text
                  for each in block.content if isinstance(each, (Text, Document))]
         texts = [text for text in texts if text]
-        media = [self._part(each)[-1] for each in block.content if not getattr(each, "text", "")]
+        media = [part for each in block.content if not getattr(each, "text", "")
+                 for part in self._part(each)]
         about: JSON = {"name": self.tool_name(name),
                        "response": {"error" if block.is_error else "output": "\n".join(texts)}}
         if self.is_new:
@@ -5390,6 +5393,13 @@ def sign_first_call(parts: List[JSON]) -> None:
 
 
 FILE_NAME = re.compile(r"\S+\.\w{1,5}")  # says little, and has no place here
+
+
+def title_part(block: Block) -> List[JSON]:
+    """The title of a document that has no words of its own."""
+    has_title = isinstance(block, Document) and block.title and not block.text and not (
+        FILE_NAME.fullmatch(block.title))
+    return [{"text": block.title}] if has_title else []  # type: ignore[attr-defined]
 
 
 def render_gemini_media(block: Block) -> JSON:
@@ -5546,25 +5556,18 @@ class GeminiParser(Parser):
         names_parts = bool(grounding) and self._text_block < 0
         places: Dict[int, TextPlace] = {}
         block, at = -1, 0  # of the next text
-        last = max([i for i, (_, piece) in enumerate(pieces) if is_said(piece)], default=-1)
-        for i, (number, piece) in enumerate(pieces):
-            if i == last + 1:
-                events += self._read_about(candidate, grounding, places)
+        said = 1 + max([i for i, (_, piece) in enumerate(pieces) if is_said(piece)], default=-1)
+        for number, piece in pieces[:said]:
             events += self._read_part(piece)
             if names_parts and is_said(piece):
                 block, at = self._text_block, at if block == self._text_block else 0
                 places[number] = TextPlace(block, at, piece["text"])
                 at += len(piece["text"])
-        if last + 1 == len(pieces):
-            events += self._read_about(candidate, grounding, places)
-        return events
-
-    def _read_about(self, candidate: JSON, grounding: JSON,
-                    places: Mapping[int, TextPlace]) -> Events:
         self._logprobs += gemini_logprobs(part_of(candidate, "logprobsResult"))
         if part_of(candidate, "citationMetadata"):
             self.rewrites.lost.add("annotations")  # of what it recites
-        return self._read_grounding(grounding, places) if grounding else []
+        events += self._read_grounding(grounding, places) if grounding else []
+        return events + [event for _, piece in pieces[said:] for event in self._read_part(piece)]
 
     def _read_grounding(self, about: JSON, places: Mapping[int, TextPlace]) -> Events:
         """Its indexes count bytes of a part."""
@@ -6045,7 +6048,9 @@ class Problems:
             f"{self.where}: {path}: {message}" if path else f"{self.where}: {message}")
 
     def has_error(self, path: str) -> bool:
-        return any(error.startswith(f"{self.where}: {path}: ") for error in self.errors)
+        """Of it, or of an item in it."""
+        place = f"{self.where}: {path}"
+        return any(error.startswith((f"{place}: ", f"{place}[")) for error in self.errors)
 
     def warn(self, path: str, message: str) -> None:
         self.warnings.append(f"warning: {self.where}: {path}: {message}")
@@ -6054,8 +6059,12 @@ class Problems:
 Read = Callable[[Any, str, Problems], Any]
 
 
+def kind_of(value: object) -> str:
+    return TYPE_NAMES.get(type(value), "null")
+
+
 def shown(value: object) -> str:
-    return repr(value) if is_number(value) else TYPE_NAMES.get(type(value), "null")
+    return repr(value) if is_number(value) else kind_of(value)
 
 
 class Broken(str):
@@ -6085,7 +6094,7 @@ def scalar(expected: str, accepts: Callable[[Any], bool],
             return convert(value)
         what = shown(value)
         if "string" in expected:  # perhaps a secret
-            what = "this one" if isinstance(value, str) else TYPE_NAMES.get(type(value), "null")
+            what = "this one" if isinstance(value, str) else kind_of(value)
         problems.error(path, f"must be {expected}, not {what}")
         return Broken("?")
     return read
@@ -6596,7 +6605,7 @@ def check_keys(keys: Sequence[ApiKey], problems: Problems) -> None:
         if key in first:
             problems.error(path, f"is the key of api_keys[{first[key]}] too")
         first.setdefault(key, i)
-    if not keys and not problems.has_error("api_keys") and not problems.has_error("api_keys[0]"):
+    if not keys and not problems.has_error("api_keys"):
         problems.warn("api_keys", "is empty: nobody may call")
 
 
