@@ -2048,8 +2048,10 @@ def in_paragraphs(*texts: str) -> str:
 def told_words(error: JSON) -> str:
     """What an error says, in a string or in whatever a framework makes of it."""
     told = next(filter(None, map(error.get, ("message", "detail", "msg", "errors"))), "")
-    if isinstance(told, (dict, list)):
-        return clipped(encode_json(told), 200)
+    try:
+        told = clipped(encode_json(told), 200) if isinstance(told, (dict, list)) else told
+    except RecursionError:
+        return ""
     return told if isinstance(told, str) else ""
 
 
@@ -3158,6 +3160,13 @@ class Messages(Dialect):
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
 
+    def values_for_ceiling(self, body: Body, most: int) -> JSON:
+        lowered = super().values_for_ceiling(body, most)
+        thinking = part_of({"thinking": body.get("thinking")}, "thinking")
+        if lowered and count(thinking.get("budget_tokens")) >= most:
+            lowered["thinking"] = fitting_thinking(thinking, most) or {"type": "disabled"}
+        return lowered
+
     def is_spoken_in(self, headers: Headers, query: str) -> bool:
         return "anthropic-version" in headers
 
@@ -3357,7 +3366,7 @@ IMAGE_TYPES = frozenset(["image/jpeg", "image/png", "image/gif", "image/webp"])
 MAX_CACHE_MARKS = 4
 JSON_TOOL = "json_answer"
 CONTACT = re.compile(r".+@.+\..+|\+?[0-9() .-]{7,}", re.DOTALL)
-MIN_BUDGET = 1024
+MIN_BUDGET, MIN_WORDS = 1024, 512  # tokens of thought, and what must be left beside them
 THINKING_BUDGETS = {
     "minimal": 1024, "low": 1024, "medium": 4096, "high": 16384, "xhigh": 32768, "max": 32768}
 SERVICE_TIERS = {"auto": "auto", "default": "standard_only"}
@@ -3367,6 +3376,12 @@ def render_source(block: Image | Document) -> JSON:
     if block.url:
         return {"type": "url", "url": block.url}
     return {"type": "base64", "media_type": block.media_type, "data": block.data}
+
+
+def fitting_thinking(thinking: JSON, max_tokens: int) -> JSON | None:
+    """A budget is a part of the whole answer's tokens. None where too few are left to think."""
+    budget = min(count(thinking.get("budget_tokens")), max_tokens - MIN_WORDS)
+    return {**thinking, "budget_tokens": budget} if budget >= MIN_BUDGET else None
 
 
 class MessagesRequest(RequestWriter):
@@ -3562,12 +3577,11 @@ class MessagesRequest(RequestWriter):
         if chat.max_tokens and chat.max_tokens > ceiling:
             self.losses.drop("max_tokens")
         wire["max_tokens"] = min(wanted, ceiling)
-        if thinking and budget and chat.thinking is None:
-            budget = min(budget, wire["max_tokens"] - 512)
-            thinking = {"type": "enabled", "budget_tokens": budget}
-            if budget < MIN_BUDGET:
+        if thinking and budget and (chat.thinking is None or wanted > ceiling):
+            fitting = fitting_thinking(thinking, wire["max_tokens"])
+            if fitting is None or chat.thinking not in (None, fitting):
                 self.losses.drop(param)
-                thinking = None
+            thinking = fitting
         if thinking:
             wire["thinking"] = thinking
 
@@ -4977,7 +4991,7 @@ GEMINI_TIERS = {"default": "standard", "flex": "flex", "priority": "priority"}
 GEMINI_ERRORS = {  # status at the client -> code and status in the body
     400: (400, "INVALID_ARGUMENT"), 413: (413, "INVALID_ARGUMENT"), 422: (422, "INVALID_ARGUMENT"),
     401: (401, "UNAUTHENTICATED"), 403: (403, "PERMISSION_DENIED"), 404: (404, "NOT_FOUND"),
-    409: (409, "ABORTED"), 429: (429, "RESOURCE_EXHAUSTED"), 502: (502, "UNAVAILABLE"),
+    409: (409, "ABORTED"), 429: (429, "RESOURCE_EXHAUSTED"), 502: (503, "UNAVAILABLE"),
     503: (503, "UNAVAILABLE"), 529: (503, "UNAVAILABLE"), 504: (504, "DEADLINE_EXCEEDED")}
 GEMINI_MODES = {"AUTO": "auto", "VALIDATED": "auto", "MODE_UNSPECIFIED": "auto",
                 "ANY": "required", "NONE": "none"}

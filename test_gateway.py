@@ -534,6 +534,13 @@ def test_a_providers_error_keeps_its_words(
     json.loads(CHAT.render_error(error, ""))
 
 
+def test_a_providers_error_that_is_nested_deeper_than_can_be_told_is_one() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert CHAT.parse_error({"message": deep}, 200).message == "The provider reported an error."
+
+
 def test_an_http_status_of_its_own_stands() -> None:
     """Whatever type a provider's error names, its 502 stays a 502 and its 409 is not invented."""
     assert CHAT.parse_error({"message": "x", "type": "api_error"}, 502).status == 502
@@ -2928,6 +2935,15 @@ def test_the_configs_word_on_a_model_counts() -> None:
     assert to_messages({}, default_max_tokens=99)[0]["max_tokens"] == 99
     assert to_messages({"max_tokens": 99}, max_output_tokens=50)[:2] == (
         {"model": BOTH, "max_tokens": 50, "messages": [user("Hi")]}, {"max_tokens": False})
+    thinking = {"type": "enabled", "budget_tokens": 4000, "display": "omitted"}
+    for ceiling, asked, fitting, lost in (
+            (3000, {"max_tokens": 5000}, {**thinking, "budget_tokens": 2488},
+             {"max_tokens": False, "thinking": False}),
+            (3000, {}, {**thinking, "budget_tokens": 2488}, {"thinking": False}),
+            (5000, {"max_tokens": 6000}, thinking, {"max_tokens": False}),
+            (1500, {}, None, {"thinking": False})):
+        wire, losses, _ = to_messages({"thinking": thinking, **asked}, max_output_tokens=ceiling)
+        assert (wire["max_tokens"], wire.get("thinking"), losses) == (ceiling, fitting, lost)
     wire, losses, _ = to_messages({"tools": [F], "tool_choice": "required"},
                                   caps={"forced_tools": "auto"})
     assert (wire["tool_choice"], losses) == ({"type": "auto"}, {"tool_choice": False})
@@ -10657,6 +10673,9 @@ CEILINGS: list[tuple[str, str, bytes, bytes]] = [
      b'{"model": "gpt-real", "input": "a", "max_output_tokens": 100}'),
     ("anthropic", "/v1/messages", b'{"model": "house", "max_tokens": 100, "messages": []}',
      b'{"model": "gpt-real", "max_tokens": 100, "messages": []}'),
+    ("anthropic", "/v1/messages", b'{"model": "house", "max_tokens": 500, "thinking": '
+     b'{"type": "enabled", "budget_tokens": 400}, "messages": []}',
+     b'{"model": "gpt-real", "max_tokens": 100, "thinking": {"type":"disabled"}, "messages": []}'),
     ("gemini", "/v1beta/models/house:generateContent",
      b'{"contents": [], "generationConfig": {"maxOutputTokens": "101", "topP": 1}}',
      b'{"contents": [], "generationConfig": {"maxOutputTokens":100,"topP":1}}')]
@@ -10722,7 +10741,7 @@ def test_a_stream_that_fails_says_so_in_its_dialect(gate_for: Any, name: str, ar
         last = Answer(200, [], said).events[-1]
     assert b"response.completed" not in said and b"[DONE]" not in said
     if kind == "gemini":
-        assert last["error"]["code"] == int(status) and last["error"]["status"]
+        assert last["error"]["code"] == {"502": 503}.get(status, int(status))
     else:
         assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
         assert last["response"]["error"]["code"] in ("server_error", "rate_limit_exceeded")
@@ -10740,7 +10759,8 @@ def test_a_stream_that_fails_at_once_has_a_real_status(gate_for: Any, name: str,
     gate = gate_for([READ, streamed(*filter(None, [first]))], provider={"kind": kind})
     answer = gate.call(body, path=path)
     error = json.loads(answer.body)["error"]
-    assert answer.status == status and (error["code"] == status or kind == "openai")
+    told = {"gemini": {502: 503}.get(status, status), "openai": error["code"]}[kind]
+    assert (answer.status, error["code"]) == (status, told)
 
 
 @pytest.mark.parametrize("pieces", [GEMINI_PIECES, [gemini_chunk(finishReason="STOP")]])
@@ -10760,7 +10780,7 @@ def test_a_translated_gemini_stream_may_be_an_array(gate_for: Any) -> None:
     path = GEMINI_STREAM.replace("?alt=sse", "")
     assert json.loads(gate.call(ASKED, path=path).body)[-1]["candidates"][0]["finishReason"]
     cut = gate.call(ASKED, path=path).body
-    assert json.loads(cut + b"]")[-1]["error"]["code"] == 502
+    assert json.loads(cut + b"]")[-1]["error"]["code"] == 503
 
 
 # ---- what another vendor's answer left in a passed conversation ----
