@@ -7472,7 +7472,7 @@ class Inflater:
     """Decodes one content coding piece by piece; raises ValueError for bad data, and TooLarge for
     bombs: more than `limit` bytes, or a ratio that no text has."""
 
-    def __init__(self, coding: str, limit: int) -> None:
+    def __init__(self, coding: str, limit: float) -> None:
         if coding not in CODINGS:
             raise ValueError(f"its content-encoding {clipped(coding, 20)!r} is unknown")
         self._coding = coding
@@ -7480,42 +7480,53 @@ class Inflater:
         self._decoder: Any = None
         self._members = 1
         self._has_more = False  # the last step was as long as a step may be
-        self._start = b""
+        self._waiting = b""
         self._in = self.size = 0
 
     def feed(self, data: bytes) -> bytes:
-        self._in += len(data)
-        if self._decoder is None:
-            data = self._start = self._start + data
-            if len(data) < 2:  # it takes two bytes to tell a zlib header
-                return b""
-            self._decoder = CODINGS[self._coding](data)
-        pieces = []
-        try:
-            while data or (self._has_more and not self._decoder.eof):
-                piece, data = self._step(data)
-                pieces.append(piece)
-        except CODING_ERRORS as error:
-            raise ValueError(f"it is not valid {self._coding}") from error
-        return b"".join(pieces)
+        return b"".join(self.steps(data))
 
-    def _step(self, data: bytes) -> Tuple[bytes, bytes]:
-        """What comes out, and what is still to be put in."""
+    def steps(self, data: bytes) -> Iterator[bytes]:
+        """The same in pieces of a bounded size; what is not asked for waits for the next call."""
+        self._in += len(data)
+        self._waiting += data
+        if self._decoder is None:
+            if len(self._waiting) < 2:  # it takes two bytes to tell a zlib header
+                return
+            self._decoder = CODINGS[self._coding](self._waiting)
+        while self.is_waiting:
+            try:
+                piece = self._step()
+            except CODING_ERRORS as error:
+                raise ValueError(f"it is not valid {self._coding}") from error
+            if piece:
+                yield piece
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it holds more than it gave out."""
+        decoder = self._decoder
+        return decoder is not None and bool(
+            self._waiting or self._has_more and not decoder.eof)
+
+    def _step(self) -> bytes:
+        data = self._waiting
         if self._decoder.eof:  # gzip members may follow each other
             self._members += 1
             if self._members > MAX_MEMBERS:
                 raise TooLarge("it has too many members")
             self._decoder = CODINGS[self._coding](data)
         decoder = self._decoder
-        piece = decoder.decompress(data, INFLATE_STEP_BYTES)
+        piece: bytes = decoder.decompress(data, INFLATE_STEP_BYTES)
         self._has_more = len(piece) == INFLATE_STEP_BYTES
+        self._waiting = (
+            decoder.unused_data if decoder.eof else getattr(decoder, "unconsumed_tail", b""))
         self.size += len(piece)
         if self.size > self._limit:
             raise TooLarge("it is too large when decoded")
         if self.size > max(self._in * MAX_INFLATE_RATIO, FREE_INFLATED_BYTES):
             raise TooLarge("it is a compression bomb")
-        rest = decoder.unused_data if decoder.eof else getattr(decoder, "unconsumed_tail", b"")
-        return piece, rest
+        return piece
 
     def end(self) -> None:
         if self._decoder is None or not self._decoder.eof:
@@ -8076,7 +8087,7 @@ class Answer:
             self.framing = answer_framing(head)
             coding = head.headers.get("content-encoding")
             if coding is not None and coding.lower() != "identity":
-                self._inflater = Inflater(coding.lower(), max_bytes)
+                self._inflater = Inflater(coding.lower(), FOREVER)
         except ValueError as error:
             raise unusable(error) from error
         self.is_persistent = not (head.is_http10 or isinstance(self.framing, CloseFraming)
@@ -8116,9 +8127,9 @@ class Answer:
         connection.is_held = False
         self._sink = sink
         self._wants_more = not self.framing.done
-        if self._wants_more:
+        if self._wants_more or self._inflater:  # which may hold what the sink did not take
             connection.sink = self._on_data
-            self._on_data(connection.take(len(connection.buffer)))
+            self._on_data(connection.take(len(connection.buffer)) if self._wants_more else b"")
         while self._wants_more and not self._error and not connection.at_eof:
             await connection.more()
         connection.sink = None
@@ -8128,10 +8139,10 @@ class Answer:
 
     def _on_data(self, data: bytes) -> None:
         try:
-            piece = self.framing.feed(data)
-            if self._inflater:
-                piece = self._inflater.feed(piece)
-            self._wants_more = (not piece or self._sink(piece)) and not self.framing.done
+            piece = self.framing.feed(data) if data else b""
+            goes_on = (all(map(self._sink, self._inflater.steps(piece))) if self._inflater else
+                       not piece or self._sink(piece))
+            self._wants_more = goes_on and not self.framing.done
         except Exception as error:  # raised where `pump` waits, not in the event loop
             self._error = error
         if self._error or not self._wants_more:
@@ -8142,8 +8153,9 @@ class Answer:
         try:
             if self._wants_more and not self._error:
                 self.framing.end()
-            if self._inflater and self.framing.done and not self._error:
-                self._inflater.end()
+            inflater = self._inflater
+            if inflater and self.framing.done and not (inflater.is_waiting or self._error):
+                inflater.end()
         except ValueError as error:
             self._error = error
         if isinstance(self._error, ValueError):
@@ -8323,6 +8335,8 @@ class Pool:
 
     def sweep(self, now: float) -> None:
         for connection in list(self._open):
+            if connection.phase == "first_token" and connection.has_bare_head():
+                connection.fail(bad_answer("The provider's answer is not HTTP."))
             if connection.is_late(now):
                 if connection.phase in ("kept", "settle"):
                     self.drop(connection)
@@ -8527,6 +8541,7 @@ class Exchange(Record):
     logged_headers: Sequence[Tuple[str, str]] = ()
     keepalive = b""  # what the server writes into a stream after so many seconds of silence
     keepalive_seconds = 0.0
+    lost_fields: Sequence[Tuple[str, str]] = ()  # of the answer's head: what the request lost
 
     def __init__(self, id_: str, started: float) -> None:
         self.id = id_
@@ -8680,12 +8695,12 @@ class Gateway:
         if isinstance(body, Body) and (is_dialect or path in COUNTS):
             values = {**values, **own_history(dialect, body, route.provider.row)}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
-        self.settle_losses(request, route, losses, is_strict)  # 400
+        self.settle_losses(exchange, request, route, losses, is_strict)  # 400
         body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
             return await self.pass_error(exchange, route, answer)
-        fields = answer_fields(answer) + lost_fields(losses)
+        fields = [*answer_fields(answer), *exchange.lost_fields]
         if exchange.is_stream:
             watch = (dialect.watch(hides_usage, route.provider.done) if is_known
                      else LooseWatch(dialect, False, False))
@@ -8723,7 +8738,7 @@ class Gateway:
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
         rewrites.answer_id = exchange.id
         route.edits.apply(tree, losses, ours=["stream_options"])
-        self.settle_losses(request, route, losses, is_strict)  # 400
+        self.settle_losses(exchange, request, route, losses, is_strict)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
         lines += self._defaults[route.provider.name] + field_lines(
             (name, request.headers[name]) for name in TRANSLATED_FIELDS if name in request.headers)
@@ -8739,7 +8754,7 @@ class Gateway:
             parser.needs_done = route.provider.done
             stream = TranslatedStream(
                 self, exchange, route, answer, parser, dialect.renderer(chat, created))
-            fields = [*retry_fields(answer), *lost_fields(losses),
+            fields = [*retry_fields(answer), *exchange.lost_fields,
                       ("content-type", "text/event-stream")]
             return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
@@ -8765,11 +8780,12 @@ class Gateway:
         app.check_may_call(request.head.path, exchange.is_shared)
         return app
 
-    def settle_losses(
-            self, request: Request, route: Route, losses: Losses, is_strict: bool) -> None:
+    def settle_losses(self, exchange: Exchange, request: Request, route: Route, losses: Losses,
+                      is_strict: bool) -> None:
         """Refuses them where that is asked for, else counts them."""
         if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
             losses.refuse()
+        exchange.lost_fields = lost_fields(losses)
         self.count_lost(losses.names, route)
 
     def count_lost(self, names: Iterable[str], route: Route) -> None:
@@ -10027,7 +10043,7 @@ class Server:
             client.is_committed = True
             fields = [("date", self.date()), ("content-type", "text/event-stream"),
                       *((name, exchange.id) for name in exchange.dialect.id_fields),
-                      ("x-gateway-id", exchange.id),
+                      ("x-gateway-id", exchange.id), *exchange.lost_fields,
                       ("connection", "close") if head.is_http10 else
                       ("transfer-encoding", "chunked")]
             client.write(render_head(200, fields))

@@ -7000,6 +7000,7 @@ BREAKS: dict[str, tuple[Script, str]] = {
     "gzip that is cut": ([reply(gzip.compress(REPLY)[:-9], "Content-Encoding: gzip")],
                          "bad_answer"),
     "a gzip bomb": ([reply(BOMB, "Content-Encoding: gzip")], "bad_answer"),
+    "bare LFs": ([reply().replace(b"\r", b"")], "bad_answer"),
     "a cut length": ([reply()[:-1], CLOSE], "request_error bad_answer"),
     "a reset body": ([reply()[:-1], GO, RESET], "request_error bad_answer"),
     "cut chunks": ([CHUNKED + chunks(REPLY), CLOSE], "request_error bad_answer"),
@@ -7299,6 +7300,15 @@ def test_an_error_after_a_sign_of_life_is_told_in_the_stream(gate_for: Any, clie
     assert client.send(request(method="GET", path="/health")).answer().status == 200
 
 
+def test_a_sign_of_life_tells_what_is_lost(gate_for: Any) -> None:
+    gate = gate_for([READ, GO], provider={"kind": "anthropic"})
+    client = gate.client().send(request(chat(True, seed=1)))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(16)
+    assert dict(client.head()[1])["x-gateway-lost"] == "seed"
+    gate.upstream.go.release()
+
+
 def test_an_old_client_hears_that_its_stream_lives(gate_for: Any) -> None:
     """Without chunks, so that the connection's end is the stream's."""
     gate = gate_for([READ, GO, streamed(STREAMED)])
@@ -7363,6 +7373,24 @@ def test_readers_that_stall_cost_little(gate_for: Any, first: bytes) -> None:
     finally:
         tracemalloc.stop()
     assert held < count * (512 << 10) + 2 * len(first) + (1 << 20)
+
+
+def test_a_stalled_reader_of_packed_events_costs_little(gate_for: Any) -> None:
+    """One read of them holds megabytes, of which no more is unpacked than the client takes."""
+    said = b"".join(delta("x" * 1000 + str(number ** 9)) for number in range(6000)) + FINAL
+    packed = gzip.compress(said)
+    assert 50 < len(said) / len(packed) < gateway.MAX_INFLATE_RATIO
+    gate = gate_for([READ, reply(packed, "Content-Encoding: gzip", kind="text/event-stream"), TELL])
+    client = gate.client(4096)
+    tracemalloc.start()
+    try:
+        stalled(gate, client)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1 << 20
+    assert client.answer().body == said
+    assert client.send(request(method="GET", path="/health")).answer().status == 200
 
 
 def stalled(gate: Gate, client: Client) -> None:
