@@ -358,7 +358,7 @@ MAX_PREAMBLE_BYTES = 4096
 
 class Form:
     """A multipart/form-data body, read as far as a route needs it (RFC 7578). Raises
-    GatewayError(400) where it is cut short."""
+    GatewayError(400) for a form that another server might read differently."""
 
     def __init__(self, body: bytes, content_type: str) -> None:
         self.body = body
@@ -366,31 +366,36 @@ class Form:
         if len(found) != 1:
             raise GatewayError(400, "The form's content-type names not one boundary.")
         self._boundary = b"\r\n--" + found[0].encode("latin-1")
-        self._start = (b"\r\n" + body[:MAX_PREAMBLE_BYTES]).find(self._boundary)
-        if self._start < 0 or body.rfind(self._boundary + b"--") < 0:
-            raise GatewayError(400, "The form is malformed or cut short.")
+        self._fields: Dict[str, List[Span | None]] = {}  # None: a file
+        for name, span in self._parts():
+            self._fields.setdefault(name, []).append(span)
 
-    def _find(self, name: str) -> Tuple[int, int] | None:
-        """Where a field's value starts and ends. A second one of its name is a 400: which of them
-        counts, two servers may see differently."""
-        at, wanted = self._start, re.compile(rb';[ \t]*name=(?:"%b"|%b(?=[;\s]))' % (
-            name.encode(), name.encode()))
-        found: Tuple[int, int] | None = None
-        while at >= 0:
-            start = self.body.find(b"\r\n\r\n", at) + 4
-            end = self.body.find(self._boundary, start)
-            if start < 4 or end < 0:
-                return found
-            if wanted.search(self.body, at, start) and b"filename" not in self.body[at:start]:
-                if found:
-                    raise GatewayError(400, f"The form's {name!r} stands twice.", name)
-                found = start, end
-            at = end + 2
-        return found
+    def _parts(self) -> Iterator[Tuple[str, Span | None]]:
+        """Each part's name, and where its value starts and ends."""
+        body, boundary = self.body, self._boundary
+        end = (b"\r\n" + body[:MAX_PREAMBLE_BYTES]).find(boundary) - 2
+        for _ in range(MAX_PARTS if end >= -2 else 0):
+            at = end + len(boundary)
+            if body.startswith(b"--", at):
+                return
+            head = PART_HEAD.match(body, at)
+            end = body.find(boundary, head.end()) if head else -1
+            if not head or end < 0:
+                break
+            name, is_file = part_name(head[1])
+            yield name, None if is_file else (head.end(), end)
+        raise GatewayError(400, "The form is malformed, cut short, or has too many parts.")
+
+    def _find(self, name: str) -> Span | None:
+        """Which of two counts, two servers may see differently."""
+        spans = self._fields.get(name, [None])
+        if len(spans) > 1:
+            raise GatewayError(400, f"The form's {name!r} stands twice.", name)
+        return spans[0]
 
     def get(self, key: str) -> Any:
         span = self._find(key)
-        value = self.body[span[0]:span[1]].decode("utf-8", "replace") if span else None
+        value = self.body[slice(*span)].decode("utf-8", "replace") if span else None
         return value == "true" if key == "stream" and value in ("true", "false") else value
 
     def forget(self) -> None:
@@ -399,14 +404,35 @@ class Form:
     def with_values(
             self, values: Mapping[str, object], dropped: AbstractSet[str] = frozenset()) -> bytes:
         body = self.body
-        for key, value in values.items():
-            span = self._find(key)
-            if span:
-                body = body[:span[0]] + f"{value}".encode() + body[span[1]:]
+        spans = ((self._find(key), key) for key in values)
+        for span, key in sorted(((span, key) for span, key in spans if span), reverse=True):
+            body = body[:span[0]] + f"{values[key]}".encode() + body[span[1]:]
         return body
 
 
-Spans = Dict[str, Tuple[int, int]]  # where an object's members' values start and end
+MAX_PARTS = 1000
+PART_HEAD = re.compile(rb"[ \t]*\r\n((?:[!-9;-~]+:[^\r\n\0]*\r\n)*)\r\n")
+DISPOSITION = re.compile(rb"^content-disposition:(.*)\r$", re.IGNORECASE | re.MULTILINE)
+PARAMETER = rb'[ \t]*;[ \t]*([^\s;="]+)=("(?:[^"\\]|\\.)*"|[^\s;"]*)'
+FORM_DATA = re.compile(rb"[ \t]*form-data((?:%b)*);?[ \t]*" % PARAMETER, re.IGNORECASE)
+
+
+def part_name(head: bytes) -> Tuple[str, bool]:
+    """Of a form's part, and whether it is a file."""
+    told = DISPOSITION.findall(head)
+    found = FORM_DATA.fullmatch(told[0]) if len(told) == 1 else None
+    members = [(key.lower(), value)
+               for key, value in re.findall(PARAMETER, found[1] if found else b"")]
+    about = dict(members)
+    name = about.get(b"name", b"\\").strip(b'"')
+    if len(about) < len(members) or b"\\" in name or b"name*" in about:
+        raise GatewayError(400, "The head of one of the form's parts is malformed.")
+    return name.decode("utf-8", "replace"), (
+        not about.keys().isdisjoint((b"filename", b"filename*")))
+
+
+Span = Tuple[int, int]
+Spans = Dict[str, Span]  # where an object's members' values start and end
 SPACE = r"[ \t\n\r]*"
 KEY = rf'"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"{SPACE}:'
 FIRST_KEY = re.compile(rf"{SPACE}\{{{SPACE}(?:{KEY}|\}}){SPACE}")

@@ -9921,6 +9921,14 @@ BAD_FORMS: dict[str, tuple[str, bytes]] = {
     "a model in a file": (FORM_TYPE, form((b'name="model"; filename="x"', b"house"))),
     "stream of words": (FORM_TYPE, form(FORM_MODEL, (b'name="stream"', b"yes"))),
     "two models": (FORM_TYPE, form(FORM_MODEL, (FORM_MODEL[0], b"gpt-secret"))),
+    **{f"two models, one as {other!r}": (FORM_TYPE, form(FORM_MODEL, (other, b"gpt-secret")))
+       for other in (b'NAME="model"', b'name="m\\odel"', b'name=\t"model"', b'name ="model"',
+                     b'name="model"; filename="x"', b"name*=utf-8''model",
+                     b'name="x"; name="model"',
+                     b'name="model"\r\nX: filename', b'name="x"\r\nContent-Disposition: form-data; '
+                     b'name="model"', b'name="model"\r\n folded', b'name="x"\nName: model', b"")},
+    "two boundaries": (FORM_TYPE, form(FORM_MODEL, SOUND).replace(b"--B-0--", b"--B-01\r\n\r\n--")),
+    "too many parts": (FORM_TYPE, form(FORM_MODEL, *[(b'name="x"', b"")] * 1000)),
 }
 
 
