@@ -1272,6 +1272,8 @@ class Watch:
     once the first token is there. Only blocks that hold a telling word are looked into: to parse
     every event costs ten times as much as to pass it."""
 
+    is_generation = True  # whose tokens are estimated where none are told
+
     def __init__(self, dialect: Dialect, hide_usage: bool, needs_done: bool) -> None:
         self._dialect, self._hide_usage, self._needs_done = dialect, hide_usage, needs_done
         self.usage: Usage | None = None
@@ -1405,6 +1407,7 @@ class Parser:
 
     text_events: TextEvents
     needs_done = True  # else a stream of Chat Completions also ends well without its [DONE]
+    is_generation = True
 
     def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
         self.rewrites = rewrites
@@ -3074,6 +3077,12 @@ class ChatWatch(Watch):
 
 class LooseWatch(ChatWatch):
     """Of an endpoint whose events nobody here knows: it ends where its body does."""
+
+    is_generation = False
+
+    def _look_at_each(self, block: bytes) -> int:
+        self.has_content = self.has_content or b"data:" in block
+        return 0
 
     def end(self) -> bytes:
         self.ended = not self.failure
@@ -6545,6 +6554,8 @@ def settle(config: Config, problems: Problems) -> Config:
     models = {alias: model for alias, model in config.models.items() if model is not None}
     for alias, model in models.items():
         check_provider(model.provider, config, f"models.{alias}.provider", problems.error)
+        if model.provider in providers:
+            check_wire(f"models.{alias}", model.wire, providers[model.provider], problems)
     for i, rule in enumerate(config.routing):
         check_provider(rule.provider, config, f"routing[{i}].provider", problems.warn)
         if [rule.prefix is not None, rule.match is not None, rule.default].count(True) != 1:
@@ -6610,10 +6621,17 @@ def settle_provider(
         problems.error(f"{path}.base_url", str(error))
     settled = dataclasses.replace(provider, name=name, kind=kind, base_url=base_url,
                                   deadlines=dataclasses.replace(timeouts, **provider.timeouts))
+    check_wire(path, provider.wire, settled, problems)
     if not settled.is_on:
         problems.warn(f"{path}.api_key", "is absent or empty: the provider is off, its models "
                                          "are not listed and answer 404")
     return settled
+
+
+def check_wire(path: str, wire: str | None, provider: Provider, problems: Problems) -> None:
+    if wire is not None and not isinstance(wire, Broken) and wire not in provider.paths:
+        problems.error(f"{path}.wire", f"is not spoken by provider {provider.name!r}" + (
+            ', unless it has "responses": true' if wire in RESPONSES else ""))
 
 
 def settle_base_url(url: str, version: str) -> str:
@@ -6693,21 +6711,25 @@ class App:
     endpoints: Tuple[re.Pattern[str], ...] | None = None  # None: all but what shows others' things
 
     def may_use(self, model: str) -> bool:
-        return (model in self.allowed or "*" in self.allowed
-                or any(glob.match(model) for glob in self.globs))
+        return (model in self.allowed or "*" in self.allowed or len(model) <= MAX_MODEL_CHARACTERS
+                and any(glob.match(model) for glob in self.globs))
 
     def check_may_use(self, model: str) -> None:
         if not self.may_use(model):
             raise GatewayError(
                 403, "This API key may not use the requested model.", "model", "model_not_allowed")
 
-    def check_may_call(self, path: str, is_shared: bool) -> None:
-        """`is_shared`: one key of the provider's shows what all apps left there."""
+    def check_may_call(self, paths: Iterable[str], is_shared: bool) -> None:
+        """By one of the path's spellings. `is_shared`: one key of the provider's shows what all
+        apps left there."""
         may_call = not is_shared if self.endpoints is None else any(
-            glob.match(path) for glob in self.endpoints)
+            glob.match(path) for glob in self.endpoints for path in paths)
         if not may_call:
             raise GatewayError(403, "This API key may not use this endpoint (allowed_endpoints).",
                                code="endpoint_not_allowed")
+
+
+MAX_MODEL_CHARACTERS = 512  # of a name that the config does not hold: patterns are tried on it
 
 
 def digest(key: str) -> bytes:
@@ -6843,15 +6865,18 @@ class Edits(NamedTuple):
         for path, value in self.set.items():
             put_path(body, path, copy.deepcopy(value))
 
-    def of_passed(self, body: Body, losses: Losses) -> Tuple[JSON, Set[str]]:
-        """The same for a passed body: top-level values to put in place, and keys to leave out."""
+    def of_passed(self, body: Body, values: JSON, losses: Losses) -> Tuple[JSON, Set[str]]:
+        """The same for a passed body that `values` go into: all top-level values to put in place,
+        and the keys to leave out."""
         paths = [*self.drop, *self.rename, *self.rename.values(), *self.set]
-        before = {key: value for key, value in body.tree().items()
+        before = {key: value for key, value in {**body.tree(), **values}.items()
                   if any(path.split(".")[0] == key for path in paths)}
         after = copy.deepcopy(before)
         self.apply(after, losses)
         changed = {key: value for key, value in after.items() if value != before.get(key)}
-        return changed, before.keys() - after.keys()
+        gone = before.keys() - after.keys()
+        kept = {key: value for key, value in values.items() if key not in gone}
+        return {**kept, **changed}, gone
 
 
 def take_path(body: JSON, path: str) -> Any:
@@ -6911,7 +6936,7 @@ class Router:
         if model in self._aliases:
             return self._aliases[model]
         name, _, rest = model.partition("/")
-        if model in self._off:
+        if model in self._off or len(model) > MAX_MODEL_CHARACTERS:
             name = ""
         elif not rest or name not in self._configured:
             fits = (rule.provider for rule in self._rules if rule.fits(model))
@@ -6922,7 +6947,9 @@ class Router:
             404, f"The model {clipped(model)!r} does not exist.", "model", "model_not_found")
 
     def route_to(self, provider: str) -> Route:
-        """For what names no model."""
+        """For what names no model. Raises 404 where the provider is off."""
+        if provider not in self._providers:
+            raise no_keeper()
         return self._route(provider, "", "")
 
     def find_keeper(self, path: str, endpoints: Mapping[str, str]) -> Tuple[Provider, str]:
@@ -6930,16 +6957,14 @@ class Router:
         _, first, *_ = path.split("/", 2)
         if first in self._providers:
             return self._providers[first], path[len(first) + 1:]
-        named = [name for prefix, name in endpoints.items()
-                 if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
-        have = named or [name for name, provider in self._providers.items()
-                         if path[len("/v1"):].startswith(provider.row.keeps)]
+        named = longest_prefix(path, endpoints)
+        have = [endpoints[named]] if named else [
+            name for name, provider in self._providers.items()
+            if path[len("/v1"):].startswith(provider.row.keeps)]
         have = have or [name for name, provider in self._providers.items()
                         if path.startswith("/v1/responses/") and provider.responses]
         if len(have) != 1 or have[0] not in self._providers:
-            raise GatewayError(404, "Which provider this path goes to is not configured: name it "
-                                    "under 'endpoints', or write /PROVIDER before the path.",
-                               code="not_found")
+            raise no_keeper()
         return self._providers[have[0]], path
 
     def is_provider(self, name: str) -> bool:
@@ -6951,6 +6976,18 @@ class Router:
     def aliases(self, app: App) -> List[Tuple[str, str]]:
         return [(name, route.provider.name) for name, route in self._aliases.items()
                 if app.may_use(name)]
+
+
+def no_keeper() -> GatewayError:
+    return GatewayError(404, "Which provider this path goes to is not configured: name it under "
+                             "'endpoints', or write /PROVIDER before the path.", code="not_found")
+
+
+def longest_prefix(path: str, prefixes: Iterable[str]) -> str:
+    """Of whole segments; "" where none fits."""
+    return max((prefix for prefix in prefixes
+                if path == prefix or path.startswith(prefix.rstrip("/") + "/")),
+               key=len, default="")
 
 
 def override_price(price: Price | None, alias: Alias) -> Price | None:
@@ -7329,6 +7366,8 @@ def parse_head(head: bytes, max_target: int, max_fields: int,
 
 def origin_form(target: str) -> str:
     found = ABSOLUTE_FORM.fullmatch(target)
+    if not found and target != "*":
+        raise GatewayError(400, "The request's target is malformed.")
     return "/" + found[1].lstrip("/") if found else target
 
 
@@ -8417,6 +8456,7 @@ BAD_KEY = re.compile(
     rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key (?:not valid|was reported)", re.IGNORECASE)
 MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+NAME = re.compile("[^/]{16,}?(?=:[A-Za-z]+$|/|$)")  # one that may be a virtual key
 JSON_TYPE = ("content-type", "application/json")
 NO_ENDPOINTS: Mapping[str, str] = {}
 
@@ -8604,6 +8644,7 @@ class Gateway:
         self._log_headers = [name.lower() for name in config.log_headers]
         self._defaults = {name: default_lines(provider, ())
                           for name, provider in config.providers.items()}
+        self._endpoints = {path.rstrip("/") or "/": name for path, name in config.endpoints.items()}
         self.events = Budget(config.limits.events)
         self._lines = {(provider.name, wire): provider_lines(
             provider, urllib.parse.urlsplit(provider.base_url).path + provider.paths[wire])
@@ -8612,7 +8653,7 @@ class Gateway:
     # ---- one exchange ----
 
     async def handle(self, exchange: Exchange, request: Request) -> Response:
-        exchange.method, exchange.path = request.head.method, request.head.path
+        exchange.method, exchange.path = request.head.method, self.masked(request.head.path)
         if self._log_headers:
             exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
                                        if name in request.headers]
@@ -8622,7 +8663,8 @@ class Gateway:
             if not methods and head.path.startswith(AZURE):
                 head = request.head = plain_head(head, exchange)
                 name, methods = find_route(head.path, head.method)
-            elif not methods and self.router.is_provider(head.path[1:].partition("/")[0]):
+            elif not methods and (self.router.is_provider(head.path[1:].partition("/")[0])
+                                  or longest_prefix(head.path, self._endpoints)):
                 methods = ANY_METHOD
             exchange.dialect = DIALECTS[name] if name else asked_in(request.headers, head.query)
             handler = find_handler(head, methods)
@@ -8703,9 +8745,21 @@ class Gateway:
         else:
             model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
         app.check_may_use(model)  # 403
-        exchange.route = self.router.resolve(model)  # 404
+        exchange.route = self.resolve(model)  # 404
         exchange.model = model
         return app, body, exchange.route
+
+    def resolve(self, model: str) -> Route:
+        try:
+            return self.router.resolve(model)
+        except GatewayError:  # whose words quote the name
+            return self.router.resolve(self.masked(model))
+
+    def masked(self, path: str) -> str:
+        """Without the virtual keys that stand where a name should: they are for no log."""
+        if path in ROUTES:
+            return path
+        return NAME.sub(lambda name: "***" if self.keyring.knows(name[0]) else name[0], path)
 
     async def pass_through(self, exchange: Exchange, request: Request, route: Route,
                            body: Body | Form, path: str, is_strict: bool = False) -> Response:
@@ -8727,12 +8781,16 @@ class Gateway:
         if answer.status != 200:
             return await self.pass_error(exchange, route, answer)
         fields = [*answer_fields(answer), *exchange.lost_fields]
+        kind = answer.headers.get("content-type", "json")
+        if not is_known:  # what was asked for by `stream` is not always what comes
+            exchange.is_stream = kind.lower().startswith("text/event-stream")
+            answer.connection.expect("idle", self.clock(), route.deadlines.idle, renews=True)
         if exchange.is_stream:
             watch = (dialect.watch(hides_usage, route.provider.done) if is_known
                      else LooseWatch(dialect, False, False))
             stream = PassedStream(self, exchange, route, answer, watch)
             return await self.open_stream(exchange, stream, fields)
-        if not is_dialect and "json" not in answer.headers.get("content-type", "json"):
+        if not is_dialect and "json" not in kind:
             return Response(200, fields, stream=HandedOn(self, exchange, answer))
         raw = await self.read_answer(exchange, answer)
         reply = parse_answer(raw)
@@ -8803,7 +8861,7 @@ class Gateway:
         app = self.keyring.authenticate(
             request.headers, self.log.wall_clock(), request.head.query)
         exchange.app = app.name
-        app.check_may_call(request.head.path, exchange.is_shared)
+        app.check_may_call((request.head.path, exchange.path), exchange.is_shared)
         return app
 
     def settle_losses(self, exchange: Exchange, request: Request, route: Route, losses: Losses,
@@ -8826,7 +8884,7 @@ class Gateway:
             return lines, dropped
         if exchange.is_stream:
             lines, _ = self._lines.get((route.provider.name, f"{path} stream"), (lines, dropped))
-        return lines.replace("{model}", quoted(route.model), 1), dropped
+        return lines.replace("{model}", quoted(f"/{route.model}")[1:], 1), dropped
 
     def render_passed(self, exchange: Exchange, request: Request, route: Route,
                       body: Body | Form, path: str, values: JSON, losses: Losses) -> List[bytes]:
@@ -8837,7 +8895,8 @@ class Gateway:
             values = {**values, **exchange.dialect.values_for_model(body, route.model)}
         gone: Set[str] = set()
         most = route.target.max_output_tokens
-        if most is not None and isinstance(body, Body) and path == exchange.dialect.name:
+        is_known = path == exchange.dialect.name or path in CHAT_STREAMS
+        if most is not None and is_known and isinstance(body, Body):
             lowered = exchange.dialect.values_for_ceiling(body, most)
             values = {**values, **lowered}
             if lowered:
@@ -8846,8 +8905,7 @@ class Gateway:
             lines = lines.replace("content-type: application/json\r\n", "")
             dropped -= {"content-type"}
         elif any(route.edits):
-            changed, gone = route.edits.of_passed(body, losses)
-            values = {**values, **changed}
+            values, gone = route.edits.of_passed(body, values, losses)
         content = body.with_values(values, gone)
         query = head.query and passing_query(head.query)
         if query:
@@ -8959,7 +9017,7 @@ class Gateway:
 
     async def forward(self, exchange: Exchange, request: Request) -> Response:
         """An endpoint that no dialect is read for: bytes pass to where the body's model lives."""
-        _, body, route = await self.admit(exchange, request, self.config.endpoints)
+        _, body, route = await self.admit(exchange, request, self._endpoints)
         path = endpoint_of(request.head.path)
         if path in route.provider.paths:
             return await self.pass_through(exchange, request, route, body, path)
@@ -8984,7 +9042,7 @@ class Gateway:
         head = request.head
         if head.method == "POST" and re.fullmatch("/v1/responses/[^/]*", head.path):
             raise GatewayError(404, "There is no such endpoint.", code="not_found")  # with a model
-        provider, path = self.router.find_keeper(head.path, self.config.endpoints)
+        provider, path = self.router.find_keeper(head.path, self._endpoints)
         exchange.route = route = self.router.route_to(provider.name)
         query = without_parts(head.query, "key")
         method = "GET" if head.method == "HEAD" else head.method
@@ -9096,10 +9154,8 @@ class Gateway:
         asked = request.head.path.partition("/models/")[2]
         if not asked:
             raise GatewayError(404, "There is no such endpoint.", code="not_found")
-        if self.keyring.knows(asked):  # which is for no log
-            exchange.path, asked = "/v1/models/***", "***"
         app.check_may_use(asked)
-        owner = self.router.resolve(asked).provider.name
+        owner = self.resolve(asked).provider.name
         return Response(200, [JSON_TYPE], dump_json(exchange.dialect.render_model(asked, owner)))
 
     async def health(self, exchange: Exchange, request: Request) -> Response:
@@ -9189,8 +9245,8 @@ class ProviderStream(Stream, Generic[Tally]):
             gateway.pool.release(self.answer)
         else:
             gateway.pool.drop(self.answer.connection)
-        exchange.usage, exchange.usage_from = tally.usage, "reported"
-        if not (is_whole and tally.usage):
+        exchange.usage, exchange.usage_from = tally.usage, "reported" if tally.usage else "none"
+        if tally.is_generation and not (is_whole and tally.usage):
             gateway.estimate(exchange, tally.content_bytes)
 
 
@@ -9736,7 +9792,7 @@ class Client(Wire):
     def _end_waiting(self) -> None:
         self.deadline = FOREVER
         if self.phase == "keep_alive" or self.phase == "head" and not self.buffer.strip(b"\r\n"):
-            self.transport.abort()
+            self.transport.close()  # behind what is still to be sent
         else:
             self.fail(GatewayError(408, f"The request's {self.phase} did not arrive in time."))
 
@@ -9998,10 +10054,10 @@ class Server:
                      and not (head.is_http10 and (response.stream or client.is_committed)))
             client.lingers = not (request.is_read or stays)
             await self.write_response(client, head, response, stays)
-        except (ConnectionError, ClientLeft, asyncio.CancelledError):
-            has_left = client.has_left or not self.is_draining
-            exchange.status = 499 if has_left else 503
-            exchange.error = "The client left." if has_left else "limits.grace was over."
+        except (ConnectionError, ClientLeft, asyncio.CancelledError) as error:
+            is_cut = isinstance(error, asyncio.CancelledError) and not client.has_left
+            exchange.status = 503 if is_cut else 499
+            exchange.error = "limits.grace was over." if is_cut else "The client left."
             raise
         finally:
             request.give_back()
@@ -10148,7 +10204,7 @@ class Server:
         self.outbox.flush()
         for client in self._clients:
             if client.phase == "keep_alive" and client.fed == client.consumed:
-                client.transport.abort()
+                client.transport.close()  # behind what is still to be sent
         tasks = {client.task for client in self._clients if client.task is not None}
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.limits.grace)
