@@ -1177,6 +1177,8 @@ def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
     try:
         packed = DECODER.decode(base64.urlsafe_b64decode(signature[len(ENVELOPE):]).decode())
         issuer, proof, text, thinking.before, closed, *family = map(str, packed)
+        if not issuer:
+            raise ValueError
         thinking.issuer, thinking.signature, thinking.family = issuer, proof, "".join(family)
         thinking.is_redacted, thinking.text = closed != "", text or thinking.text
     except (ValueError, TypeError, RecursionError):
@@ -1567,6 +1569,8 @@ class Parser:
 
     def finished(self, finish: str, refusal: str = "", tier: str = "") -> Events:
         """The last events. Arguments that are no JSON are an error, unless they were cut off."""
+        if not self._has_begun:
+            raise bad_answer("The provider's answer says nothing.")
         events = self.close()
         if self._broken and finish != "length":
             raise self._broken
@@ -1842,6 +1846,7 @@ class RequestWriter:
         told = [id_ for turn in chat.turns for id_ in call_ids(turn)]
         self.rewrites.call_ids = set(told)
         self.repeats_ids = len(self.rewrites.call_ids) < len(told)
+        self.tools = {tool.name: tool for tool in reversed(chat.tools)}
         self.choice = chat.choice or ToolChoice("auto")
         if self.choice.allowed == [] and self.choice.mode == "auto":
             self.choice = ToolChoice("none")
@@ -1854,8 +1859,7 @@ class RequestWriter:
         if self.legal_name.fullmatch(name):
             return name
         legal = f"_{name}"
-        if not self.legal_name.fullmatch(legal) or any(
-                tool.name == legal for tool in self.chat.tools):
+        if not self.legal_name.fullmatch(legal) or legal in self.tools:
             legal = f"{re.sub('[^A-Za-z0-9_]', '_', name)[:54]}_{hashed(name, 8)}"
         legal = legal if self.legal_name.fullmatch(legal) else f"_{legal}"
         self.rewrites.names[legal] = name
@@ -1904,7 +1908,7 @@ class RequestWriter:
 
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
-        names, allowed = {tool.name for tool in chat.tools}, set(choice.allowed or [])
+        names, allowed = set(self.tools), set(choice.allowed or [])
         if self.chat.web_search is not None and self.has_search:
             names.add(WEB_SEARCH)
         for name in [choice.name] * (choice.mode == "tool") + (choice.allowed or []):
@@ -2326,7 +2330,7 @@ def parse_chat_assistant(message: Fields, content: List[Block], losses: Losses) 
     blocks: List[Block] = [parse_thinking(block) for block in message.children("thinking_blocks")]
     if message.get("reasoning_content") and not blocks:
         losses.hint("reasoning_content")
-    message.hint(losses, ["annotations"])
+    message.hint(losses, ["annotations", "reasoning", "reasoning_details"])
     refusal = message.get("refusal")
     blocks += content + ([Text(text=refusal, is_refusal=True)] if refusal else [])
     blocks += map(parse_chat_call, message.children("tool_calls"))
@@ -2544,8 +2548,7 @@ class ChatRequest(RequestWriter):
 
     def _choice(self) -> Any:
         def named(name: str) -> JSON:
-            is_custom = any(tool.is_custom for tool in self.chat.tools if tool.name == name)
-            kind = TOOL_KINDS[is_custom and self.caps.custom_tools]
+            kind = TOOL_KINDS[self.tools[name].is_custom and self.caps.custom_tools]
             return {"type": kind, kind: {"name": self.tool_name(name)}}
 
         choice = self.choice
@@ -2643,11 +2646,15 @@ def parse_openai_usage(wire: object, names: Tuple[str, str, str, str]) -> Usage 
         return None
     asked, said, asked_details, said_details = names
     read, written = part_of(wire, asked_details), part_of(wire, said_details)
-    total = wire.get("total_tokens") if said not in wire else None  # all that some tell
-    return Usage(count(wire.get(asked, wire.get("input_tokens", total))),
-                 count(wire.get(said, wire.get("output_tokens"))),
-                 count(read.get("cached_tokens")), count(read.get("cache_write_tokens")),
-                 0, count(written.get("reasoning_tokens")))
+    total = wire.get("total_tokens")
+    alone = None if said in wire else total  # some tell no more
+    prompt = count(wire.get(asked, wire.get("input_tokens", alone)))
+    output = count(wire.get(said, wire.get("output_tokens")))
+    reasoning = count(written.get("reasoning_tokens"))
+    if reasoning and prompt + output + reasoning == total:  # some leave the thoughts out of it
+        output += reasoning
+    return Usage(prompt, output, count(read.get("cached_tokens")),
+                 count(read.get("cache_write_tokens")), 0, reasoning)
 
 
 def render_openai_usage(usage: Usage, names: Tuple[str, str, str, str]) -> JSON:
@@ -3510,15 +3517,28 @@ class MessagesRequest(RequestWriter):
         holds."""
         system: List[JSON] = []
         messages: List[JSON] = []
+        later: List[JSON] = []  # of the system: it has to stand between a user's turn and an answer
         turns = self.turns()
         for turn in with_own_ids(turns, self.rewrites.call_ids) if self.repeats_ids else turns:
             content = self.blocks(thoughts_first(turn))
             if turn.role == "system" and not (messages and self.caps.mid_system):
                 system += content
-            elif content:
-                messages.append({"role": turn.role, "content": content})
+            elif turn.role == "system":
+                later += content
+            elif turn.role == "user" or self._answers(content):
+                if later and turn.role == "assistant" and messages[-1]["role"] == "user":
+                    messages.append({"role": "system", "content": later})
+                    later = []
+                if messages and messages[-1]["role"] == turn.role:
+                    messages[-1]["content"] += content
+                else:
+                    messages.append({"role": turn.role, "content": content})
+        if later:
+            is_behind = messages[-1]["role"] == "user"
+            messages.append({"role": "system" if is_behind else "user", "content": later})
         if messages and messages[-1]["role"] == "assistant":
             messages[-1]["content"] = trim_prefill(messages[-1]["content"])
+            self._answers(messages[-1]["content"])
         messages = [{**message, "content": plain_content(message["content"])}
                     for message in messages if message["content"]]
         if not messages:
@@ -3528,6 +3548,13 @@ class MessagesRequest(RequestWriter):
         if system:
             self.wire["system"] = plain_content(system)
         self.wire["messages"] = messages
+
+    def _answers(self, content: List[JSON]) -> bool:
+        """Whether something is left of an answer that must not end in a thought."""
+        while content and content[-1]["type"] in ("thinking", "redacted_thinking"):
+            content.pop()
+            self.losses.hint("thinking")
+        return bool(content)
 
     def _add_tools(self) -> None:
         tools = list(map(self._tool, self.offered_tools()))
@@ -3648,11 +3675,10 @@ class MessagesRequest(RequestWriter):
     def _lacks_thinking(self) -> bool:
         """An open tool loop that lost its thinking on the way is refused while thinking is on, and
         accepted without."""
-        blocks = next(
-            (turn.blocks for turn in reversed(self.chat.turns) if turn.role == "assistant"), [])
-        return bool(blocks_of(blocks, ToolCall)) and not any(
-            block.issuer == self.issuer and block.signature and self._is_of_family(block)
-            for block in blocks_of(blocks, Thinking))
+        last = next((message["content"] for message in reversed(self.wire["messages"])
+                     if message["role"] == "assistant"), "")
+        kinds = {block["type"] for block in last} if isinstance(last, list) else set()
+        return "tool_use" in kinds and kinds.isdisjoint(("thinking", "redacted_thinking"))
 
     def _add_sampling(self) -> None:
         """Newer models take none of it, and none of them any while thinking."""
@@ -4452,10 +4478,9 @@ class ResponsesRequest(RequestWriter):
             self.wire["parallel_tool_calls"] = bool(chat.parallel) and not chat.legacy_functions
 
     def _named(self, name: str) -> JSON:
-        own = [tool for tool in self.chat.tools if tool.name == name]
-        if not own:
-            return {"type": name}
-        return {"type": TOOL_KINDS[own[0].is_custom], "name": self.tool_name(name)}
+        tool = self.tools.get(name)
+        return {"type": name} if tool is None else {
+            "type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(name)}
 
     def _tool(self, tool: Tool) -> JSON:
         wire = {"type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(tool.name),
@@ -4495,6 +4520,7 @@ class ResponsesParser(Parser):
         super().__init__(dialect, rewrites)
         self._has_refused = False
         self._is_told = False  # whether the item came in pieces
+        self._place: Tuple[object, object] = (None, None)  # of the last one, in a thought
         self._text_block = -1
 
     text_events = TextEvents(
@@ -4508,7 +4534,7 @@ class ResponsesParser(Parser):
     def read_wire(self, wire: JSON) -> Events:
         kind = text_of(wire, "type")
         if kind in RESPONSES_DELTAS and self._open is not None:
-            return self._tell(text_of(wire, "delta"))
+            return self._tell(self._seam(wire) + text_of(wire, "delta"))
         if kind in RESPONSES_WHOLES and self._open is not None and not self._is_told:
             return self._tell(text_of(wire, RESPONSES_WHOLES[kind]))
         read = self.events.get(kind)
@@ -4516,6 +4542,13 @@ class ResponsesParser(Parser):
 
     def note_run(self, run: TextRun, events: bytes) -> None:
         self._is_told = True
+
+    def _seam(self, wire: JSON) -> str:
+        """Between the parts of a thought."""
+        place, before = (wire.get("summary_index"), wire.get("content_index")), self._place
+        self._place = place
+        is_next = isinstance(self._open, Thinking) and self._is_told and place != before
+        return "\n\n" if is_next else ""
 
     def _tell(self, text: str) -> Events:
         self._is_told = self._is_told or bool(text)
@@ -4544,9 +4577,6 @@ class ResponsesParser(Parser):
         self._text_block = self._block_count - 1
         return events
 
-    def summary_added(self, wire: JSON) -> Events:
-        return self._tell("\n\n") if self._open is not None and wire.get("summary_index") else []
-
     def annotation_added(self, wire: JSON) -> Events:
         about = part_of(wire, "annotation")
         if about.get("type") != "url_citation":  # of a file in the provider's store
@@ -4559,6 +4589,8 @@ class ResponsesParser(Parser):
         """It repeats the item; where only its end is told, it tells all."""
         item, events = part_of(wire, "item"), []  # type: JSON, Events
         kind = text_of(item, "type")
+        if item.get("phase"):
+            self.rewrites.lost.add("phase")
         if kind != "message" and self._open is None:
             events += self.item_added(wire)
         is_told = self._is_told
@@ -4604,7 +4636,6 @@ class ResponsesParser(Parser):
         "response.created": lambda self, wire: self.start(part_of(wire, "response")),
         "response.output_item.added": item_added,
         "response.content_part.added": part_added, "response.output_item.done": item_done,
-        "response.reasoning_summary_part.added": summary_added,
         "response.output_text.annotation.added": annotation_added, "error": fail,
         "response.completed": finish, "response.incomplete": finish, "response.failed": finish}
 
@@ -5116,19 +5147,24 @@ class GeminiContents:
 def in_order(blocks: List[Block]) -> List[Block]:
     """A thought that was hidden comes back behind the text that it led to."""
     placed: List[Block] = []
+    texts: List[Block] = []  # the last ones
     for block, after in zip(blocks, [*blocks[1:], Thinking()]):
-        at = len(placed)
         is_late = isinstance(block, Thinking) and block.issuer != "gemini" and (
             isinstance(after, Thinking))
-        while is_late and at and isinstance(placed[at - 1], Text):
-            at -= 1
-        placed.insert(at, block)
-    return placed
+        if isinstance(block, Text):
+            texts.append(block)
+        elif is_late:
+            placed.append(block)
+        else:
+            placed += [*texts, block]
+            texts = []
+    return placed + texts
 
 
+GEMINI_MARKS = frozenset(["thoughtSignature", "thought", "partMetadata"])  # beside a part's data
 # What was run at the provider, and what may stand beside it.
-GEMINI_TRACES = frozenset(["executableCode", "codeExecutionResult", "toolCall", "toolResponse",
-                           "thoughtSignature", "thought", "partMetadata"])
+GEMINI_TRACES = GEMINI_MARKS | {
+    "executableCode", "codeExecutionResult", "toolCall", "toolResponse"}
 
 
 def signed_thinking(text: str, signature: str) -> List[Block]:
@@ -5239,13 +5275,14 @@ def parse_gemini_choice(config: Fields, chat: Chat, losses: Losses) -> ToolChoic
     about = config.child("functionCallingConfig")
     about.refuse("streamFunctionCallArguments")
     mode, names = (about.get("mode") or "AUTO").upper(), about.strings("allowedFunctionNames")
+    known = set(names)
     if mode not in GEMINI_MODES:
         raise about.wrong("mode", f"must be one of: {', '.join(GEMINI_MODES)}")
     if mode == "ANY" and len(names) == 1:
         return ToolChoice("tool", names[0])
     if mode == "ANY":
         return ToolChoice("required", allowed=names or None)
-    chat.tools = [tool for tool in chat.tools if not names or tool.name in names]
+    chat.tools = [tool for tool in chat.tools if not names or tool.name in known]
     return ToolChoice(GEMINI_MODES[mode])
 
 
@@ -5647,7 +5684,8 @@ class GeminiParser(Parser):
             return self._read_call(call, signature)
         kind, events = (Thinking if part.get("thought") is True else Text), []  # type: Any, Events
         self._has_said = self._has_said or bool(text) and kind is Text
-        if not signature and "text" not in part:
+        is_text = "text" in part or part.keys() <= GEMINI_MARKS
+        if not is_text:
             self.rewrites.lost.add("parts")  # a picture, code that was run
         if text:
             if type(self._open) is not kind:
@@ -5656,7 +5694,7 @@ class GeminiParser(Parser):
                     self._text_block, self._text = self._block_count - 1, []
             events += self.say(text)
             self._text += [text] if kind is Text else []
-        if signature and "text" in part:
+        if signature and is_text:
             if not isinstance(self._open, Thinking):
                 events += self.open(Thinking())
             events += [SignatureDelta(signature, "gemini"), *self.close()]
@@ -5673,13 +5711,14 @@ class GeminiParser(Parser):
         return events + self.close()
 
     def finish(self) -> Events:
+        self.settle()
         finish = "filter" if self._finish in GEMINI_FILTERED else "length" if self._finish in (
             "MAX_TOKENS", "CONTINUATION") else "tool_calls" if self._calls else "stop"
         if self._finish in GEMINI_BROKEN and not self._has_said:
             raise bad_answer(f"The provider gave no answer: {self._finish}.")
         if not self._finish and not self._block_count:
             raise bad_answer("The provider's answer has no candidates.")
-        return self._begun(self.finished(finish))
+        return self._begun([]) + self.finished(finish)
 
 
 def gemini_logprobs(result: JSON) -> List[JSON]:

@@ -609,6 +609,8 @@ def test_labels_are_of_the_closed_list() -> None:
     ({"prompt_tokens": 9, "prompt_tokens_details": None, "completion_tokens_details": {}},
      Usage(9)),
     ({"prompt_tokens": "9", "completion_tokens": -4}, Usage()),
+    ({"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 20,
+      "completion_tokens_details": {"reasoning_tokens": 7}}, Usage(9, 11, reasoning=7)),
     ({"prompt_tokens": 9, "prompt_tokens_details": "x", "completion_tokens_details": [1]},
      Usage(9)),
     ({}, Usage()), (None, None), ([], None), ("x", None),
@@ -2166,7 +2168,8 @@ class Making:
             yield Turn("user", [*results, *more])
             if self.dialect != "gemini" and self.chance(0.1):
                 yield Turn("system", [Text(text=self.text())])
-                yield Turn("user", [Text(text=self.text())])
+                if not self.is_messages:  # where an answer has to follow
+                    yield Turn("user", [Text(text=self.text())])
 
     def result(self, call: ToolCall) -> Block:
         most = 2 if self.is_messages else 1
@@ -2496,7 +2499,10 @@ THOUGHTS = [{"type": "thinking", "thinking": "Hm", "signature": "sig"},
             {"type": "redacted_thinking", "data": "red"}]
 ADAPTIVE = {"type": "adaptive", "display": "summarized"}
 RULE = "Answer with one JSON object and nothing else."
-LATE = [user("a"), {"role": "system", "content": "S"}, user("b")]
+LATER = {"role": "system", "content": "S"}
+LATE = [user("a"), LATER, user("b")]
+SPOKE = {"role": "assistant", "content": "c"}
+THOUGHT_C = {"type": "thinking", "thinking": "t", "signature": "s"}
 OPEN = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 1}}}
 UNSET = None  # what must not be in the wire body
 
@@ -2693,9 +2699,22 @@ CASES: list[tuple[str, JSON, Any, str]] = [
         user("Hi")]}, {"system": [text("A"), text("B")], "messages": [user("Hi")]}, ""),
     ("2.2 system later, older", {"messages": LATE},
      {"system": "S", "messages": [user([text("a"), text("b")])]}, ""),
-    ("2.2 system later, 4.8+", {"model": NOW, "messages": LATE}, {
-        "system": UNSET, "messages": [user("a"), {"role": "system", "content": "S"}, user("b")]},
-     ""),
+    *[(f"2.2 system later, 4.8+, {where}", {"model": NOW, "messages": [
+        {"system": {"role": "system", "content": "S"}, "assistant": SPOKE}.get(role, user(role))
+        for role in where.split()]}, {"system": UNSET, "messages": expected}, "")
+      for where, expected in [
+          ("a system", [user("a"), LATER]), ("a system b", [user([text("a"), text("b")]), LATER]),
+          ("a system assistant b", [user("a"), LATER, SPOKE, user("b")]),
+          ("a assistant system b", [user("a"), SPOKE, user("b"), LATER]),
+          ("a assistant system b system assistant d", [
+              user("a"), SPOKE, user("b"), {**LATER, "content": [text("S"), text("S")]},
+              SPOKE, user("d")]),
+          ("a assistant system", [user("a"), SPOKE, user("S")])]],
+    ("2.2 no answer ends in a thought", {"messages": [
+        user("a"), {"role": "assistant", "thinking_blocks": [THOUGHT_C]}, user("b"),
+        {**SPOKE, "thinking_blocks": [THOUGHT_C]}, user("d")]}, {"messages": [
+            user([text("a"), text("b")]), {**SPOKE, "content": [THOUGHT_C, text("c")]},
+            user("d")]}, "(thinking)"),
     ("2.2 system between calls and results", {"model": NOW, **loop(
         asked(call("c")), {"role": "system", "content": "S"}, answer("c"))},
      {"messages": [user("Hi"), {"role": "assistant", "content": [use("c")]}, user([result("c")]),
@@ -3737,7 +3756,7 @@ RESPONSES_TO_MESSAGES: list[Row] = [
      {"messages": [user([document({"type": "url", "url": "https://a/b"})])]}, ""),
     ("1.9 audio", listed(user([AUDIO])), "input_audio", ""),
     ("2.2 system later", {"model": NOW, **listed(user("a"), spoken("developer", "S"), user("b"))},
-     {"messages": [user("a"), spoken("system", "S"), user("b")]}, ""),
+     {"messages": [user([text("a"), text("b")]), spoken("system", "S")]}, ""),
 ]
 
 RESPONSES_TO_GEMINI: list[Row] = [
@@ -5130,8 +5149,10 @@ OF_A_FILE = {"type": "file_citation", "file_id": "f", "filename": "a.pdf", "inde
     ("chat", completion(content="abc", annotations=[OF_A_FILE]), "annotations"),
     ("responses", responded(spoke("abc", OF_A_FILE)), "annotations"),
     ("messages", message({**text("abc"), "citations": [{"type": "page_location"}]}), "citations"),
-    ("gemini", generated("abc", {"inlineData": {"mimeType": "image/png", "data": "eA=="}}),
-     "parts"),
+    *[("gemini", generated("abc", {
+        "inlineData": {"mimeType": "image/png", "data": "eA=="}, **signed}), "parts")
+      for signed in ({}, {"thoughtSignature": "c2ln"})],
+    ("responses", responded({**spoke("abc"), "phase": "commentary"}), "phase"),
 ])
 def test_what_no_other_dialect_can_say_of_an_answer_is_named(
         upstream: str, whole: JSON, lost: str) -> None:
@@ -5687,6 +5708,65 @@ def test_what_waits_for_its_turn_is_bounded(
         for block in [*opened, *[piece] * 17]:
             list(parser.feed(block))
     assert caught.value.status == 502
+
+
+@pytest.mark.parametrize("name, said", [
+    ("chat", b"data: [DONE]\n\n"), ("messages", wire_events([{"type": "message_stop"}])),
+    ("responses", wire_events([{"type": "response.completed", "response": {}}]))])
+def test_a_stream_that_says_nothing_is_none(name: str, said: bytes) -> None:
+    with pytest.raises(GatewayError, match="says nothing") as caught:
+        chat_parsed(name, [said])
+    assert caught.value.status == 502
+
+
+def test_a_bare_signature_of_geminis_is_kept() -> None:
+    events = chat_parsed("gemini", [gateway.sse(gateway.dump_json(
+        generated("abc", {"thoughtSignature": "c2ln"})))])
+    assert [event.signature for event in events if isinstance(event, SignatureDelta)] == ["c2ln"]
+
+
+def test_geminis_usage_need_not_be_in_its_last_chunk() -> None:
+    used = {"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 5}}
+    said_ = {"candidates": [{"content": {"parts": [{"text": "a"}], "role": "model"}, "index": 0}]}
+    pieces = [gateway.sse(gateway.dump_json(chunk)) for chunk in (
+        said_, *[{**said_, **used}] * 4, {"candidates": [{"finishReason": "STOP"}]})]
+    assert chat_parsed("gemini", [b"".join(pieces)])[-1].usage == Usage(10, 5)
+
+
+@pytest.mark.parametrize("kind, place", [
+    ("reasoning_summary_text", "summary_index"), ("reasoning_text", "content_index")])
+def test_the_parts_of_a_thought_are_kept_apart(kind: str, place: str) -> None:
+    key = {"summary_index": "summary", "content_index": "content"}[place]
+    item = typed("reasoning", id="rs_1", **{key: [
+        typed(kind.removeprefix("reasoning_"), text="a"),
+        typed(kind.removeprefix("reasoning_"), text="b")]})
+    parts = [{"type": "response.reasoning_summary_part.added", "output_index": 0, place: i}
+             for i in range(2)]
+    deltas = [moved(f"{kind}.delta", 0, **{place: i}, delta=each) for i, each in enumerate("ab")]
+    for told in ([*parts, *deltas], [parts[0], deltas[0], parts[1], deltas[1]], parts, []):
+        events = chat_parsed("responses", [wire_events([
+            BEGUN, added(0, {**item, key: []}), *told, done(0, item),
+            {"type": "response.completed", "response": {"output": [item]}}])])
+        assert gateway.collect(events).blocks[0].text == "a\n\nb", told
+
+
+def test_an_envelope_of_nobodys_is_a_broken_one() -> None:
+    forged = "gw1.WyIiLCJzIiwidCIsIiIsIiJd"  # ["","s","t","",""]
+    body = {"model": "m", "max_tokens": 9, "messages": [user("a"), spoken("assistant", [
+        {"type": "thinking", "thinking": "t", "signature": forged}, text("b")]), user("c")]}
+    for name in TRANSLATED:
+        chat = gateway.DIALECTS["messages"].parse_request(body, Losses())
+        wire, _ = gateway.DIALECTS[name].render_request(chat, Target("m", CAPS_OF[name]), Losses())
+        assert forged not in json.dumps(wire)
+
+
+def test_thoughts_that_come_late_stand_before_the_texts_before_them() -> None:
+    a, b, late, own = Text(text="a"), Text(text="b"), Thinking("x", "s", "anthropic"), Thinking(
+        "y", "s", "gemini")
+    call = ToolCall(id="c", name="f")
+    assert gateway.in_order([a, b, late, late]) == [late, late, a, b]
+    assert gateway.in_order([a, call, b, late, own, a]) == [a, call, late, b, own, a]
+    assert gateway.in_order([a, late, b]) == [a, late, b]
 
 
 @pytest.mark.parametrize("finish", sorted(gateway.GEMINI_BROKEN))

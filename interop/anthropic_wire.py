@@ -144,6 +144,13 @@ def _turns(messages: list[JSON], model: Claude) -> Iterator[str]:
         yield f"messages: roles must alternate: {roles}"
     if "system" in roles and not model.system_turns:
         yield "messages: role system is not supported by this model"
+    around = ["", *roles, "assistant"]
+    for at, role in enumerate(roles):
+        if role == "system" and (around[at], around[at + 2]) != ("user", "assistant"):
+            yield f"role 'system' must precede an 'assistant' message or end the array: {roles}"
+    if any(blocks(message["content"])[-1]["type"] in ("thinking", "redacted_thinking")
+           for message in messages if message["role"] == "assistant"):  # fmt: skip
+        yield "The final block in an assistant message cannot be `thinking`."
     if roles[-1:] == ["assistant"] and not model.prefill:
         yield "This model does not support assistant message prefill."
     owed: list[str] = []
