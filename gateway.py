@@ -663,6 +663,8 @@ class Caps:
     default_effort: str = "none"
     chat_tools: str = "yes"  # tools in Chat Completions; "idle": while effort is none
     max_stops: int = 4
+    short_ids: bool = False  # of calls: nine letters and digits
+    needs_thoughts: bool = False  # of its own, with the calls that followed them
 
 
 class Target(NamedTuple):
@@ -2438,6 +2440,9 @@ def parse_format(holder: Fields, key: str) -> Format | None:
 # ---- to the wire ----
 
 
+SHORT_ID = re.compile("[A-Za-z0-9]{9}")
+
+
 class ChatRequest(RequestWriter):
     """What OpenAI's own servers refuse is left out for all that speak like them."""
 
@@ -2466,6 +2471,15 @@ class ChatRequest(RequestWriter):
             wire.update(stream=True, stream_options={"include_usage": True})
         return wire
 
+    def call_id(self, id_: str) -> str:
+        is_legal = not self.caps.short_ids or SHORT_ID.fullmatch(id_)
+        return super().call_id(id_) if is_legal else hashed(id_, 9)
+
+    def _has_words_for(self, block: Block) -> bool:
+        """Thoughts that nobody signed are those of a model that is asked here."""
+        is_own = self.caps.needs_thoughts and isinstance(block, Thinking) and not block.issuer
+        return is_own or super()._has_words_for(block)
+
     def _messages(self, turn: Turn) -> Iterator[JSON]:
         """Pictures and files of results follow in a message of the user's."""
         for text in blocks_of(turn.blocks, Text):
@@ -2482,15 +2496,19 @@ class ChatRequest(RequestWriter):
             yield {"role": "tool", "tool_call_id": self.call_id(block.id),  # which has no flag
                    "content": f"Error: {said}" if block.is_error else said}
         parts = self._parts(block for block in turn.blocks if not isinstance(
-            block, (ToolResult, ToolCall)))
+            block, (ToolResult, ToolCall, Thinking)))
         calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
         if turn.role == "system" or parts and turn.role == "assistant" and not any(
                 part["type"] == "refusal" for part in parts):  # some servers take no list here
             seam = "\n\n" if turn.role == "system" else ""
             parts = [{"type": "text", "text": seam.join(part["text"] for part in parts)}]
         if pictures or parts or calls:
-            yield {"role": turn.role, "content": plain_content([*pictures, *parts]) or None,
-                   **without_none(tool_calls=calls)}
+            message = {"role": turn.role, "content": plain_content([*pictures, *parts]) or None,
+                       **without_none(tool_calls=calls)}
+            if self.caps.needs_thoughts and turn.role == "assistant":
+                message["reasoning_content"] = in_paragraphs(
+                    *(thought.text for thought in blocks_of(turn.blocks, Thinking)))
+            yield message
 
     def _parts(self, blocks: Iterable[Block]) -> List[JSON]:
         parts = [self.kinds[type(block)](self, block) for block in blocks]
@@ -2711,6 +2729,10 @@ class KnownCall(NamedTuple):
     call: ToolCall
 
 
+BESIDE_CHOICES = ("citations", "search_results")
+BESIDE_CONTENT = ("images", "audio", "reasoning_details")
+
+
 class ChatParser(Parser):
     """One block is open at a time: a call stays open to the end, since more of it may come,
     and what is said beside it waits."""
@@ -2750,6 +2772,7 @@ class ChatParser(Parser):
         self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
         events = self.start(wire)
+        self.rewrites.lost.update(key for key in BESIDE_CHOICES if wire.get(key))
         for choice in list_of_objects(wire, "choices")[:1]:
             delta = part_of(choice, part)
             if part == "message":  # each is a call of its own
@@ -2787,7 +2810,7 @@ class ChatParser(Parser):
         for call in calls:
             events += self._read_call(call)
         self._has_refused = self._has_refused or bool(delta.get("refusal"))
-        self.rewrites.lost.update(key for key in ("images", "audio") if delta.get(key))
+        self.rewrites.lost.update(key for key in BESIDE_CONTENT if delta.get(key))
         return events
 
     def _read_call(self, call: JSON) -> Events:
@@ -3289,13 +3312,18 @@ def parse_trace(block: Fields) -> Block:
         key: value for key, value in block.wire.items() if key != "cache_control"})
 
 
+def parse_compaction(block: Fields) -> Block:
+    """All that was said before it, in the provider's words; it failed where there are none."""
+    block.skip(*block.wire)
+    return Text(text=block.get("content") or "")
+
+
 def parse_text_block(block: Fields) -> Block:
     block.skip("citations")  # of an answer that comes back
     return Text(text=block.need("text"))
 
 
-def parse_source(block: Fields, kinds: Iterable[str]) -> JSON:
-    source = block.child("source")
+def parse_source(source: Fields, kinds: Iterable[str]) -> JSON:
     kind = source.one_of("type", kinds)
     if kind == "url":
         return {"url": source.need("url")}
@@ -3310,8 +3338,14 @@ def lose_citations(block: Fields) -> None:
 
 def parse_document_block(block: Fields) -> Block:
     lose_citations(block)
-    return Document(
-        title=block.get("title") or "", **parse_source(block, ("base64", "text", "url")))
+    title, source = block.get("title") or "", block.child("source")
+    if source.get("type") != "content":
+        return Document(title=title, **parse_source(source, ("base64", "text", "url", "content")))
+    parts = parse_content(source, "content", RESULT_PARTS)
+    texts = [part.text for part in blocks_of(parts, Text)]
+    if len(texts) < len(parts):
+        block.lost.append("source")  # pictures
+    return Document(title=title, media_type="text/plain", text="\n".join(texts))
 
 
 def parse_search_result(block: Fields) -> Block:
@@ -3336,9 +3370,9 @@ def parse_tool_result(block: Fields) -> Block:
 
 MESSAGES_PARTS: Dict[str, Callable[[Fields], Block]] = {
     "text": parse_text_block, "document": parse_document_block,
-    "image": lambda block: Image(**parse_source(block, ("base64", "url"))),
+    "image": lambda block: Image(**parse_source(block.child("source"), ("base64", "url"))),
     "thinking": parse_thinking, "redacted_thinking": parse_thinking,
-    "search_result": parse_search_result,
+    "search_result": parse_search_result, "compaction": parse_compaction,
     "tool_reference": lambda block: Text(text=f"Tool {block.need('tool_name')} loaded."),
     "tool_use": parse_tool_use, "tool_result": parse_tool_result,
     "": parse_trace,
@@ -3604,6 +3638,8 @@ class MessagesRequest(RequestWriter):
             return
         if self.caps.json_schema:
             schema = clean_schema(form.schema)
+            if has_maps(form.schema):
+                self.losses.drop("response_format")
             if form.description:
                 schema.setdefault("description", form.description)
             wire["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
@@ -3766,6 +3802,8 @@ def render_web_search(options: Fields, losses: Losses) -> JSON:
 UNSUPPORTED_KEYWORD = re.compile(
     "minimum|maximum|exclusive.+|multipleOf|(min|max)(Length|Contains|Properties)|maxItems|pattern"
     "|patternProperties|uniqueItems|contains|not|if|then|else|propertyNames|depend.+|unevaluated.+")
+SCHEMA_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "uri",
+                            "ipv4", "ipv6", "uuid"])
 SCHEMA_MAPS = frozenset(["properties", "$defs", "definitions"])
 SCHEMA_VALUES = frozenset(["enum", "const", "default", "examples", "required"])
 
@@ -3778,6 +3816,33 @@ def tell(schema: JSON, keywords: JSON) -> None:
         schema["description"] = f"{about + ' ' if isinstance(about, str) else ''}({told})"
 
 
+def only_one(every: object) -> bool:
+    """Whether it is an `allOf` that says what its only part says."""
+    return isinstance(every, list) and len(every) == 1 and isinstance(every[0], dict)
+
+
+def take_in(schema: JSON, part: JSON, told: JSON) -> None:
+    """Puts what the only part of an `allOf` says beside what its schema says."""
+    for key, value in part.items():
+        own = schema.get(key)
+        if own is None:
+            schema[key] = value
+        elif key in SCHEMA_MAPS and isinstance(own, dict) and isinstance(value, dict):
+            schema[key] = {**value, **own}
+        elif key == "required" and isinstance(own, list) and isinstance(value, list):
+            schema[key] = [*own, *(name for name in value if name not in own)]
+        elif own != value:
+            told[key] = value
+
+
+def has_maps(schema: object) -> bool:
+    """Whether it has objects whose keys are free, which closed ones are not."""
+    if isinstance(schema, list):
+        return any(map(has_maps, schema))
+    return isinstance(schema, dict) and (
+        isinstance(schema.get("additionalProperties"), dict) or any(map(has_maps, schema.values())))
+
+
 def clean_schema(schema: Any) -> Any:
     """For `output_config.format`: what it cannot enforce is told in words."""
     if isinstance(schema, list):
@@ -3787,7 +3852,9 @@ def clean_schema(schema: Any) -> Any:
     clean: JSON = {}
     told: JSON = {}
     for key, value in schema.items():
-        if UNSUPPORTED_KEYWORD.fullmatch(key) or key == "minItems" and value not in (0, 1):
+        is_open = key == "additionalProperties" and isinstance(value, dict)
+        if (UNSUPPORTED_KEYWORD.fullmatch(key) or key == "minItems" and value not in (0, 1)
+                or key == "format" and value not in SCHEMA_FORMATS or is_open):
             told[key] = value
         elif key in SCHEMA_MAPS and isinstance(value, dict):
             clean[key] = {name: clean_schema(item) for name, item in value.items()}
@@ -3795,12 +3862,14 @@ def clean_schema(schema: Any) -> Any:
             clean[key] = value
         elif key == "oneOf" and "anyOf" in schema:
             clean["allOf"] = [*clean.get("allOf", []), {"anyOf": clean_schema(value)}]
-        elif key == "allOf" and isinstance(value, list):
+        elif key == "allOf" and isinstance(value, list) and not only_one(value):
             clean[key] = [*clean.get(key, []), *clean_schema(value)]
         elif key == "allOf":
-            continue  # it says nothing
+            continue  # it says nothing, or is taken in below
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
+    if only_one(schema.get("allOf")):
+        take_in(clean, clean_schema(schema["allOf"][0]), told)
     tell(clean, told)
     if is_object(schema):
         clean["additionalProperties"] = False
@@ -5244,7 +5313,7 @@ def json_schema(schema: Any) -> Any:
     made: JSON = {}
     for key, value in about.items():
         if key == "type" and isinstance(value, str):
-            made[key] = value.lower()
+            made.update({} if value.upper() == "TYPE_UNSPECIFIED" else {key: value.lower()})
         elif key in ("properties", "defs") and isinstance(value, dict):
             made[key.replace("defs", "$defs")] = {
                 name: json_schema(item) for name, item in value.items()}
@@ -5261,6 +5330,8 @@ def json_schema(schema: Any) -> Any:
             made[key] = value
     if about.get("nullable") is True and "type" in made:
         made["type"] = [made["type"], "null"]
+        if isinstance(made.get("enum"), list):
+            made["enum"] = [*made["enum"], None]
     elif about.get("nullable") is True and "anyOf" in made:
         made["anyOf"].append({"type": "null"})
     return made
@@ -5527,16 +5598,17 @@ def gemini_schema(schema: Any) -> Any:
         if key == "const":
             clean["enum"] = [value]
         elif key in SCHEMA_MAPS and isinstance(value, dict):
-            clean[key.replace("definitions", "$defs")] = {
-                name: gemini_schema(item) for name, item in value.items()}
+            name = key.replace("definitions", "$defs")
+            clean[name] = {**clean.get(name, {}), **{
+                each: gemini_schema(item) for each, item in value.items()}}
         elif key == "$ref" and isinstance(value, str):
             clean[key] = value.replace("#/definitions/", "#/$defs/", 1)
-        elif key == "allOf" and isinstance(value, list) and len(value) == 1:
-            clean.update(*list_of_objects({key: gemini_schema(value)}, key))
         elif key in GEMINI_KEYWORDS:
             clean[key] = value if key in SCHEMA_VALUES else gemini_schema(value)
-        elif not key.startswith("$"):
+        elif not key.startswith("$") and not (key == "allOf" and only_one(value)):
             told[key] = value
+    if only_one(schema.get("allOf")):
+        take_in(clean, gemini_schema(schema["allOf"][0]), told)
     tell(clean, told)
     return clean
 
@@ -6008,17 +6080,22 @@ KINDS: Dict[str, Kind] = {
     "gemini": Kind("https://generativelanguage.googleapis.com/v1beta", "/v1beta", GEMINI,
                    ("x-goog-api-key", "{}"), whole_list="?pageSize=1000",
                    caps=Caps(thinking="level", efforts=GPT_EFFORTS[1:], max_stops=5)),
-    # docs.mistral.ai/api has only `max_tokens`; stream_options are a 422
+    # docs.mistral.ai/api: what it does not know is a 422, stream_options too
     # (github.com/openai/openai-agents-python/issues/442), and its streams tell their usage unasked.
-    # Its roles are system, user, assistant and tool.
-    "mistral": like_openai("https://api.mistral.ai/v1", rename=OLD_FIELD,
-                           drop=("stream_options",), has_developer=False),
+    # Its roles are system, user, assistant and tool, its ids of calls nine letters and digits.
+    "mistral": like_openai("https://api.mistral.ai/v1", has_developer=False,
+                           rename=(*OLD_FIELD, ("seed", "random_seed")),
+                           caps=Caps(short_ids=True), drop=(
+                               "stream_options", "user", "store", "logit_bias", "verbosity",
+                               "safety_identifier", "prompt_cache_retention",
+                               "prompt_cache_options", "moderation")),
     # console.groq.com/docs/openai: logprobs, logit_bias and top_logprobs are a 400.
     "groq": like_openai("https://api.groq.com/openai/v1",
                         drop=("logprobs", "logit_bias", "top_logprobs")),
-    # api-docs.deepseek.com: `max_tokens` is the only name of it, and developer no role
-    # (github.com/eclipse-theia/theia/issues/15144).
-    "deepseek": like_openai("https://api.deepseek.com/v1", rename=OLD_FIELD, has_developer=False),
+    # api-docs.deepseek.com: `max_tokens` is the only name of it, developer no role
+    # (github.com/eclipse-theia/theia/issues/15144), and reasoning_content has to come back.
+    "deepseek": like_openai("https://api.deepseek.com/v1", rename=OLD_FIELD, has_developer=False,
+                            caps=Caps(needs_thoughts=True)),
     "xai": like_openai("https://api.x.ai/v1"),  # docs.x.ai/docs/api-reference
     "openrouter": like_openai("https://openrouter.ai/api/v1"),  # openrouter.ai/docs/api-reference
     "together": like_openai("https://api.together.xyz/v1", rename=OLD_FIELD),  # docs.together.ai
@@ -6047,7 +6124,8 @@ KINDS: Dict[str, Kind] = {
 FAMILIES = tuple(map(re.compile, (
     r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>%s)" % FAMILY.pattern +
     r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
-    r"(?P<family>gpt)-(?P<major>\d+)(?:\.(?P<minor>\d+))?",
+    r"(?P<family>gpt)-(?P<major>3(?=5)|\d+)(?:\.?(?P<minor>\d+))?",
+    r"(?P<family>gpt)-(?!oss|image|realtime|audio)(?P<major>\b)?(?P<minor>\b)?[a-z]",
     r"(?:^|/)(?P<family>o3-mini)(?P<major>\b)?(?P<minor>\b)?",
     r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?",
     r"gemini-(?P<major>\d+)(?:\.(?P<minor>\d+))?-(?P<family>pro)",
@@ -6350,7 +6428,8 @@ class Tuning:
         "default_effort": one_of(*EFFORTS), "forced_tools": one_of("yes", "refused", "auto"),
         "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE,
         "max_tokens_field": one_of("max_tokens", "max_completion_tokens"), "custom_tools": FLAG,
-        "chat_tools": one_of("yes", "idle"), "max_stops": COUNT}), {})
+        "chat_tools": one_of("yes", "idle"), "max_stops": COUNT, "short_ids": FLAG,
+        "needs_thoughts": FLAG}), {})
     wire: str | None = setting(one_of("chat", "responses"))
     set: JSON = setting(read_json_object, {})
     drop: Tuple[str, ...] = setting(list_of(TEXT), ())

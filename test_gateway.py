@@ -2914,8 +2914,19 @@ CASES += [
     ("1.8 oneOf, anyOf and allOf", format_({
         "oneOf": [{"type": "string"}], "anyOf": [{"type": "integer"}], "allOf": [{"const": 1}]}),
      {"output_config": {"format": {"type": "json_schema", "schema": {
-         "allOf": [{"anyOf": [{"type": "string"}]}, {"const": 1}],
-         "anyOf": [{"type": "integer"}]}}}}, ""),
+         "allOf": [{"anyOf": [{"type": "string"}]}], "anyOf": [{"type": "integer"}],
+         "const": 1}}}}, ""),
+    ("1.8 formats and maps", format_({"type": "object", "properties": {
+        "a": {"type": "string", "format": "password"}, "b": {"type": "string", "format": "uuid"},
+        "c": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "d": {"description": "D", "allOf": [{"$ref": "#/$defs/A"}]}}, "$defs": {"A": {}}}),
+     {"output_config": {"format": {"type": "json_schema", "schema": {
+         "type": "object", "additionalProperties": False, "$defs": {"A": {}}, "properties": {
+             "a": {"type": "string", "description": "(format: \"password\")"},
+             "b": {"type": "string", "format": "uuid"},
+             "c": {"type": "object", "additionalProperties": False,
+                   "description": "(additionalProperties: {\"type\":\"integer\"})"},
+             "d": {"description": "D", "$ref": "#/$defs/A"}}}}}}, "response_format"),
     ("1.8 an allOf that is no list", format_({"allOf": 5, "anyOf": [], "oneOf": []}),
      {"output_config": {"format": {"type": "json_schema", "schema": {
          "anyOf": [], "allOf": [{"anyOf": []}]}}}}, ""),
@@ -4048,9 +4059,10 @@ MESSAGES_TO_GEMINI: list[Row] = [
 GEMINI_SCHEMA = {"type": "OBJECT", "property_ordering": ["a"], "properties": {
     "type": {"type": "STRING", "nullable": True, "format": "enum", "enum": ["A"], "example": "A"},
     "a_b": {"type": "ARRAY", "minItems": "1", "items": {"type": "INTEGER", "maximum": 4.0}},
-    "c": {"anyOf": [{"type": "NUMBER"}, {"type": "STRING", "format": "date-time"}]}}}
+    "c": {"anyOf": [{"type": "NUMBER"}, {"type": "STRING", "format": "date-time"}],
+          "type": "TYPE_UNSPECIFIED"}}}
 JSON_SCHEMA = {"type": "object", "properties": {
-    "type": {"type": ["string", "null"], "enum": ["A"]},
+    "type": {"type": ["string", "null"], "enum": ["A", None]},
     "a_b": {"type": "array", "minItems": 1, "items": {"type": "integer", "maximum": 4}},
     "c": {"anyOf": [{"type": "number"}, {"type": "string", "format": "date-time"}]}}}
 GF = {"name": "f"}
@@ -4621,7 +4633,8 @@ def chat_events(whole: JSON) -> Iterator[JSON]:
     message_ = choice["message"]
     deltas += [{key: piece} for key in ("reasoning_content", "content", "refusal")
                for piece in halves(message_.get(key) or "")]
-    deltas += [{key: message_[key]} for key in ("annotations", "images", "audio")
+    deltas += [{key: message_[key]} for key in (
+        "annotations", "images", "audio", "reasoning_details")
                if key in message_]
     for i, each in enumerate(message_.get("tool_calls", ())):
         kind, name = each["type"], "input" if each["type"] == "custom" else "arguments"
@@ -5146,6 +5159,8 @@ OF_A_FILE = {"type": "file_citation", "file_id": "f", "filename": "a.pdf", "inde
 @pytest.mark.parametrize("upstream, whole, lost", [
     ("chat", completion(content="abc", images=[image(PNG)]), "images"),
     ("chat", completion(content="abc", audio={"id": "a", "data": "eA=="}), "audio"),
+    ("chat", completion(content="abc", reasoning_details=[{"type": "reasoning.encrypted"}]),
+     "reasoning_details"),
     ("chat", completion(content="abc", annotations=[OF_A_FILE]), "annotations"),
     ("responses", responded(spoke("abc", OF_A_FILE)), "annotations"),
     ("messages", message({**text("abc"), "citations": [{"type": "page_location"}]}), "citations"),
@@ -5767,6 +5782,78 @@ def test_thoughts_that_come_late_stand_before_the_texts_before_them() -> None:
     assert gateway.in_order([a, b, late, late]) == [late, late, a, b]
     assert gateway.in_order([a, call, b, late, own, a]) == [a, call, late, b, own, a]
     assert gateway.in_order([a, late, b]) == [a, late, b]
+
+
+def test_the_only_part_of_an_all_of_is_taken_in() -> None:
+    a, b = {"a": {"type": "string"}}, {"b": {"type": "integer"}}
+    schema = {"type": "object", "properties": a, "required": ["a"], "$defs": {"A": {}},
+              "definitions": {"B": {}}, "allOf": [
+                  {"type": "string", "properties": b, "required": ["b", "a"], "title": "T"}]}
+    assert gateway.gemini_schema(schema) == {
+        "type": "object", "properties": {**a, **b}, "required": ["a", "b"], "title": "T",
+        "$defs": {"A": {}, "B": {}}, "description": '(type: "string")'}
+
+
+def rendered(kind: str, model: str, wire: JSON, client: str = "messages") -> tuple[JSON, JSON]:
+    """What a provider of a kind is asked in Chat Completions, and the losses."""
+    losses = Losses()
+    chat = gateway.DIALECTS[client].parse_request({"model": "m", **wire}, losses)
+    target = Target(model, gateway.find_caps(gateway.KINDS[kind], model))
+    return CHAT.render_request(chat, target, losses)[0], losses.names
+
+
+UNSIGNED = {"type": "thinking", "thinking": "I must", "signature": ""}
+
+
+@pytest.mark.parametrize("kind, told", [("deepseek", "I must"), ("vllm", None)])
+def test_a_model_that_needs_its_thoughts_gets_them_back(kind: str, told: str | None) -> None:
+    wire, losses = rendered(kind, "deepseek-v4", {"max_tokens": 9, "messages": [
+        user("q"), spoken("assistant", [UNSIGNED, use("c")]), user([result("c")]),
+        spoken("assistant", "A"), user("r")]})
+    thoughts = [message.get("reasoning_content") for message in wire["messages"]]
+    assert thoughts == [None, told, None, told and "", None]
+    assert losses == ({} if told else {"thinking": True})
+
+
+@pytest.mark.parametrize("id_", ["toolu_01AbC", "call_1", "D681PevKs_a95c35cc", "a", "abc-12345"])
+def test_ids_of_calls_are_made_short_in_pairs(id_: str) -> None:
+    body = {"max_tokens": 9, "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+            "metadata": {"user_id": "u"}, "messages": [
+                user("q"), spoken("assistant", [use(id_), use("D681PevKs")]),
+                user([result(id_), result("D681PevKs")])]}
+    wire, _ = rendered("mistral", "mistral-large-latest", body)
+    called = [call["id"] for call in wire["messages"][1]["tool_calls"]]
+    assert called == [message["tool_call_id"] for message in wire["messages"][2:]]
+    assert called[1] == "D681PevKs" and re.fullmatch("[A-Za-z0-9]{9}", called[0])
+    edits = gateway.make_edits(gateway.Provider(kind="mistral"), gateway.NO_ALIAS)
+    edits.apply(wire, Losses())
+    assert "user" not in wire and "stream_options" not in wire
+
+
+def test_a_compaction_is_the_text_of_all_before_it() -> None:
+    wire, losses = rendered("openai", "gpt-4.1", {"max_tokens": 9, "messages": [
+        user("q"), spoken("assistant", [typed("compaction", content="ALL")]), user("r"),
+        spoken("assistant", [typed("compaction", content=None), text("s")]), user("t")]})
+    assert [message["content"] for message in wire["messages"]] == ["q", "ALL", "r", "s", "t"]
+    assert losses == {}
+
+
+@pytest.mark.parametrize("content, said_, lost", [
+    ("a", "a", {}), ([text("a"), text("b")], "a\nb", {}),
+    ([text("a"), typed("image", source={"type": "url", "url": "https://a/b"})], "a",
+     {"source": False})])
+def test_a_document_may_be_made_of_content(content: Any, said_: str, lost: JSON) -> None:
+    wire, losses = rendered("openai", "gpt-4.1", {"max_tokens": 9, "messages": [user([
+        typed("document", title="T.txt", source={"type": "content", "content": content})])]})
+    assert said_ in wire["messages"][0]["content"] and losses == lost
+
+
+@pytest.mark.parametrize("model, thinking", [
+    ("gpt-daybreak-blue-latest", "effort"), ("gpt-oss-120b", "none"), ("gpt-35-turbo", "none"),
+    ("gpt-realtime", "none"), ("gpt-audio-1.5", "none"), ("gpt-image-1", "none"),
+    ("gpt-3.5-turbo", "none"), ("gpt-4o", "none"), ("gpt-5.6-sol", "effort")])
+def test_a_gpt_without_a_version_is_the_newest(model: str, thinking: str) -> None:
+    assert gateway.find_caps(gateway.KINDS["openai"], model).thinking == thinking
 
 
 @pytest.mark.parametrize("finish", sorted(gateway.GEMINI_BROKEN))

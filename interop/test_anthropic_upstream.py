@@ -109,7 +109,7 @@ ASKS: dict[str, tuple[str, JSON, JSON]] = {
     "system later, new model": (
         NEW,
         {"messages": LATER},
-        {"messages": [user([text("A")]), system([text("Be brief.")]), user([text("B")])]},
+        {"messages": [user([text("A"), text("B")]), system([text("Be brief.")])]},
     ),
     "images": (
         OLD,

@@ -838,7 +838,7 @@ CLAUDE_ASKS: dict[str, tuple[str, JSON, JSON]] = {
     "system later, new model": (
         NEW,
         {"input": LATER},
-        {"messages": [asked("A"), system("Be brief."), asked("B")]},
+        {"messages": [asked("A", "B"), system("Be brief.")]},
     ),
     "media": (
         OLD,

@@ -90,6 +90,11 @@ REFUSED_BY_ANTHROPIC: dict[str, JSON] = {
     "prefill": {"model": NEW, "messages": [HI, said("a")]},
     "space at the end": {"messages": [HI, said("a ")]},
     "system turn": {"messages": [HI, {"role": "system", "content": "a"}]},
+    "system before a question": {
+        "model": NEW, "messages": [HI, {"role": "system", "content": "a"}, HI]},
+    "system behind an answer": {
+        "model": NEW, "messages": [HI, said("a"), {"role": "system", "content": "a"}]},
+    "thought at the end": {"messages": [HI, said([thinking("b")]), HI]},
     "empty text": {"messages": [user("")]},
     "empty system": {"system": [{"type": "text", "text": ""}]},
     "no content": {"messages": [user([])]},
@@ -109,8 +114,8 @@ REFUSED_BY_ANTHROPIC: dict[str, JSON] = {
     "adaptive, old model": {"thinking": {"type": "adaptive"}},
     "disabled": {"model": NEWEST, "thinking": {"type": "disabled"}},
     "lost thought": {"messages": [HI, CALLED, user([RESULT])], "tools": [TOOL], "thinking": BUDGET},
-    "forged thought": {"messages": [HI, said([FORGED]), HI]},
-    "late thought": {"messages": [HI, said([text("a"), thinking("b")]), HI]},
+    "forged thought": {"messages": [HI, said([FORGED, text("a")]), HI]},
+    "late thought": {"messages": [HI, said([text("a"), thinking("b"), text("c")]), HI]},
     "effort": {"output_config": {"effort": "low"}},
     "temperature": {"temperature": 1.1},
     "temperature, new model": {"model": NEW, "temperature": 1},
