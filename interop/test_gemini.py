@@ -430,11 +430,10 @@ def data_url(mime_type: str, data: str) -> JSON:
 
 
 STANDARD = "+//+R0lG"  # GIF's bytes in the alphabet that all but Google use
-CITY = {"zone": {"type": ["string", "null"], "enum": ["a"]}}
 TYPED_SCHEMA = {
     "type": "object",
     "properties": {
-        "zone": {"type": ["string", "null"], "enum": ["a"]},
+        "zone": {"type": ["string", "null"], "enum": ["a", None]},
         "min_items": {"type": "array", "minItems": 1, "items": {"type": "integer"}},
     },
     "required": ["zone"],
