@@ -2729,8 +2729,8 @@ class KnownCall(NamedTuple):
     call: ToolCall
 
 
-BESIDE_CHOICES = ("citations", "search_results")
-BESIDE_CONTENT = ("images", "audio", "reasoning_details")
+BESIDE_CHOICES = frozenset(["citations", "search_results"])
+BESIDE_CONTENT = frozenset(["images", "audio", "reasoning_details"])
 
 
 class ChatParser(Parser):
@@ -2772,7 +2772,7 @@ class ChatParser(Parser):
         self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
         events = self.start(wire)
-        self.rewrites.lost.update(key for key in BESIDE_CHOICES if wire.get(key))
+        self._lose(BESIDE_CHOICES, wire)
         for choice in list_of_objects(wire, "choices")[:1]:
             delta = part_of(choice, part)
             if part == "message":  # each is a call of its own
@@ -2810,8 +2810,12 @@ class ChatParser(Parser):
         for call in calls:
             events += self._read_call(call)
         self._has_refused = self._has_refused or bool(delta.get("refusal"))
-        self.rewrites.lost.update(key for key in BESIDE_CONTENT if delta.get(key))
+        self._lose(BESIDE_CONTENT, delta)
         return events
+
+    def _lose(self, names: FrozenSet[str], told: JSON) -> None:
+        if not names.isdisjoint(told):
+            self.rewrites.lost.update(name for name in names if told.get(name))
 
     def _read_call(self, call: JSON) -> Events:
         """A call or a piece of one. Some servers leave the index out, or say 0 for each: a new id
