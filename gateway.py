@@ -373,21 +373,23 @@ class Form:
     def _parts(self) -> Iterator[Tuple[str, Span | None]]:
         """Each part's name, and where its value starts and ends."""
         body, boundary = self.body, self._boundary
-        end = (b"\r\n" + body[:MAX_PREAMBLE_BYTES]).find(boundary) - 2
-        for _ in range(MAX_PARTS if end >= -2 else 0):
-            at = end + len(boundary)
-            if body.startswith(b"--", at):
+        start = (b"\r\n" + body[:MAX_PREAMBLE_BYTES]).find(boundary)
+        at = start + len(boundary) - 2
+        for _ in range(MAX_PARTS):
+            if start >= 0 and body.startswith(b"--", at):
                 return
             head = PART_HEAD.match(body, at)
             end = body.find(boundary, head.end()) if head else -1
-            if not head or end < 0:
+            if not head or end < 0 or start < 0:
                 break
             name, is_file = part_name(head[1])
             yield name, None if is_file else (head.end(), end)
+            at = end + len(boundary)
         raise GatewayError(400, "The form is malformed, cut short, or has too many parts.")
 
     def _find(self, name: str) -> Span | None:
-        """Which of two counts, two servers may see differently."""
+        """Where a field's value stands. A second of its name is a 400: which of them counts, two
+        servers may see differently."""
         spans = self._fields.get(name, [None])
         if len(spans) > 1:
             raise GatewayError(400, f"The form's {name!r} stands twice.", name)
@@ -424,8 +426,8 @@ def part_name(head: bytes) -> Tuple[str, bool]:
     members = [(key.lower(), value)
                for key, value in re.findall(PARAMETER, found[1] if found else b"")]
     about = dict(members)
-    name = about.get(b"name", b"\\").strip(b'"')
-    if len(about) < len(members) or b"\\" in name or b"name*" in about:
+    name = about.get(b"name", b"").strip(b'"')
+    if len(about) < len(members) or not name or b"\\" in name or b"name*" in about:
         raise GatewayError(400, "The head of one of the form's parts is malformed.")
     return name.decode("utf-8", "replace"), (
         not about.keys().isdisjoint((b"filename", b"filename*")))
@@ -3571,9 +3573,13 @@ class MessagesRequest(RequestWriter):
                     messages[-1]["content"] += content
                 else:
                     messages.append({"role": turn.role, "content": content})
-        if later:
-            is_behind = messages[-1]["role"] == "user"
-            messages.append({"role": "system" if is_behind else "user", "content": later})
+        if later and messages[-1]["role"] == "user":
+            messages.append({"role": "system", "content": later})
+        elif later and turns[-1].role == "system":  # nobody else would be left to answer
+            messages.append({"role": "user", "content": later})
+            self.losses.drop("messages")
+        else:
+            system += later
         if messages and messages[-1]["role"] == "assistant":
             messages[-1]["content"] = trim_prefill(messages[-1]["content"])
             self._answers(messages[-1]["content"])
@@ -8224,6 +8230,7 @@ class Connection(Wire):
         self.origin = origin
         self.final = FOREVER
         self.is_held = False  # no deadline runs but `final`
+        self.awaits_head = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -8327,9 +8334,8 @@ class Answer:
     def _on_data(self, data: bytes) -> None:
         try:
             piece = self.framing.feed(data) if data else b""
-            goes_on = (all(map(self._sink, self._inflater.steps(piece))) if self._inflater else
-                       not piece or self._sink(piece))
-            self._wants_more = goes_on and not self.framing.done
+            pieces = self._inflater.steps(piece) if self._inflater else [piece] if piece else ()
+            self._wants_more = all(map(self._sink, pieces)) and not self.framing.done
         except Exception as error:  # raised where `pump` waits, not in the event loop
             self._error = error
         if self._error or not self._wants_more:
@@ -8416,6 +8422,7 @@ class Pool:
                 head = parse_answer_head(await connection.read_head(), self._known)
                 while head.status < 200 and head.status != 101:  # an interim answer
                     head = parse_answer_head(await connection.read_head(), self._known)
+                connection.awaits_head = False
                 answer = Answer(connection, head, max_bytes)
                 answer.is_persistent = answer.is_persistent and is_sent
                 break
@@ -8433,7 +8440,7 @@ class Pool:
     def _expect_answer(self, connection: Connection, deadlines: Timeouts, is_stream: bool) -> None:
         now = self._clock()
         total = deadlines.total or (FOREVER if is_stream else 600.0)
-        connection.final = now + total
+        connection.final, connection.awaits_head = now + total, True
         connection.expect("first_token", now, deadlines.first_token if is_stream else total)
 
     def _take_idle(self, origin: Origin) -> Connection | None:
@@ -8522,7 +8529,7 @@ class Pool:
 
     def sweep(self, now: float) -> None:
         for connection in list(self._open):
-            if connection.phase == "first_token" and connection.has_bare_head():
+            if connection.awaits_head and connection.has_bare_head():
                 connection.fail(bad_answer("The provider's answer is not HTTP."))
             if connection.is_late(now):
                 if connection.phase in ("kept", "settle"):
@@ -8578,7 +8585,6 @@ BAD_KEY = re.compile(
     rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key (?:not valid|was reported)", re.IGNORECASE)
 MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
-NAME = re.compile("[^/]{16,}?(?=:[A-Za-z]+$|/|$)")  # one that may be a virtual key
 JSON_TYPE = ("content-type", "application/json")
 NO_ENDPOINTS: Mapping[str, str] = {}
 
@@ -8881,7 +8887,12 @@ class Gateway:
         """Without the virtual keys that stand where a name should: they are for no log."""
         if path in ROUTES:
             return path
-        return NAME.sub(lambda name: "***" if self.keyring.knows(name[0]) else name[0], path)
+        return "/".join(map(self._masked_name, path.split("/")))
+
+    def _masked_name(self, name: str) -> str:
+        key, colon, action = name.rpartition(":")
+        return "***" if self.keyring.knows(name) else (
+            f"***:{action}" if colon and self.keyring.knows(key) else name)
 
     async def pass_through(self, exchange: Exchange, request: Request, route: Route,
                            body: Body | Form, path: str, is_strict: bool = False) -> Response:
@@ -9006,7 +9017,8 @@ class Gateway:
             return lines, dropped
         if exchange.is_stream:
             lines, _ = self._lines.get((route.provider.name, f"{path} stream"), (lines, dropped))
-        return lines.replace("{model}", quoted(f"/{route.model}")[1:], 1), dropped
+        name = quoted(f"/{route.model}")[1:]  # none of its segments may lead elsewhere
+        return lines.replace("{model}", name, 1), dropped
 
     def render_passed(self, exchange: Exchange, request: Request, route: Route,
                       body: Body | Form, path: str, values: JSON, losses: Losses) -> List[bytes]:

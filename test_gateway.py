@@ -2709,7 +2709,13 @@ CASES: list[tuple[str, JSON, Any, str]] = [
           ("a assistant system b system assistant d", [
               user("a"), SPOKE, user("b"), {**LATER, "content": [text("S"), text("S")]},
               SPOKE, user("d")]),
-          ("a assistant system", [user("a"), SPOKE, user("S")])]],
+          ("a assistant system assistant b", [
+              user("a"), {**SPOKE, "content": [text("c"), text("c")]}, user("b"), LATER])]],
+    ("2.2 system last, behind an answer", {"model": NOW, "messages": [user("a"), SPOKE, LATER]},
+     {"system": UNSET, "messages": [user("a"), SPOKE, user("S")]}, "messages"),
+    ("2.2 system before a last answer", {
+        "model": NOW, "messages": [user("a"), SPOKE, LATER, SPOKE]},
+     {"system": "S", "messages": [user("a"), {**SPOKE, "content": [text("c"), text("c")]}]}, ""),
     ("2.2 no answer ends in a thought", {"messages": [
         user("a"), {"role": "assistant", "thinking_blocks": [THOUGHT_C]}, user("b"),
         {**SPOKE, "thinking_blocks": [THOUGHT_C]}, user("d")]}, {"messages": [
@@ -7205,6 +7211,19 @@ def test_a_provider_that_is_not_there(gate_for: Any) -> None:
     assert gate.total("llm_provider_errors_total", error_type="request_error") == 1
 
 
+def test_a_blank_line_in_an_errors_body_is_no_bare_head(gate_for: Any) -> None:
+    body = b'{\n\n"error": {"message": "slow down"}}'
+    told = reply(body, status="429 Too Many")
+    gate = gate_for([READ, told[:-20], GO, told[-20:]])
+    client = gate.client().send(request(chat(True)))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(1)
+    gate.later(1)
+    gate.upstream.go.release()
+    answer = client.answer()
+    assert (answer.status, answer.body) == (429, body)
+
+
 @pytest.mark.parametrize("name", BREAKS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_provider_that_breaks_before_its_answer_is_usable(gate_for: Any, name: str,
@@ -8187,7 +8206,8 @@ def test_wrong_disabled_and_expired_keys_answer_alike(gate_for: Any) -> None:
     *[(key, model, status, code) for model in ("x" * 5000, "openai/x" + "-beta" * 200_000)
       for key, status, code in ((APP_KEY, 404, "model_not_found"),
                                 (NARROW_KEY, 403, "model_not_allowed"))],
-    (APP_KEY, APP_KEY, 404, "model_not_found"), (APP_KEY, f"x/{APP_KEY}", 404, "model_not_found"),
+    *[(APP_KEY, name, 404, "model_not_found") for name in (
+        APP_KEY, f"x/{APP_KEY}", f"{APP_KEY}:generateContent")],
     (APP_KEY, "forged\r\nx: y\u2028\x1b", 404, "model_not_found"),
 ])
 def test_models_that_are_refused(gate_for: Any, key: str, model: str, status: int,
