@@ -3812,8 +3812,8 @@ def render_web_search(options: Fields, losses: Losses) -> JSON:
 UNSUPPORTED_KEYWORD = re.compile(
     "minimum|maximum|exclusive.+|multipleOf|(min|max)(Length|Contains|Properties)|maxItems|pattern"
     "|patternProperties|uniqueItems|contains|not|if|then|else|propertyNames|depend.+|unevaluated.+")
-SCHEMA_FORMATS = frozenset(["date-time", "time", "date", "duration", "email", "hostname", "uri",
-                            "ipv4", "ipv6", "uuid"])
+SCHEMA_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4",
+                  "ipv6", "uuid")
 SCHEMA_MAPS = frozenset(["properties", "$defs", "definitions"])
 SCHEMA_VALUES = frozenset(["enum", "const", "default", "examples", "required"])
 

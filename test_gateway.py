@@ -2925,10 +2925,12 @@ CASES += [
     ("1.8 formats and maps", format_({"type": "object", "properties": {
         "a": {"type": "string", "format": "password"}, "b": {"type": "string", "format": "uuid"},
         "c": {"type": "object", "additionalProperties": {"type": "integer"}},
-        "d": {"description": "D", "allOf": [{"$ref": "#/$defs/A"}]}}, "$defs": {"A": {}}}),
+        "d": {"description": "D", "allOf": [{"$ref": "#/$defs/A"}]}, "e": {"format": {}}},
+        "$defs": {"A": {}}}),
      {"output_config": {"format": {"type": "json_schema", "schema": {
          "type": "object", "additionalProperties": False, "$defs": {"A": {}}, "properties": {
              "a": {"type": "string", "description": "(format: \"password\")"},
+             "e": {"description": "(format: {})"},
              "b": {"type": "string", "format": "uuid"},
              "c": {"type": "object", "additionalProperties": False,
                    "description": "(additionalProperties: {\"type\":\"integer\"})"},
