@@ -373,19 +373,23 @@ class Form:
     def _parts(self) -> Iterator[Tuple[str, Span | None]]:
         """Each part's name, and where its value starts and ends."""
         body, boundary = self.body, self._boundary
+        malformed = GatewayError(
+            400, "The form is malformed, cut short, or has too many parts.")
         start = (b"\r\n" + body[:MAX_PREAMBLE_BYTES]).find(boundary)
+        if start < 0:
+            raise malformed
         at = start + len(boundary) - 2
         for _ in range(MAX_PARTS):
-            if start >= 0 and body.startswith(b"--", at):
+            if body.startswith(b"--", at):
                 return
             head = PART_HEAD.match(body, at)
             end = body.find(boundary, head.end()) if head else -1
-            if not head or end < 0 or start < 0:
+            if not head or end < 0:
                 break
             name, is_file = part_name(head[1])
             yield name, None if is_file else (head.end(), end)
             at = end + len(boundary)
-        raise GatewayError(400, "The form is malformed, cut short, or has too many parts.")
+        raise malformed
 
     def _find(self, name: str) -> Span | None:
         """Where a field's value stands. A second of its name is a 400: which of them counts, two
@@ -406,9 +410,10 @@ class Form:
     def with_values(
             self, values: Mapping[str, object], dropped: AbstractSet[str] = frozenset()) -> bytes:
         body = self.body
-        spans = ((self._find(key), key) for key in values)
-        for span, key in sorted(((span, key) for span, key in spans if span), reverse=True):
-            body = body[:span[0]] + f"{values[key]}".encode() + body[span[1]:]
+        spans = {key: span for key in values for span in [self._find(key)] if span}
+        for key in sorted(spans, key=spans.__getitem__, reverse=True):  # the others stay in place
+            start, end = spans[key]
+            body = body[:start] + f"{values[key]}".encode() + body[end:]
         return body
 
 
@@ -2352,10 +2357,13 @@ def in_place(blocks: List[Block]) -> List[Block]:
         [] if isinstance(block, Thinking) and block.before in known else [block])]
 
 
+THOUGHT_KINDS = ("thinking", "redacted_thinking")  # in Messages, and in Chat's thinking_blocks
+
+
 def parse_thinking(block: Fields) -> Thinking:
     """Its signature is Anthropic's unless it is in an envelope."""
     family = block.get("family") or ""
-    if block.one_of("type", ("thinking", "redacted_thinking")) == "redacted_thinking":
+    if block.one_of("type", THOUGHT_KINDS) == "redacted_thinking":
         return Thinking(None, block.need("data"), "anthropic", is_redacted=True, family=family)
     thinking = Thinking(text=block.get("thinking") or "", family=family)
     return unseal(thinking, block.get("signature") or "", "anthropic")
@@ -3473,8 +3481,6 @@ class MessagesRequest(RequestWriter):
     def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
         super().__init__(chat, target, losses)
         self._cache_marks = 0
-        self._owns_search = chat.web_search is not None and any(
-            tool.name == WEB_SEARCH for tool in chat.tools)
 
     def render(self) -> JSON:
         chat, wire = self.chat, self.wire
@@ -3501,7 +3507,7 @@ class MessagesRequest(RequestWriter):
 
     def tool_name(self, name: str) -> str:
         """A function may have the name that the search has here."""
-        if name != WEB_SEARCH or not self._owns_search:
+        if name != WEB_SEARCH or self.chat.web_search is None or name not in self.tools:
             return super().tool_name(name)
         self.rewrites.names[f"own_{name}"] = name
         return f"own_{name}"
@@ -3510,7 +3516,7 @@ class MessagesRequest(RequestWriter):
         return [self.marked(self.kinds[type(block)](self, block), block.cache) for block in blocks]
 
     def marked(self, wire: JSON, cache: JSON | None) -> JSON:
-        if not cache or wire.get("type") in ("thinking", "redacted_thinking"):
+        if not cache or wire.get("type") in THOUGHT_KINDS:
             return wire
         self._cache_marks += 1
         if self._cache_marks > MAX_CACHE_MARKS:
@@ -3561,11 +3567,13 @@ class MessagesRequest(RequestWriter):
         turns = self.turns()
         for turn in with_own_ids(turns, self.rewrites.call_ids) if self.repeats_ids else turns:
             content = self.blocks(thoughts_first(turn))
+            if turn.role == "assistant":
+                self._drop_last_thoughts(content)
             if turn.role == "system" and not (messages and self.caps.mid_system):
                 system += content
             elif turn.role == "system":
                 later += content
-            elif turn.role == "user" or self._answers(content):
+            elif content:
                 if later and turn.role == "assistant" and messages[-1]["role"] == "user":
                     messages.append({"role": "system", "content": later})
                     later = []
@@ -3582,7 +3590,7 @@ class MessagesRequest(RequestWriter):
             system += later
         if messages and messages[-1]["role"] == "assistant":
             messages[-1]["content"] = trim_prefill(messages[-1]["content"])
-            self._answers(messages[-1]["content"])
+            self._drop_last_thoughts(messages[-1]["content"])
         messages = [{**message, "content": plain_content(message["content"])}
                     for message in messages if message["content"]]
         if not messages:
@@ -3593,12 +3601,11 @@ class MessagesRequest(RequestWriter):
             self.wire["system"] = plain_content(system)
         self.wire["messages"] = messages
 
-    def _answers(self, content: List[JSON]) -> bool:
-        """Whether something is left of an answer that must not end in a thought."""
-        while content and content[-1]["type"] in ("thinking", "redacted_thinking"):
-            content.pop()
+    def _drop_last_thoughts(self, answer: List[JSON]) -> None:
+        """It must not end in one."""
+        while answer and answer[-1]["type"] in THOUGHT_KINDS:
+            answer.pop()
             self.losses.hint("thinking")
-        return bool(content)
 
     def _add_tools(self) -> None:
         tools = list(map(self._tool, self.offered_tools()))
@@ -3724,7 +3731,7 @@ class MessagesRequest(RequestWriter):
         last = next((message["content"] for message in reversed(self.wire["messages"])
                      if message["role"] == "assistant"), "")
         kinds = {block["type"] for block in last} if isinstance(last, list) else set()
-        return "tool_use" in kinds and kinds.isdisjoint(("thinking", "redacted_thinking"))
+        return "tool_use" in kinds and kinds.isdisjoint(THOUGHT_KINDS)
 
     def _add_sampling(self) -> None:
         """Newer models take none of it, and none of them any while thinking."""
@@ -3996,7 +4003,7 @@ class MessagesParser(Parser):
         self._is_answer = kind == "tool_use" and name == self.rewrites.json_tool != ""
         if kind == "text" or self._is_answer:
             made: Block = Text()
-        elif kind in ("thinking", "redacted_thinking"):
+        elif kind in THOUGHT_KINDS:
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
                             is_redacted=kind != "thinking", family=family_of(self._model))
         elif kind == "server_tool_use" and name == "web_search":
@@ -5323,7 +5330,8 @@ def json_schema(schema: Any) -> Any:
     made: JSON = {}
     for key, value in about.items():
         if key == "type" and isinstance(value, str):
-            made.update({} if value.upper() == "TYPE_UNSPECIFIED" else {key: value.lower()})
+            if value.upper() != "TYPE_UNSPECIFIED":
+                made[key] = value.lower()
         elif key in ("properties", "defs") and isinstance(value, dict):
             made[key.replace("defs", "$defs")] = {
                 name: json_schema(item) for name, item in value.items()}
@@ -8281,7 +8289,8 @@ class Answer:
             self.framing = answer_framing(head)
             coding = head.headers.get("content-encoding")
             if coding is not None and coding.lower() != "identity":
-                self._inflater = Inflater(coding.lower(), FOREVER)
+                # What is held is bounded where it is held.
+                self._inflater = Inflater(coding.lower(), float("inf"))
         except ValueError as error:
             raise unusable(error) from error
         self.is_persistent = not (head.is_http10 or isinstance(self.framing, CloseFraming)
@@ -8905,6 +8914,7 @@ class Gateway:
             hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
                            and "stream_options" not in route.edits.drop)
             values = dialect.values_for_usage(body) if hides_usage else {}
+            values.update(self.lowered(dialect, body, route.target.max_output_tokens, losses))
         if isinstance(body, Body) and (is_dialect or path in COUNTS):
             values = {**values, **own_history(dialect, body, route.provider.row)}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
@@ -8938,6 +8948,13 @@ class Gateway:
         if is_dialect and not exchange.usage:
             self.estimate(exchange, dialect.count_content(reply))
         return Response(200, fields, raw)
+
+    def lowered(self, dialect: Dialect, body: Body, most: int | None, losses: Losses) -> JSON:
+        """What keeps a passed body below the config's ceiling, where there is one."""
+        values = {} if most is None else dialect.values_for_ceiling(body, most)
+        if values:
+            losses.drop("max_tokens")
+        return values
 
     async def translate(self, exchange: Exchange, request: Request, route: Route,
                         body: Body, is_strict: bool) -> Response:
@@ -9028,13 +9045,6 @@ class Gateway:
         if route.model:
             values = {**values, **exchange.dialect.values_for_model(body, route.model)}
         gone: Set[str] = set()
-        most = route.target.max_output_tokens
-        is_known = path == exchange.dialect.name or path in CHAT_STREAMS
-        if most is not None and is_known and isinstance(body, Body):
-            lowered = exchange.dialect.values_for_ceiling(body, most)
-            values = {**values, **lowered}
-            if lowered:
-                losses.drop("max_tokens")
         if isinstance(body, Form):
             lines = lines.replace("content-type: application/json\r\n", "")
             dropped -= {"content-type"}
