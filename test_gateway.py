@@ -2379,7 +2379,8 @@ def test_pieces_of_text_go_over_in_runs(name: str) -> None:
         assert streamed_text(other, [runs[0]]) == streamed_text(other, one_by_one)
 
 
-@pytest.mark.parametrize("bad", [b'"\\x"', b'"\xff"', b'"\\ud8"', b'"a\tb"'])
+@pytest.mark.parametrize("bad", [
+    b'"\\x"', b'"\xff"', b'"\\ud8"', b'"a\tb"', b'"d","e"', b'"', b'"d', b'"d\\"'])
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_a_broken_piece_of_text_breaks_the_stream_there(name: str, bad: bytes) -> None:
     stream = streamed_text(name, map(TextDelta, ["a", "b", "c", "d"])).replace(b'"d"', bad)
@@ -2389,6 +2390,37 @@ def test_a_broken_piece_of_text_breaks_the_stream_there(name: str, bad: bytes) -
             said.append(event)
     whole = gateway.collect([*said, BlockStop()])
     assert whole.blocks == [Text(text="abc")] and parser.content_bytes == 3
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_broken_pieces_of_text_do_not_mend_each_other(name: str) -> None:
+    """Together in a list these two are the strings 'c",' and 'd'."""
+    stream = streamed_text(name, map(TextDelta, ["a", "b", "c", "d"]))
+    stream = stream.replace(b'"c"', b'"c\\"', 1).replace(b'"d"', b'","d"', 1)
+    said = []
+    with pytest.raises(GatewayError, match="not JSON"):
+        for event in gateway.DIALECTS[name].parser(Rewrites()).feed(stream):
+            said.append(event)
+    assert gateway.collect([*said, BlockStop()]).blocks == [Text(text="ab")]
+
+
+@pytest.mark.parametrize("odd", [b'""', b"null", b'"c" '])
+def test_a_run_of_texts_goes_on_behind_an_odd_one(odd: bytes) -> None:
+    stream = streamed_text("chat", map(TextDelta, ["a", "b", "c", "d", "e"]))
+    events = list(gateway.DIALECTS["chat"].parser(Rewrites()).feed(stream.replace(b'"c"', odd)))
+    text = "abcde" if b"c" in odd else "abde"
+    assert gateway.collect(events).blocks == [Text(text=text)]
+    runs = [event.pieces for event in events if isinstance(event, gateway.TextRun)]
+    assert runs[-1] == ["d", "e"], events
+
+
+def test_texts_with_something_new_around_each_run_too() -> None:
+    stream = streamed_text("chat", map(TextDelta, ["a", *SOME_TEXTS]))
+    numbers = itertools.count()
+    stream = re.sub(rb'"created":7', lambda found: b'"created":%d' % next(numbers), stream)
+    runs = [event.pieces for event in chat_parsed("chat", [stream])
+            if isinstance(event, gateway.TextRun)]
+    assert runs == [SOME_TEXTS] and next(numbers) > len(SOME_TEXTS)
 
 
 @pytest.mark.parametrize("name", TRANSLATED)
