@@ -8956,7 +8956,7 @@ class Gateway:
         if exchange.is_stream:
             watch = (dialect.watch(hides_usage, route.provider.done) if is_known
                      else LooseWatch(dialect, False, False))
-            stream = PassedStream(self, exchange, route, answer, watch)
+            stream = PassedStream(self, exchange, route, answer, watch, watch.fail)
             return await self.open_stream(exchange, stream, fields)
         if not is_dialect and "json" not in kind:
             return Response(200, fields, stream=HandedOn(self, exchange, answer))
@@ -9383,6 +9383,7 @@ class ProviderStream(Stream, Generic[Tally]):
         self._route = route
         self._tally: Tally = tally
         self._tell = tell  # of a failure, in the place where the stream is; b"" for the usual words
+        self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
 
     def feed_first(self, piece: bytes) -> bool:
         """Until there is more than comments, or many of them."""
@@ -9408,6 +9409,7 @@ class ProviderStream(Stream, Generic[Tally]):
         self._exchange.provider_error = "timeout" if error.status == 504 else "stream_error"
 
     def close(self) -> None:
+        self._cutter.rest()
         tally, gateway, exchange = self._tally, self._gateway, self._exchange
         is_whole = tally.ended and not self.failure
         if is_whole:
@@ -9421,11 +9423,6 @@ class ProviderStream(Stream, Generic[Tally]):
 
 class PassedStream(ProviderStream[Watch]):
     """Same dialect on both sides: whole events, as they came."""
-
-    def __init__(self, gateway: Gateway, exchange: Exchange, route: Route, answer: Answer,
-                 watch: Watch) -> None:
-        super().__init__(gateway, exchange, route, answer, watch, watch.fail)
-        self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
 
     def feed(self, piece: bytes) -> bytes:
         block = self._cutter.feed(piece)
@@ -9453,10 +9450,6 @@ class PassedStream(ProviderStream[Watch]):
                 out += self.fail(self._tally.failure)
             self.ended = True
         return out
-
-    def close(self) -> None:
-        self._cutter.rest()
-        super().close()
 
 
 class HandedOn(Stream):
@@ -9516,7 +9509,6 @@ class TranslatedStream(ProviderStream[Parser]):
                  parser: Parser, renderer: Renderer) -> None:
         super().__init__(gateway, exchange, route, answer, parser, renderer.fail)
         self._renderer = renderer
-        self._cutter = EventCutter(gateway.config.limits.event, gateway.events.take)
         self._has_spoken = False
 
     def feed(self, piece: bytes) -> bytes:
@@ -9545,7 +9537,6 @@ class TranslatedStream(ProviderStream[Parser]):
         return b"".join(out)
 
     def close(self) -> None:
-        self._cutter.rest()
         self._tally.settle()
         lost = self._tally.rewrites.lost | self._renderer.lost
         self._gateway.count_lost(lost, self._route)
