@@ -7333,7 +7333,7 @@ class Record:
     overhead = 0.0  # seconds of it that were the gateway's own, up to the answer's head
     ttft: float | None = None  # seconds to a stream's first content
     usage: Usage | None = None
-    usage_from = "none"  # or "reported", or "estimated"
+    usage_from = "reported"  # where there is any, or "estimated"
     cost: int | None = None  # nano-dollars
     provider_error = ""  # one of PROVIDER_ERRORS
 
@@ -8969,7 +8969,6 @@ class Gateway:
             exchange.fail(error)
             return Response(error.status, fields, mask(raw, route.provider))
         exchange.usage = dialect.usage_in(reply)
-        exchange.usage_from = "reported" if exchange.usage else "none"
         if is_dialect and not exchange.usage:
             self.estimate(exchange, dialect.count_content(reply))
         return Response(200, fields, raw)
@@ -9023,7 +9022,7 @@ class Gateway:
             error = translated(error, route.provider)
             raise error from error.__cause__
         reply.model = chat.model
-        exchange.usage, exchange.usage_from = wire.usage_in(told), "reported"
+        exchange.usage = wire.usage_in(told)
         if not exchange.usage:
             self.estimate(exchange, wire.count_content(told))
         self.count_lost(rewrites.lost, route)
@@ -9131,7 +9130,7 @@ class Gateway:
         except BaseException as error:
             stream.close()
             if isinstance(error, GatewayError):  # nothing was generated
-                exchange.usage, exchange.usage_from = None, "none"
+                exchange.usage = None
             raise
         if exchange.is_array:
             fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
@@ -9416,7 +9415,7 @@ class ProviderStream(Stream, Generic[Tally]):
             gateway.pool.release(self.answer)
         else:
             gateway.pool.drop(self.answer.connection)
-        exchange.usage, exchange.usage_from = tally.usage, "reported" if tally.usage else "none"
+        exchange.usage = tally.usage
         if tally.is_generation and not (is_whole and tally.usage):
             gateway.estimate(exchange, tally.content_bytes)
 
@@ -9818,7 +9817,7 @@ def own_log_fields(exchange: Exchange) -> Dict[str, object]:
                 fields[f"{name}_tokens"] = getattr(usage, name)
     if exchange.cost is not None:
         fields["cost"] = Dollars(exchange.cost / 10**9)
-    fields["usage"] = exchange.usage_from
+    fields["usage"] = exchange.usage_from if usage else "none"
     fields["bytes_in"], fields["bytes_out"] = exchange.bytes_in, exchange.bytes_out
     if exchange.ttft is not None:
         fields["ttft_ms"] = round(exchange.ttft * 1000, 1)
