@@ -8620,7 +8620,6 @@ BAD_KEY = re.compile(
 MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
-NO_ENDPOINTS: Mapping[str, str] = {}
 
 
 class Log:
@@ -8887,16 +8886,14 @@ class Gateway:
             raise GatewayError(400, "The body must be a JSON object.")
         return await self.translate(exchange, request, route, body, is_strict)
 
-    async def admit(
-            self, exchange: Exchange, request: Request,
-            endpoints: Mapping[str, str] = NO_ENDPOINTS) -> Tuple[App, Body | Form, Route]:
-        """`endpoints` name the provider of what may name no model."""
+    async def admit(self, exchange: Exchange, request: Request,
+                    keeper: str | None = None) -> Tuple[App, Body | Form, Route]:
+        """`keeper` is the provider of what may name no model."""
         app = self.authenticate(exchange, request)  # 401
         raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
         body = Form(raw, kind) if kind.lower().startswith("multipart/form-data") else Body(raw)
         exchange.bytes_in = len(body.body)
         exchange.ready = exchange.sent = exchange.came = self.clock()
-        keeper = endpoints.get(request.head.path)
         if keeper and not exchange.model and body.get("model") is None:
             app.check_may_use("")  # 403 for a key that may not use every model
             exchange.is_stream = exchange.dialect.read_stream(body)  # 400
@@ -9185,7 +9182,8 @@ class Gateway:
 
     async def forward(self, exchange: Exchange, request: Request) -> Response:
         """An endpoint that no dialect is read for: bytes pass to where the body's model lives."""
-        _, body, route = await self.admit(exchange, request, self._endpoints)
+        keeper = self._endpoints.get(request.head.path)
+        _, body, route = await self.admit(exchange, request, keeper)
         path = endpoint_of(request.head.path)
         if path in route.provider.paths:
             return await self.pass_through(exchange, request, route, body, path)
