@@ -8816,8 +8816,7 @@ class Gateway:
     async def handle(self, exchange: Exchange, request: Request) -> Response:
         exchange.method, exchange.path = request.head.method, self.masked(request.head.path)
         if self._log_headers:
-            exchange.logged_headers = [(name, request.headers[name]) for name in self._log_headers
-                                       if name in request.headers]
+            exchange.logged_headers = fields_of(request.headers, self._log_headers)
         try:
             head = request.head
             name, methods = find_route(head.path, head.method)
@@ -8996,21 +8995,20 @@ class Gateway:
         self.settle_losses(exchange, request, route, losses, is_strict)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
         lines += self._defaults[route.provider.name] + field_lines(
-            (name, request.headers[name]) for name in TRANSLATED_FIELDS if name in request.headers)
+            fields_of(request.headers, TRANSLATED_FIELDS))
         payload = with_head(lines, dump_json(tree))
         del tree
         chat.turns.clear()
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
             raise await self.translated_error(exchange, route, answer, wire)
-        created = int(self.log.wall_clock())
+        created, retry = int(self.log.wall_clock()), fields_of(answer.headers, RETRY_FIELDS)
         if exchange.is_stream:
             parser = wire.parser(rewrites)
             parser.needs_done = route.provider.done
             stream = TranslatedStream(
                 self, exchange, route, answer, parser, dialect.renderer(chat, created))
-            fields = [*retry_fields(answer), *exchange.lost_fields,
-                      ("content-type", "text/event-stream")]
+            fields = [*retry, *exchange.lost_fields, ("content-type", "text/event-stream")]
             return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
         try:
@@ -9025,8 +9023,7 @@ class Gateway:
         self.count_lost(rewrites.lost, route)
         losses.names.update(dict.fromkeys(rewrites.lost, False))
         answered = dump_json(dialect.render_reply(reply, chat, created))
-        return Response(
-            200, [JSON_TYPE, *retry_fields(answer), *lost_fields(losses)], answered)
+        return Response(200, [JSON_TYPE, *retry, *lost_fields(losses)], answered)
 
     def authenticate(self, exchange: Exchange, request: Request) -> App:
         app = self.keyring.authenticate(
@@ -9154,7 +9151,7 @@ class Gateway:
         error = translated(
             plain_error(answer.status, body) if told is None else
             wire.parse_error(told.get("error") or told, answer.status), route.provider)
-        error.headers = retry_fields(answer) or retry_delay(told)
+        error.headers = fields_of(answer.headers, RETRY_FIELDS) or retry_delay(told)
         return error
 
     async def read_error_body(self, exchange: Exchange, route: Route, answer: Answer) -> bytes:
@@ -9710,8 +9707,8 @@ MAX_LOST_BYTES = 400
 ANSWER_FIELDS = frozenset(["choices", "output", "content", "candidates"])
 
 
-def retry_fields(answer: Answer) -> List[Tuple[str, str]]:
-    return [(name, answer.headers[name]) for name in RETRY_FIELDS if name in answer.headers]
+def fields_of(headers: Headers, names: Iterable[str]) -> List[Tuple[str, str]]:
+    return [(name, headers[name]) for name in names if name in headers]
 
 
 def retry_delay(told: JSON | None) -> List[Tuple[str, str]]:
