@@ -8399,12 +8399,6 @@ class Answer:
         self.connection.is_held = True
         self.connection.pause()
 
-    def settle(self, data: bytes) -> bool:
-        try:
-            return not self.framing.feed(data)
-        except ValueError:
-            return False
-
     @property
     def can_be_reused(self) -> bool:
         connection = self.connection
@@ -8525,15 +8519,16 @@ class Pool:
                 asyncio.sslproto.SSLProtocol.max_size = 32 << 10
         return self._tls
 
-    def release(self, answer: Answer) -> None:
-        """Keeps the answer's connection where nothing speaks against it. A body whose content has
-        ended may lack its last chunk: that is awaited in passing."""
+    def release(self, answer: Answer, is_whole: bool = True) -> None:
+        """Keeps the connection of a whole answer where nothing speaks against it. A body whose
+        content has ended may lack its last chunk: that is awaited in passing."""
         connection = answer.connection
+        if not (is_whole and answer.is_persistent):
+            self.drop(connection)
+            return
         connection.final = FOREVER
         connection.resume()
-        if not answer.is_persistent:
-            self.drop(connection)
-        elif answer.framing.done:
+        if answer.framing.done:
             self._keep_or_drop(answer)
         else:
             connection.expect("settle", self._clock(), SETTLE_SECONDS)
@@ -8542,7 +8537,11 @@ class Pool:
                 self._settle(answer, connection.take(len(connection.buffer)))
 
     def _settle(self, answer: Answer, data: bytes) -> None:
-        if not answer.settle(data):
+        try:
+            has_more = bool(answer.framing.feed(data))
+        except ValueError:
+            has_more = True
+        if has_more:
             self.drop(answer.connection)
         elif answer.framing.done:
             self._keep_or_drop(answer)
@@ -9406,10 +9405,7 @@ class ProviderStream(Stream, Generic[Tally]):
         self._cutter.rest()
         tally, gateway, exchange = self._tally, self._gateway, self._exchange
         is_whole = tally.ended and not self.failure
-        if is_whole:
-            gateway.pool.release(self.answer)
-        else:
-            gateway.pool.drop(self.answer.connection)
+        gateway.pool.release(self.answer, is_whole)
         exchange.usage = tally.usage
         if tally.is_generation and not (is_whole and tally.usage):
             gateway.estimate(exchange, tally.content_bytes)
@@ -9460,8 +9456,7 @@ class HandedOn(Stream):
         self.ended = True
 
     def close(self) -> None:
-        self._gateway.pool.release(self._answer) if self._answer.framing.done else (
-            self._gateway.pool.drop(self._answer.connection))
+        self._gateway.pool.release(self._answer, self._answer.framing.done)
 
 
 class ArrayStream(Stream):
