@@ -10432,7 +10432,7 @@ DEMO_PATHS = {f"/v1/{path}": DIALECTS[name] for path, name in (
 
 
 def demo_reply(chat: Chat) -> Reply:
-    results = [block for block in chat.turns[-1].blocks if isinstance(block, ToolResult)]
+    results = blocks_of(chat.turns[-1].blocks, ToolResult)
     heard = demo_text(results[0].content if results else chat.turns[-1].blocks)
     asked = len(demo_text([block for turn in chat.turns for block in turn.blocks])) // 4 + 1
     if chat.tools and not results and not (chat.choice and chat.choice.mode == "none"):
@@ -10444,7 +10444,7 @@ def demo_reply(chat: Chat) -> Reply:
 
 
 def demo_text(blocks: Iterable[Block]) -> str:
-    return " ".join(block.text for block in blocks if isinstance(block, Text))
+    return " ".join(text.text for text in blocks_of(blocks, Text))
 
 
 def demo_arguments(schema: JSON) -> JSON:
