@@ -7345,7 +7345,7 @@ class Meter:
         self._prompt, self._completion = (*route, "prompt"), (*route, "completion")
         self._plain, self._stream = (*route, "false"), (*route, "true")
         self.log_fields = list(zip(ROUTE_LABELS, route))
-        self.log_text = "".join(f" {name}={quote_log(value)}" for name, value in self.log_fields)
+        self.log_text = render_log(self.log_fields)
 
     def record(self, record: Record) -> None:
         metrics, route = self._metrics, self._route
@@ -9806,7 +9806,7 @@ def own_log_fields(exchange: Exchange) -> Dict[str, object]:
             if getattr(usage, name):
                 fields[f"{name}_tokens"] = getattr(usage, name)
     if exchange.cost is not None:
-        fields["cost"] = Dollars(exchange.cost / 10**9)
+        fields["cost"] = Dollars(exchange.cost / NANO_DOLLARS)
     fields["usage"] = exchange.usage_from if usage else "none"
     fields["bytes_in"], fields["bytes_out"] = exchange.bytes_in, exchange.bytes_out
     if exchange.ttft is not None:
@@ -10601,7 +10601,7 @@ def id_maker() -> Callable[[], str]:
 def say(text: str, fd: int = 1) -> None:
     """Prints at once; a reader that has gone or a full disk is no reason to end."""
     try:
-        os.write(fd, f"{text}\n".encode(errors="backslashreplace"))
+        os.write(fd, utf8(f"{text}\n"))
     except OSError:
         pass
 
