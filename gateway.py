@@ -8765,8 +8765,7 @@ class Exchange(Record):
     bytes_in = 0
     bytes_out = 0
     logged_headers: Sequence[Tuple[str, str]] = ()
-    keepalive = b""  # what the server writes into a stream after so many seconds of silence
-    keepalive_seconds = 0.0
+    keepalive = 0.0  # seconds of a stream's silence that the server breaks; 0: none
     lost_fields: Sequence[Tuple[str, str]] = ()  # of the answer's head: what the request lost
 
     def __init__(self, id_: str, started: float) -> None:
@@ -8874,8 +8873,7 @@ class Gateway:
         exchange.is_array = (exchange.is_stream and exchange.dialect.streams_arrays
                              and "alt=sse" not in request.head.query)
         if exchange.is_stream and not exchange.is_array:
-            exchange.keepalive = exchange.dialect.keepalive
-            exchange.keepalive_seconds = self.config.sse_keepalive
+            exchange.keepalive = self.config.sse_keepalive
         name = exchange.dialect.name
         is_strict = app.is_strict or route.is_strict
         if name in route.provider.paths and route.wire in (None, name):
@@ -9881,7 +9879,7 @@ class Client(Wire):
         self.exchange: Exchange | None = None  # while one is open
         self.has_left = False
         self.lingers = False  # the client may still be sending
-        self.head: RequestHead | None = None
+        self.is_http10 = False
         self.is_committed = False  # a stream's head went out before its handler was done
         self.consumed = 0  # bytes taken from the buffer
         self.written = self.written_before = 0  # all, and before this answer
@@ -9911,20 +9909,20 @@ class Client(Wire):
 
     def begin(self, head: RequestHead) -> None:
         self.phase, self.deadline, self.renewal = "answer", FOREVER, 0.0
-        self.head, self.is_committed, self._quiet_since = head, False, (-1, 0.0)
+        self.is_http10, self.is_committed = head.is_http10, False
+        self._quiet_since = (-1, 0.0)
         self.written_before = self.written
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
         super().write(data)
 
-    def is_quiet(self, now: float) -> bool:
-        exchange = self.exchange
-        if exchange is None or not exchange.keepalive or not exchange.keepalive_seconds:
+    def is_quiet(self, exchange: Exchange, now: float) -> bool:
+        if not exchange.keepalive:
             return False
         if self._quiet_since[0] != self.written or self.transport.get_write_buffer_size():
             self._quiet_since = (self.written, now)
-        return now - self._quiet_since[1] >= exchange.keepalive_seconds
+        return now - self._quiet_since[1] >= exchange.keepalive
 
     def sweep(self, now: float, timeouts: Timeouts) -> None:
         if self.phase == "keep_alive" and self.fed > self.consumed:
@@ -10266,19 +10264,17 @@ class Server:
             if client.exchange is not None:
                 client.exchange.bytes_out = client.written - client.written_before
 
-    def write_keepalive(self, client: Client) -> None:
-        exchange, head = client.exchange, client.head
-        if exchange is None or head is None:
-            return
+    def write_keepalive(self, client: Client, exchange: Exchange) -> None:
         if not client.is_committed:
             client.is_committed = True
             fields = [("date", self.date()), ("content-type", "text/event-stream"),
                       *((name, exchange.id) for name in exchange.dialect.id_fields),
                       ("x-gateway-id", exchange.id), *exchange.lost_fields,
-                      ("connection", "close") if head.is_http10 else
+                      ("connection", "close") if client.is_http10 else
                       ("transfer-encoding", "chunked")]
             client.write(render_head(200, fields))
-        client.write(exchange.keepalive if head.is_http10 else render_chunk(exchange.keepalive))
+        said = exchange.dialect.keepalive
+        client.write(said if client.is_http10 else render_chunk(said))
 
     async def write_stream(self, client: Client, head: RequestHead, status: int,
                            fields: List[Tuple[str, str]], stream: Stream) -> None:
@@ -10341,8 +10337,8 @@ class Server:
         now = self.clock()
         for client in list(self._clients):
             client.sweep(now, self.timeouts)
-            if client.is_quiet(now):
-                self.write_keepalive(client)
+            if client.exchange is not None and client.is_quiet(client.exchange, now):
+                self.write_keepalive(client, client.exchange)
         others(now)
 
     async def drain(self) -> None:
