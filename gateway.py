@@ -9869,6 +9869,7 @@ LINGER_SECONDS = 2.0
 BACKLOG = 1024
 HANG_UPS = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second without descriptors
+NO_HEAD = RequestHead("", "", "", False, {}, 0)  # stands for one that could not be read
 
 
 class Client(Wire):
@@ -9879,7 +9880,7 @@ class Client(Wire):
         self.exchange: Exchange | None = None  # while one is open
         self.has_left = False
         self.lingers = False  # the client may still be sending
-        self.is_http10 = False
+        self.head = NO_HEAD
         self.is_committed = False  # a stream's head went out before its handler was done
         self.consumed = 0  # bytes taken from the buffer
         self.written = self.written_before = 0  # all, and before this answer
@@ -9909,8 +9910,7 @@ class Client(Wire):
 
     def begin(self, head: RequestHead) -> None:
         self.phase, self.deadline, self.renewal = "answer", FOREVER, 0.0
-        self.is_http10, self.is_committed = head.is_http10, False
-        self._quiet_since = (-1, 0.0)
+        self.head, self.is_committed, self._quiet_since = head, False, (-1, 0.0)
         self.written_before = self.written
 
     def write(self, data: bytes) -> None:
@@ -10200,7 +10200,7 @@ class Server:
             stays = (can_skip and head.keeps_alive and not self.is_draining
                      and not (head.is_http10 and (response.stream or client.is_committed)))
             client.lingers = not (request.is_read or stays)
-            await self.write_response(client, head, response, stays)
+            await self.write_response(client, response, stays)
         except (ConnectionError, ClientLeft, asyncio.CancelledError) as error:
             is_cut = isinstance(error, asyncio.CancelledError) and not client.has_left
             exchange.status = 503 if is_cut else 499
@@ -10215,12 +10215,11 @@ class Server:
         return stays and not self.is_draining and not client.transport.is_closing()
 
     async def refuse(self, client: Client, error: GatewayError) -> None:
-        client.lingers, client.is_committed = True, False
+        client.lingers, client.head, client.is_committed = True, NO_HEAD, False
         client.exchange = exchange = Exchange(self._new_id(), self.clock())
         client.written_before = client.written
-        head = RequestHead("", "", "", False, {}, 0)
         try:
-            await self.write_response(client, head, self._app.refuse(exchange, error), False)
+            await self.write_response(client, self._app.refuse(exchange, error), False)
         finally:
             client.exchange = None
             self._app.record(exchange)
@@ -10238,16 +10237,15 @@ class Server:
 
     # ---- answers ----
 
-    async def write_response(
-            self, client: Client, head: RequestHead, response: Response, stays: bool) -> None:
-        fields = [("date", self.date()), *response.fields]
+    async def write_response(self, client: Client, response: Response, stays: bool) -> None:
+        head, fields = client.head, [("date", self.date()), *response.fields]
         if not stays:
             fields.append(("connection", "close"))
         elif head.is_http10:
             fields.append(("connection", "keep-alive"))
         try:
             if response.stream is not None:
-                await self.write_stream(client, head, response.status, fields, response.stream)
+                await self.write_stream(client, response.status, fields, response.stream)
             elif client.is_committed:
                 client.write(
                     response.event if head.is_http10 else render_chunk(response.event, True))
@@ -10265,20 +10263,21 @@ class Server:
                 client.exchange.bytes_out = client.written - client.written_before
 
     def write_keepalive(self, client: Client, exchange: Exchange) -> None:
+        is_http10 = client.head.is_http10
         if not client.is_committed:
             client.is_committed = True
             fields = [("date", self.date()), ("content-type", "text/event-stream"),
                       *((name, exchange.id) for name in exchange.dialect.id_fields),
                       ("x-gateway-id", exchange.id), *exchange.lost_fields,
-                      ("connection", "close") if client.is_http10 else
+                      ("connection", "close") if is_http10 else
                       ("transfer-encoding", "chunked")]
             client.write(render_head(200, fields))
         said = exchange.dialect.keepalive
-        client.write(said if client.is_http10 else render_chunk(said))
+        client.write(said if is_http10 else render_chunk(said))
 
-    async def write_stream(self, client: Client, head: RequestHead, status: int,
-                           fields: List[Tuple[str, str]], stream: Stream) -> None:
-        is_chunked = not head.is_http10
+    async def write_stream(self, client: Client, status: int, fields: List[Tuple[str, str]],
+                           stream: Stream) -> None:
+        is_chunked = not client.head.is_http10
         is_full = False
 
         def framed(data: bytes, before: bytes = b"") -> bytes:
