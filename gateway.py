@@ -10077,8 +10077,6 @@ class ClientRequest:
 
         if (length or 0) > limit:
             raise GatewayError(413, f"The upload is larger than {limit} bytes.")
-        if self.is_read:
-            return True
         self._is_begun = True
         self._expect_body()
         framing = ChunkedFraming() if length is None else LengthFraming(length)
