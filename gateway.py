@@ -9882,7 +9882,6 @@ class Client(Wire):
         self.lingers = False  # the client may still be sending
         self.head = NO_HEAD
         self.is_committed = False  # a stream's head went out before its handler was done
-        self.consumed = 0  # bytes taken from the buffer
         self.written = self.written_before = 0  # all, and before this answer
         self._quiet_since = (-1, 0.0)  # bytes written by then, and when that was seen
         self._sent = 0
@@ -9903,7 +9902,6 @@ class Client(Wire):
             except OverflowError:
                 raise GatewayError(431, "The request's head is larger than "
                                         f"{self._max_head} bytes.") from None
-            self.consumed += len(head)
             if head[:2] == b"\r\n":
                 head = head[2:]
         return head
@@ -9925,7 +9923,7 @@ class Client(Wire):
         return now - self._quiet_since[1] >= exchange.keepalive
 
     def sweep(self, now: float, timeouts: Timeouts) -> None:
-        if self.phase == "keep_alive" and self.fed > self.consumed:
+        if self.phase == "keep_alive" and self.buffer:
             self.expect("head", now, timeouts.head)
         if self.phase == "head" and self.has_bare_head():
             self.deadline = FOREVER
@@ -10009,7 +10007,6 @@ class ClientRequest:
         except EOFError as error:
             raise ClientLeft from error
         self.is_read = True
-        client.consumed += length or 0
         client.expect("answer", 0.0, FOREVER)
         return body if coding == "identity" else self._inflate(body, coding)
 
@@ -10049,7 +10046,6 @@ class ClientRequest:
                 raise ClientLeft from error
             if not data:
                 raise ClientLeft
-            client.consumed += len(data)
             try:
                 piece = framing.feed(data)
             except ValueError as error:
@@ -10059,7 +10055,6 @@ class ClientRequest:
             goes_on = await put(piece)
             client.expect(phase, self._server.clock(), renewal, renews=True)
         client.buffer[:0] = framing.rest
-        client.consumed -= len(framing.rest)
         return goes_on
 
     async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool:
@@ -10131,7 +10126,6 @@ class ClientRequest:
         if not self.is_read:
             self._client.expect("body", self._server.clock(), self._server.timeouts.body)
             await self._client.read_exactly(self.head.length or 0)
-            self._client.consumed += self.head.length or 0
 
 
 class Server:
@@ -10345,7 +10339,7 @@ class Server:
             listener.close()
         self.outbox.flush()
         for client in self._clients:
-            if client.phase == "keep_alive" and client.fed == client.consumed:
+            if client.phase == "keep_alive" and not client.buffer:
                 client.transport.close()  # behind what is still to be sent
         tasks = {client.task for client in self._clients if client.task is not None}
         if tasks:
