@@ -9818,16 +9818,15 @@ def told_log_fields(exchange: Exchange) -> List[Tuple[str, str]]:
     return [*(field for field in told if field[1]), *exchange.logged_headers]
 
 
-def process_metrics() -> List[Family]:
+def process_metrics() -> Iterator[Family]:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cpu = Counter("process_cpu_seconds_total", "CPU time of the process.", scale=10**6)
     cpu.add((), int((usage.ru_utime + usage.ru_stime) * 10**6))
-    families: List[Family] = [cpu]
+    yield cpu
     for name, about, value in process_readings():
         gauge = Gauge(name, about)
         gauge.set((), value)
-        families.append(gauge)
-    return families
+        yield gauge
 
 
 def process_readings() -> Iterator[Tuple[str, str, int]]:
@@ -10188,8 +10187,7 @@ class Server:
         try:
             response = await self._app.handle(exchange, request)
             request.give_back()
-            can_skip = request.can_be_skipped
-            stays = (can_skip and head.keeps_alive and not self.is_draining
+            stays = (request.can_be_skipped and head.keeps_alive and not self.is_draining
                      and not (head.is_http10 and (response.stream or client.is_committed)))
             client.lingers = not (request.is_read or stays)
             await self.write_response(client, response, stays)
