@@ -10033,12 +10033,12 @@ class ClientRequest:
         await self._feed(ChunkedFraming(), put)
         return b"".join(pieces)
 
-    async def _feed(
-            self, framing: Framing, put: Callable[[bytes], Awaitable[bool]]) -> bool:
+    async def _feed(self, framing: Framing, put: Callable[[bytes], Awaitable[bool]]) -> bool:
         """Until the body is whole, or `put` returns False; returns whether it took all of it."""
-        client = self._client
+        client, server = self._client, self._server
         goes_on = True
         while goes_on and not framing.done:
+            client.expect("body", server.clock(), server.timeouts.body, renews=True)
             try:
                 data = await client.read()
             except OSError as error:
@@ -10049,18 +10049,15 @@ class ClientRequest:
                 piece = framing.feed(data)
             except ValueError as error:
                 raise GatewayError(400, f"The request's body is malformed: {error}.") from error
-            phase, renewal = client.phase, client.renewal
             client.expect("answer", 0.0, FOREVER)  # while the other side takes its time
             goes_on = await put(piece)
-            client.expect(phase, self._server.clock(), renewal, renews=True)
         client.buffer[:0] = framing.rest
         return goes_on
 
     async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool:
         """Hands the body on as it comes, unheld and still coded; returns whether it was whole.
         Raises GatewayError 400, 408, 413."""
-        client, length, limit = self._client, self.head.length, self._server.limits.upload
-        size = 0
+        length, limit, size = self.head.length, self._server.limits.upload, 0
 
         async def put_counted(piece: bytes) -> bool:
             nonlocal size
@@ -10076,7 +10073,6 @@ class ClientRequest:
         framing = ChunkedFraming() if length is None else LengthFraming(length)
         is_taken = await self._feed(framing, put_counted)
         self.is_read = framing.done
-        client.expect("answer", 0.0, FOREVER)
         return is_taken
 
     def _expect_body(self) -> None:
