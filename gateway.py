@@ -7381,8 +7381,8 @@ def render_metrics(families: Iterable[Family], openmetrics: bool) -> str:
     lines = []
     for family in families:
         name = family.name
-        if openmetrics and family.type == "counter" and name.endswith("_total"):
-            name = name[:-len("_total")]
+        if openmetrics and family.type == "counter":
+            name = name.removesuffix("_total")
         lines += [f"# HELP {name} {family.about}", f"# TYPE {name} {family.type}"]
         for suffix, extra, values, number in family.samples():
             labels = ",".join(f'{label}="{escape_label(value)}"'
