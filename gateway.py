@@ -8580,14 +8580,6 @@ class Pool:
             self.drop(connection)
 
 
-def send_at_once(transport: asyncio.Transport) -> None:
-    """asyncio does so by itself only where a socket knows its protocol, as accepted ones do not;
-    without it each event of a stream waits for the one before to be acknowledged."""
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def raise_failure(error: BaseException, provider: Provider, is_unanswered: bool) -> NoReturn:
     """What an error before the answer means to a client."""
     if is_unanswered:
@@ -9889,7 +9881,11 @@ class Client(Wire):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
-        send_at_once(self.transport)
+        sock = transport.get_extra_info("socket")
+        # asyncio does this only where a socket knows its protocol, as accepted ones do not; without
+        # it each event of a stream waits for the one before to be acknowledged.
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.task = asyncio.get_running_loop().create_task(self._server.serve_connection(self))
 
     async def read_head(self) -> bytes:
