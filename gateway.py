@@ -8722,8 +8722,6 @@ class Stream:
 
     def fail(self, error: GatewayError) -> bytes | None:
         """What tells the client; None where nothing can."""
-        self.ended = True
-        return None
 
     def close(self) -> None:
         """Called once, however the stream went."""
@@ -9443,7 +9441,6 @@ class HandedOn(Stream):
 
     def fail(self, error: GatewayError) -> None:
         self._exchange.fail(error)
-        self.ended = True
 
     def close(self) -> None:
         self._gateway.pool.release(self._answer, self._answer.framing.done)
