@@ -9986,7 +9986,7 @@ class ClientRequest:
             known = ", ".join(CODINGS)
             raise GatewayError(415, f"The content-encoding must be one of: {known}.",
                                headers=[("accept-encoding", known)])
-        self._check_size(length or 0)
+        check_size(BODY, length or 0, self._server.limits.body)
         if self.is_read:
             return b""
         client = self._client
@@ -10013,23 +10013,20 @@ class ClientRequest:
 
     async def _read_chunked(self) -> bytes:
         pieces: List[bytes] = []
-        size = 0
 
         async def put(piece: bytes) -> bool:
-            nonlocal size
             pieces.append(piece)
-            size += len(piece)
-            self._check_size(size)
             self._take(len(piece))
             return True
 
-        await self._feed(ChunkedFraming(), put)
+        await self._feed(ChunkedFraming(), put, BODY, self._server.limits.body)
         return b"".join(pieces)
 
-    async def _feed(self, framing: Framing, put: Callable[[bytes], Awaitable[bool]]) -> bool:
+    async def _feed(self, framing: Framing, put: Callable[[bytes], Awaitable[bool]],
+                    what: str, limit: int) -> bool:
         """Until the body is whole, or `put` returns False; returns whether it took all of it."""
         client, server = self._client, self._server
-        goes_on = True
+        goes_on, size = True, 0
         while goes_on and not framing.done:
             client.expect("body", server.clock(), server.timeouts.body, renews=True)
             try:
@@ -10043,6 +10040,8 @@ class ClientRequest:
             except ValueError as error:
                 raise GatewayError(400, f"The request's body is malformed: {error}.") from error
             client.expect("answer", 0.0, FOREVER)  # while the other side takes its time
+            size += len(piece)
+            check_size(what, size, limit)
             goes_on = await put(piece)
         client.buffer[:0] = framing.rest
         return goes_on
@@ -10050,21 +10049,12 @@ class ClientRequest:
     async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool:
         """Hands the body on as it comes, unheld and still coded; returns whether it was whole.
         Raises GatewayError 400, 408, 413."""
-        length, limit, size = self.head.length, self._server.limits.upload, 0
-
-        async def put_counted(piece: bytes) -> bool:
-            nonlocal size
-            size += len(piece)
-            if size > limit:
-                raise GatewayError(413, f"The upload is larger than {limit} bytes.")
-            return await put(piece)
-
-        if (length or 0) > limit:
-            raise GatewayError(413, f"The upload is larger than {limit} bytes.")
+        length, limit = self.head.length, self._server.limits.upload
+        check_size("upload", length or 0, limit)
         self._is_begun = True
         self._expect_body()
         framing = ChunkedFraming() if length is None else LengthFraming(length)
-        is_taken = await self._feed(framing, put_counted)
+        is_taken = await self._feed(framing, put, "upload", limit)
         self.is_read = framing.done
         return is_taken
 
@@ -10088,11 +10078,6 @@ class ClientRequest:
             raise GatewayError(400, f"The request's body is malformed: {error}.") from error
         return b"".join(pieces)
 
-    def _check_size(self, size: int) -> None:
-        if size > self._server.limits.body:
-            raise GatewayError(413, "The request's body is larger than "
-                                    f"{self._server.limits.body} bytes.")
-
     def _take(self, size: int) -> None:
         if not self._server.bodies.take(size):
             raise GatewayError(503, "Too many request bodies are in memory; try again.",
@@ -10114,6 +10099,14 @@ class ClientRequest:
         if not self.is_read:
             self._client.expect("body", self._server.clock(), self._server.timeouts.body)
             await self._client.read_exactly(self.head.length or 0)
+
+
+BODY = "request's body"
+
+
+def check_size(what: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise GatewayError(413, f"The {what} is larger than {limit} bytes.")
 
 
 class Server:
