@@ -8746,6 +8746,7 @@ class Exchange(Record):
     dialect = DIALECTS["chat"]  # the client's
     route: Route | None = None
     is_generation = False
+    is_strict = False  # losses are refused
     is_array = False  # a stream of one JSON array
     is_shared = False  # it shows what all apps left under one key of the provider's
     error = ""
@@ -8859,21 +8860,20 @@ class Gateway:
 
     async def generate(self, exchange: Exchange, request: Request) -> Response:
         """Answers one generation request; the order of the steps is what clients rely on."""
-        app, body, route = await self.admit(exchange, request)
+        body, route = await self.admit(exchange, request)
         exchange.is_array = (exchange.is_stream and exchange.dialect.streams_arrays
                              and "alt=sse" not in request.head.query)
         if exchange.is_stream and not exchange.is_array:
             exchange.keepalive = self.config.sse_keepalive
         name = exchange.dialect.name
-        is_strict = app.is_strict or route.is_strict
         if name in route.provider.paths and route.wire in (None, name):
-            return await self.pass_through(exchange, request, route, body, name, is_strict)
+            return await self.pass_through(exchange, request, route, body, name)
         if isinstance(body, Form):
             raise GatewayError(400, "The body must be a JSON object.")
-        return await self.translate(exchange, request, route, body, is_strict)
+        return await self.translate(exchange, request, route, body)
 
     async def admit(self, exchange: Exchange, request: Request,
-                    keeper: str | None = None) -> Tuple[App, Body | Form, Route]:
+                    keeper: str | None = None) -> Tuple[Body | Form, Route]:
         """`keeper` is the provider of what may name no model."""
         app = self.authenticate(exchange, request)  # 401
         raw, kind = await request.body(), request.headers.get("content-type", "")  # 408, 413, 503
@@ -8883,16 +8883,18 @@ class Gateway:
         if keeper and not exchange.model and body.get("model") is None:
             app.check_may_use("")  # 403 for a key that may not use every model
             exchange.is_stream = exchange.dialect.read_stream(body)  # 400
-            exchange.route = self.router.route_to(keeper)
-            return app, body, exchange.route
-        if exchange.model:
-            model, exchange.is_stream = exchange.model, exchange.dialect.read_stream(body)  # 400
+            route = self.router.route_to(keeper)
         else:
-            model, exchange.is_stream = exchange.dialect.read_call(body, request.head.path)  # 400
-        app.check_may_use(model)  # 403
-        exchange.route = self.resolve(model)  # 404
-        exchange.model = model
-        return app, body, exchange.route
+            model, exchange.is_stream = (
+                (exchange.model, exchange.dialect.read_stream(body)) if exchange.model else
+                exchange.dialect.read_call(body, request.head.path))  # 400
+            app.check_may_use(model)  # 403
+            route = self.resolve(model)  # 404
+            exchange.model = model
+        exchange.route = route
+        exchange.is_strict = (
+            app.is_strict or route.is_strict or request.headers.get("x-gateway-strict") == "1")
+        return body, route
 
     def resolve(self, model: str) -> Route:
         try:
@@ -8912,7 +8914,7 @@ class Gateway:
             f"***:{action}" if colon and self.keyring.knows(key) else name)
 
     async def pass_through(self, exchange: Exchange, request: Request, route: Route,
-                           body: Body | Form, path: str, is_strict: bool = False) -> Response:
+                           body: Body | Form, path: str) -> Response:
         """`path` is the name of one in the kind's row: the dialect's, or another."""
         dialect, losses = exchange.dialect, Losses()
         is_dialect = path == dialect.name
@@ -8926,7 +8928,7 @@ class Gateway:
         if isinstance(body, Body) and (is_dialect or path in COUNTS):
             values = {**values, **own_history(dialect, body, route.provider.row)}
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
-        self.settle_losses(exchange, request, route, losses, is_strict)  # 400
+        self.settle_losses(exchange, route, losses)  # 400
         body.forget()
         answer = await self.send(exchange, route, payload)  # 502, 504
         if answer.status != 200:
@@ -8963,8 +8965,8 @@ class Gateway:
             losses.drop("max_tokens")
         return values
 
-    async def translate(self, exchange: Exchange, request: Request, route: Route,
-                        body: Body, is_strict: bool) -> Response:
+    async def translate(
+            self, exchange: Exchange, request: Request, route: Route, body: Body) -> Response:
         """The provider speaks another dialect: request and answer go through the model."""
         dialect, losses, caps = exchange.dialect, Losses(), route.target.caps
         if route.provider.forward_auth:
@@ -8979,7 +8981,7 @@ class Gateway:
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
         rewrites.answer_id = exchange.id
         route.edits.apply(tree, losses, ours=["stream_options"])
-        self.settle_losses(exchange, request, route, losses, is_strict)  # 400
+        self.settle_losses(exchange, route, losses)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
         lines += self._defaults[route.provider.name] + field_lines(
             fields_of(request.headers, TRANSLATED_FIELDS))
@@ -9019,10 +9021,9 @@ class Gateway:
         app.check_may_call((request.head.path, exchange.path), exchange.is_shared)
         return app
 
-    def settle_losses(self, exchange: Exchange, request: Request, route: Route, losses: Losses,
-                      is_strict: bool) -> None:
+    def settle_losses(self, exchange: Exchange, route: Route, losses: Losses) -> None:
         """Refuses them where that is asked for, else counts them."""
-        if losses.names and (is_strict or request.headers.get("x-gateway-strict") == "1"):
+        if exchange.is_strict:
             losses.refuse()
         exchange.lost_fields = lost_fields(losses)
         self.count_lost(losses.names, route)
@@ -9167,7 +9168,7 @@ class Gateway:
     async def forward(self, exchange: Exchange, request: Request) -> Response:
         """An endpoint that no dialect is read for: bytes pass to where the body's model lives."""
         keeper = self._endpoints.get(request.head.path)
-        _, body, route = await self.admit(exchange, request, keeper)
+        body, route = await self.admit(exchange, request, keeper)
         path = endpoint_of(request.head.path)
         if path in route.provider.paths:
             return await self.pass_through(exchange, request, route, body, path)
@@ -10180,8 +10181,7 @@ class Server:
             raise
         finally:
             request.give_back()
-            client.exchange = None
-            self._app.record(exchange)
+            self.record(client, exchange)
         if stays:
             await request.skip()
         return stays and not self.is_draining and not client.transport.is_closing()
@@ -10193,8 +10193,12 @@ class Server:
         try:
             await self.write_response(client, self._app.refuse(exchange, error), False)
         finally:
-            client.exchange = None
-            self._app.record(exchange)
+            self.record(client, exchange)
+
+    def record(self, client: Client, exchange: Exchange) -> None:
+        client.exchange = None
+        exchange.bytes_out = client.written - client.written_before
+        self._app.record(exchange)
 
     async def close(self, client: Client) -> None:
         """Closes so that the last answer arrives: what the client may still send would make the
@@ -10215,24 +10219,20 @@ class Server:
             fields.append(("connection", "close"))
         elif head.is_http10:
             fields.append(("connection", "keep-alive"))
-        try:
-            if response.stream is not None:
-                await self.write_stream(client, response.status, fields, response.stream)
-            elif client.is_committed:
-                client.write(
-                    response.event if head.is_http10 else render_chunk(response.event, True))
-            else:
-                if response.status != 204 and (response.body or head.method != "HEAD"):
-                    fields.append(("content-length", str(len(response.body))))
-                data = render_head(response.status, fields)
-                if head.method != "HEAD":
-                    data += response.body
-                client.write(data)
-            if client.transport.get_write_buffer_size():
-                await client.drain()
-        finally:
-            if client.exchange is not None:
-                client.exchange.bytes_out = client.written - client.written_before
+        if response.stream is not None:
+            await self.write_stream(client, response.status, fields, response.stream)
+        elif client.is_committed:
+            client.write(
+                response.event if head.is_http10 else render_chunk(response.event, True))
+        else:
+            if response.status != 204 and (response.body or head.method != "HEAD"):
+                fields.append(("content-length", str(len(response.body))))
+            data = render_head(response.status, fields)
+            if head.method != "HEAD":
+                data += response.body
+            client.write(data)
+        if client.transport.get_write_buffer_size():
+            await client.drain()
 
     def write_keepalive(self, client: Client, exchange: Exchange) -> None:
         is_http10 = client.head.is_http10

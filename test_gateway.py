@@ -7522,6 +7522,19 @@ def test_an_error_after_a_sign_of_life_is_told_in_the_stream(gate_for: Any, clie
     assert client.send(request(method="GET", path="/health")).answer().status == 200
 
 
+def test_the_bytes_of_a_sign_of_life_count_also_where_nothing_follows(gate_for: Any) -> None:
+    gate = gate_for([READ, GO])
+    client = gate.client().send(asking("chat"))
+    gate.upstream.requests.get(timeout=WAIT)
+    gate.later(16)
+    client.head()
+    assert client.chunk() == ALIVE["chat"]
+    client.close()
+    logged = gate.access()
+    assert logged["status"] == "499" and int(logged["bytes_out"]) > len(ALIVE["chat"])
+    gate.upstream.go.release()
+
+
 def test_a_sign_of_life_tells_what_is_lost(gate_for: Any) -> None:
     gate = gate_for([READ, GO], provider={"kind": "anthropic"})
     client = gate.client().send(request(chat(True, seed=1)))
@@ -10733,10 +10746,19 @@ def test_a_kinds_row_and_the_config_change_a_passed_body(
     assert ("1.0" in got) == ("1.0" in went)  # what is not edited keeps its bytes
 
 
-def test_under_strict_nothing_is_left_out_of_a_passed_body(gate_for: Any) -> None:
-    gate = gate_for(always(reply()), provider={"kind": "groq"})
-    assert gate.call(chat(logprobs=True), "x-gateway-strict: 1").status == 400
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+@pytest.mark.parametrize("by", ["key", "alias", "header"])
+def test_under_strict_nothing_is_left_out_of_a_passed_body(
+        gate_for: Any, path: str, by: str) -> None:
+    strict = {"strict": True}
+    gate = gate_for(
+        always(reply()), provider={"drop": ["seed"]},
+        api_keys=[{"key": APP_KEY, "app": "chatbot", **(strict if by == "key" else {})}],
+        models={"house": {"provider": "openai", **(strict if by == "alias" else {})}})
+    fields = ["x-gateway-strict: 1"] if by == "header" else []
+    assert gate.call(chat(seed=1), *fields, path=path).status == 400
     assert gate.upstream.connects == 0
+    assert gate.call(chat(), *fields, path=path).status == 200
 
 
 def test_strict_refuses_no_hint_and_nothing_of_our_own(gate_for: Any) -> None:
