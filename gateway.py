@@ -5522,12 +5522,10 @@ class GeminiRequest(RequestWriter):
     def _add_config(self) -> None:
         chat, config = self.chat, self.config
         tier = GEMINI_TIERS.get(chat.options.get("service_tier", ""))
-        most = self.capped_tokens()
-        if most is not None:
-            config["maxOutputTokens"] = most
-        for key, name in (("temperature", "temperature"), ("topP", "top_p"), ("topK", "top_k")):
-            if getattr(chat, name) is not None:
-                config[key] = getattr(chat, name)
+        for key, name, _ in GenerateContent.plain_fields:
+            value = self.capped_tokens() if name == "max_tokens" else getattr(chat, name)
+            if value is not None:
+                config[key] = value
         known = {name: key for key, name in GEMINI_OPTIONS.items()
                  if name == "seed" or not self.is_new}
         config.update({known[name]: value for name, value in chat.options.items() if name in known})
