@@ -5492,10 +5492,11 @@ class GeminiRequest(RequestWriter):
     def _add_tools(self) -> None:
         choice, tools = self.choice, [self._tool(tool) for tool in self.offered_tools()]
         made: List[JSON] = [{"functionDeclarations": tools}] if tools else []
-        if self.chat.web_search or self.chat.web_search is not None and tools and not self.is_new:
-            self.losses.drop("web_search")  # older models search or call, not both
-        if self.chat.web_search is not None and choice.mode != "none" and (
-                self.is_new or not tools):
+        search = self.chat.web_search
+        can_search = self.is_new or not tools  # older models search or call, not both
+        if search or search is not None and not can_search:
+            self.losses.drop("web_search")
+        if search is not None and can_search and choice.mode != "none":
             made.append({"googleSearch": {}})
         if made:
             self.wire["tools"] = made
