@@ -5453,7 +5453,8 @@ class GeminiRequest(RequestWriter):
             if turn.role == "system":
                 system += parts
             if turn.role == "assistant" and i > asked and self.is_new:
-                sign_first_call(parts)
+                first_call = next((part for part in parts if "functionCall" in part), {})
+                first_call.setdefault("thoughtSignature", NO_SIGNATURE)
             role = "model" if turn.role == "assistant" else "user"
             contents += [{"role": role, "parts": each} for each in (results, parts)
                          if each and turn.role != "system"]
@@ -5582,13 +5583,6 @@ def with_signed_calls(blocks: List[Block]) -> List[Block]:
 
 GEMINI_BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
 NO_SIGNATURE = "skip_thought_signature_validator"  # for calls whose own is lost
-
-
-def sign_first_call(parts: List[JSON]) -> None:
-    for part in parts:
-        if "functionCall" in part:
-            part.setdefault("thoughtSignature", NO_SIGNATURE)
-            return
 
 
 FILE_NAME = re.compile(r"\S+\.\w{1,5}")  # says little, and has no place here
