@@ -5533,7 +5533,7 @@ class GeminiRequest(RequestWriter):
         config.update({known[name]: value for name, value in chat.options.items() if name in known})
         config.update(without_none(stopSequences=self.checked_stops()))
         if chat.logprobs is not None:
-            config.update(responseLogprobs=True, **without_zeros(logprobs=chat.logprobs))
+            config.update(without_none(responseLogprobs=True, logprobs=chat.logprobs or None))
         form = chat.format
         if form is not None:
             config["responseMimeType"] = "application/json"
@@ -5878,12 +5878,8 @@ def gemini_end(parts: List[JSON], finish: str, usage: Usage, more: JSON, has_sai
         "promptTokenCount": usage.input,
         "candidatesTokenCount": max(usage.output - usage.reasoning, 0),
         "totalTokenCount": usage.input + usage.output,
-        **without_zeros(cachedContentTokenCount=usage.cache_read,
-                        thoughtsTokenCount=usage.reasoning)}}
-
-
-def without_zeros(**counts: int) -> JSON:
-    return {key: value for key, value in counts.items() if value}
+        **without_none(cachedContentTokenCount=usage.cache_read or None,
+                       thoughtsTokenCount=usage.reasoning or None)}}
 
 
 def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON]:
