@@ -5070,9 +5070,9 @@ class GenerateContent(Dialect):
                           gemini_head(reply.id, reply.model))
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
-        status = GEMINI_ERRORS.get(error.status, (error.status, "INTERNAL"))
-        return dump_json({"error": {"code": status[0], "message": error.message,
-                                    "status": status[1]}})
+        status = GEMINI_ERRORS.get(error.status, "INTERNAL")
+        code = 503 if status == "UNAVAILABLE" else error.status
+        return dump_json({"error": {"code": code, "message": error.message, "status": status}})
 
     def read_call(self, body: Body | Form, path: str) -> Tuple[str, bool]:
         name, _, action = path.partition("/models/")[2].rpartition(":")
@@ -5165,11 +5165,11 @@ def whole_number(value: Any) -> Any:
 GEMINI_OPTIONS = {"seed": "seed", "frequencyPenalty": "frequency_penalty",
                   "presencePenalty": "presence_penalty"}
 GEMINI_TIERS = {"default": "standard", "flex": "flex", "priority": "priority"}
-GEMINI_ERRORS = {  # status at the client -> code and status in the body
-    400: (400, "INVALID_ARGUMENT"), 413: (413, "INVALID_ARGUMENT"), 422: (422, "INVALID_ARGUMENT"),
-    401: (401, "UNAUTHENTICATED"), 403: (403, "PERMISSION_DENIED"), 404: (404, "NOT_FOUND"),
-    409: (409, "ABORTED"), 429: (429, "RESOURCE_EXHAUSTED"), 502: (503, "UNAVAILABLE"),
-    503: (503, "UNAVAILABLE"), 529: (503, "UNAVAILABLE"), 504: (504, "DEADLINE_EXCEEDED")}
+GEMINI_ERRORS = {
+    400: "INVALID_ARGUMENT", 413: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 409: "ABORTED",
+    429: "RESOURCE_EXHAUSTED", 502: "UNAVAILABLE", 503: "UNAVAILABLE", 529: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED"}
 GEMINI_MODES = {"AUTO": "auto", "VALIDATED": "auto", "MODE_UNSPECIFIED": "auto",
                 "ANY": "required", "NONE": "none"}
 
