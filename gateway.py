@@ -6157,9 +6157,9 @@ FAMILIES = tuple(map(re.compile, (
     r"claude-(?:(?P<first>\d+)-(?:(?P<then>\d)-)?)?(?P<family>%s)" % FAMILY.pattern +
     r"(?:-(?P<major>\d+))?(?:-(?P<minor>\d{1,2}))?(?!\d)",
     r"(?P<family>gpt)-(?P<major>3(?=5)|\d+)(?:\.?(?P<minor>\d+))?",
-    r"(?P<family>gpt)-(?!oss|image|realtime|audio)(?P<major>\b)?(?P<minor>\b)?[a-z]",
-    r"(?:^|/)(?P<family>o3-mini)(?P<major>\b)?(?P<minor>\b)?",
-    r"(?:^|/)(?P<family>o)(?P<major>\d)(?P<minor>\b)?",
+    r"(?P<family>gpt)-(?!oss|image|realtime|audio)[a-z]",
+    r"(?:^|/)(?P<family>o3-mini)",
+    r"(?:^|/)(?P<family>o)(?P<major>\d)",
     r"gemini-(?P<major>\d+)(?:\.(?P<minor>\d+))?-(?P<family>pro)",
     r"(?P<family>gemini)(?:-(?P<major>\d+)(?:\.(?P<minor>\d+))?)?")))
 ANY = tuple(FAMILY.pattern.split("|"))
@@ -6206,8 +6206,8 @@ def find_caps(kind: Kind, model: str) -> Caps:
     if not found:
         return kind.caps
     about = found.groupdict()
-    major = about.get("first") or about["major"]
-    minor = about.get("then") or about["minor"] or 0
+    major = about.get("first") or about.get("major")
+    minor = about.get("then") or about.get("minor") or 0
     version = float(f"{major}.{minor}") if major and len(major) < 3 else 99.0
     caps = kind.caps
     for families, since, changes in MODEL_CAPS:
