@@ -5203,11 +5203,10 @@ class GeminiContents:
         signature, is_thought = part.get("thoughtSignature") or "", part.get("thought", bool)
         part.hint(losses, ("videoMetadata", "mediaResolution"))
         text = part.get("text")
-        if text is not None and not is_thought:
-            said: List[Block] = [Text(text=text)] if text else []
-            return said + signed_thinking("", signature)
-        if text is not None:
+        if text is not None and is_thought:
             return signed_thinking(text, signature)
+        if text is not None:
+            return [*([Text(text=text)] if text else []), *signed_thinking("", signature)]
         if part.get("functionCall", dict) is not None:
             call = self._call(part.child("functionCall"))
             thoughts = signed_thinking("", signature)
