@@ -6501,9 +6501,8 @@ class Provider(Tuning):
     @functools.cached_property
     def secrets(self) -> Tuple[str, ...]:
         """What no client may see; what is short is a word of any text, as a local server's key."""
-        values = [value for _, value in self.headers if len(value) >= MIN_KEY_CHARACTERS]
-        key = self.api_key or ""
-        return (key, *values) if len(key) >= MIN_SECRET_CHARACTERS else tuple(values)
+        keys = [self.api_key] if len(self.api_key) >= MIN_SECRET_CHARACTERS else []
+        return (*keys, *(value for _, value in self.headers if len(value) >= MIN_KEY_CHARACTERS))
 
     @functools.cached_property
     def paths(self) -> Mapping[str, str]:
