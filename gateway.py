@@ -6924,8 +6924,8 @@ def presented_keys(headers: Mapping[str, str], query: str) -> List[str]:
     if "x-gateway-key" in headers:
         return [headers["x-gateway-key"]]
     if "key=" in query:
-        told = urllib.parse.parse_qs(query).get("key", [])
-        headers = {"x-goog-api-key": told[0] if told else "", **headers}
+        told = urllib.parse.parse_qs(query).get("key", [""])
+        headers = {"x-goog-api-key": told[0], **headers}
     found = [headers[name] for name in KEY_HEADERS if headers.get(name)]
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if token and scheme.lower() == "bearer":
