@@ -7016,9 +7016,9 @@ class Edits(NamedTuple):
     def of_passed(self, body: Body, values: JSON, losses: Losses) -> Tuple[JSON, Set[str]]:
         """The same for a passed body that `values` go into: all top-level values to put in place,
         and the keys to leave out."""
-        paths = [*self.drop, *self.rename, *self.rename.values(), *self.set]
-        before = {key: value for key, value in {**body.tree(), **values}.items()
-                  if any(path.split(".")[0] == key for path in paths)}
+        paths = (*self.drop, *self.rename, *self.rename.values(), *self.set)
+        tops = {path.split(".")[0] for path in paths}
+        before = {key: value for key, value in {**body.tree(), **values}.items() if key in tops}
         after = copy.deepcopy(before)
         self.apply(after, losses)
         changed = {key: value for key, value in after.items() if value != before.get(key)}
