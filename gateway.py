@@ -5092,8 +5092,8 @@ class GenerateContent(Dialect):
         def named(value: Any) -> Any:
             if isinstance(value, list):
                 return list(map(named, value))
-            return {**value, "model": f"models/{model}"} if part_of(
-                {"": value}, "").get("model") else value
+            has_name = isinstance(value, dict) and value.get("model")
+            return {**value, "model": f"models/{model}"} if has_name else value
 
         told = {key: body.get(key) for key in ("requests", "generateContentRequest")}
         made = {key: named(value) for key, value in told.items()}
