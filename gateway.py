@@ -5589,9 +5589,9 @@ FILE_NAME = re.compile(r"\S+\.\w{1,5}")  # says little, and has no place here
 
 def title_part(block: Block) -> List[JSON]:
     """The title of a document that has no words of its own."""
-    has_title = isinstance(block, Document) and block.title and not block.text and not (
-        FILE_NAME.fullmatch(block.title))
-    return [{"text": block.title}] if has_title else []  # type: ignore[attr-defined]
+    if not isinstance(block, Document) or block.text or FILE_NAME.fullmatch(block.title):
+        return []
+    return [{"text": block.title}] if block.title else []
 
 
 def render_gemini_media(block: Block) -> JSON:
