@@ -5240,7 +5240,7 @@ class GeminiContents:
         if id_ not in waiting:
             if name not in self._free:  # once a turn: to look anew for each result is quadratic
                 self._free[name] = iter([each for each in waiting if each not in self._told])
-            id_ = next((each for each in self._free[name] if each in waiting), id_ or name)
+            id_ = next(self._free[name], id_ or name)
         waiting.pop(id_, None)
         is_error = list(response) == ["error"]
         said = next(iter(response.values())) if is_error or list(response) == ["output"] else (
