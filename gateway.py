@@ -6394,11 +6394,12 @@ def table_of(shape: Type[Any]) -> Read:
 
     def read(value: Any, path: str, problems: Problems) -> Any:
         got = read_some(value, path, problems)
+        if not isinstance(value, dict):
+            return None
         for name, about in fields.items():
-            if about["required"] and isinstance(value, dict) and value.get(name) is None:
+            if about["required"] and value.get(name) is None:
                 problems.error(join(path, name), "is missing")
-        known = {name: item for name, item in got.items() if item is not None}
-        return shape(**known) if isinstance(value, dict) else None
+        return shape(**{name: item for name, item in got.items() if item is not None})
     return read
 
 
