@@ -5650,10 +5650,10 @@ def gemini_schema(schema: Any) -> Any:
 
 # ---- answers ----
 
-GEMINI_FILTERED = frozenset([
+GEMINI_FINISHES = {"MAX_TOKENS": "length", "CONTINUATION": "length", **dict.fromkeys((
     "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "ESCALATION", "PUP_LIMITED_DISABLED",
-    "MODEL_ARMOR"])
+    "MODEL_ARMOR"), "filter")}
 GEMINI_BROKEN = frozenset(["MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS",
                            "MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE"])
 FINISHES_IN_GEMINI = {"length": "MAX_TOKENS", "context": "MAX_TOKENS", "filter": "SAFETY",
@@ -5819,13 +5819,12 @@ class GeminiParser(Parser):
 
     def finish(self) -> Events:
         self.settle()
-        finish = "filter" if self._finish in GEMINI_FILTERED else "length" if self._finish in (
-            "MAX_TOKENS", "CONTINUATION") else "tool_calls" if self._calls else "stop"
         if self._finish in GEMINI_BROKEN and not self._has_said:
             raise bad_answer(f"The provider gave no answer: {self._finish}.")
         if not self._finish and not self._block_count:
             raise bad_answer("The provider's answer has no candidates.")
-        return self._begun([]) + self.finished(finish)
+        at_end = "tool_calls" if self._calls else "stop"
+        return self._begun([]) + self.finished(GEMINI_FINISHES.get(self._finish, at_end))
 
 
 def gemini_logprobs(result: JSON) -> List[JSON]:
