@@ -5887,14 +5887,13 @@ def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON
     for block in blocks:
         if is_in_call(block):
             continue
-        if isinstance(block, Thinking):
-            signature = gemini_signature(block, shows_thinking)
+        if isinstance(block, Thinking) and shows_thinking:
+            signature = gemini_signature(block, keeps_text=False)
+            yield {"text": block.text, "thought": True, **without_none(thoughtSignature=signature)}
+        elif isinstance(block, Thinking):
             if held:
                 yield {"text": "", "thoughtSignature": held}
-            if shows_thinking:
-                yield {"text": block.text, "thought": True,
-                       **without_none(thoughtSignature=signature)}
-            held = "" if shows_thinking else signature
+            held = gemini_signature(block, keeps_text=True)
         elif isinstance(block, ToolCall) and (block.is_custom or not block.input):
             call = {"id": block.id, "name": block.name, "args": call_arguments(block)}
             signature = block.signature or held
@@ -5906,10 +5905,10 @@ def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON
         yield {"text": "", "thoughtSignature": held}
 
 
-def gemini_signature(block: Thinking, shows_thinking: bool) -> str:
+def gemini_signature(block: Thinking, keeps_text: bool) -> str:
     if block.issuer == "gemini" or not block.signature:
         return block.signature
-    return base64.b64encode(seal(block, "gemini", keeps_text=not shows_thinking).encode()).decode()
+    return base64.b64encode(seal(block, "gemini", keeps_text).encode()).decode()
 
 
 class GeminiRenderer(Renderer):
@@ -5966,7 +5965,7 @@ class GeminiRenderer(Renderer):
                 is_in_call(block)):
             return b""
         if isinstance(block, Thinking) and self._shows:
-            signature = gemini_signature(block, shows_thinking=False)
+            signature = gemini_signature(block, keeps_text=True)  # its own part is empty
             return self._chunk([{"text": "", "thought": True, "thoughtSignature": signature}])
         self._held.append(block)
         return b"" if isinstance(block, Thinking) else self._let_go()
