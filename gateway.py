@@ -5935,8 +5935,7 @@ class GeminiRenderer(Renderer):
         self._pieces = []
         about = {"thought": True} if isinstance(block, Thinking) else {}
         say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
-        is_told = isinstance(block, Text) or isinstance(block, Thinking) and self._shows
-        self._say = say if is_told else self._keep
+        self._say = say if isinstance(block, Text) else self._keep
         if isinstance(block, Thinking) and self._shows:  # its signature will come by itself
             self._say = lambda text: self._keep(text) + say(text)
         return b""
