@@ -5475,7 +5475,9 @@ class GeminiRequest(RequestWriter):
             return [{"functionCall": call, **without_none(thoughtSignature=signature)}]
         if isinstance(block, Image) and block.detail not in ("", "auto"):
             self.losses.hint("detail")
-        return [] if isinstance(block, ToolResult) else [render_gemini_media(block)]
+        if isinstance(block, (Image, Document, Audio)):
+            return [render_gemini_media(block)]
+        return []  # a result, which stands before all parts
 
     def _result(self, block: ToolResult, name: str) -> List[JSON]:
         texts = [titled_text(each) if isinstance(each, Document) else each.text
@@ -5594,14 +5596,12 @@ def title_part(block: Block) -> List[JSON]:
     return [{"text": block.title}] if block.title else []
 
 
-def render_gemini_media(block: Block) -> JSON:
+def render_gemini_media(block: Image | Document | Audio) -> JSON:
     if isinstance(block, Audio):
         kind = {"mp3": "mpeg"}.get(block.format, block.format)
         return {"inlineData": {"mimeType": f"audio/{kind}", "data": block.data}}
     if isinstance(block, Document) and block.text:
         return {"text": titled_text(block)}
-    if not isinstance(block, (Image, Document)):
-        return {"text": ""}
     if not block.url:
         return {"inlineData": {"mimeType": block.media_type, "data": block.data}}
     kind = block.media_type or guessed_type(block.url) or (
