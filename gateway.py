@@ -5690,8 +5690,7 @@ class GeminiParser(Parser):
 
     def __init__(self, dialect: GenerateContent, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
-        self._has_said = False
-        self._text_block = -1
+        self._text_block = -1  # the last one's number
         self._text: List[str] = []
         self._put_off = b""  # the event with the last usage, unread
 
@@ -5790,7 +5789,6 @@ class GeminiParser(Parser):
         if call:
             return self._read_call(call, signature)
         kind, events = (Thinking if part.get("thought") is True else Text), []  # type: Any, Events
-        self._has_said = self._has_said or bool(text) and kind is Text
         is_text = "text" in part or part.keys() <= GEMINI_MARKS
         if not is_text:
             self.rewrites.lost.add("parts")  # a picture, code that was run
@@ -5809,7 +5807,6 @@ class GeminiParser(Parser):
 
     def _read_call(self, about: JSON, signature: str) -> Events:
         call = self.make_call(text_of(about, "id"), text_of(about, "name"))
-        self._has_said = True
         arguments, events = part_of(about, "args"), []  # type: JSON, Events
         if signature:  # which comes back in one of two ways
             call.signature, call.issuer = signature, "gemini"
@@ -5819,7 +5816,8 @@ class GeminiParser(Parser):
 
     def finish(self) -> Events:
         self.settle()
-        if self._finish in GEMINI_BROKEN and not self._has_said:
+        has_said = self._calls or self._text_block >= 0
+        if self._finish in GEMINI_BROKEN and not has_said:
             raise bad_answer(f"The provider gave no answer: {self._finish}.")
         if not self._finish and not self._block_count:
             raise bad_answer("The provider's answer has no candidates.")
