@@ -5033,10 +5033,8 @@ class GenerateContent(Dialect):
             raise config.wrong("logprobs", "needs 'responseLogprobs'")
         config.refuse("speechConfig")
         root.refuse("cachedContent", "continuationToken")
-        for key, name in GEMINI_OPTIONS.items():
-            value = config.get(key, OPTIONS[name].kind)
-            if value is not None:
-                chat.options[name] = value
+        chat.options = without_none(**{name: config.get(key, OPTIONS[name].kind)
+                                       for key, name in GEMINI_OPTIONS.items()})
         self._parse_thinking(config.child("thinkingConfig", {}), chat)
         if root.skip("safetySettings"):
             losses.drop("safetySettings")
