@@ -5522,7 +5522,6 @@ class GeminiRequest(RequestWriter):
 
     def _add_config(self) -> None:
         chat, config = self.chat, self.config
-        tier = GEMINI_TIERS.get(chat.options.get("service_tier", ""))
         for key, name, _ in GenerateContent.plain_fields:
             value = self.capped_tokens() if name == "max_tokens" else getattr(chat, name)
             if value is not None:
@@ -5540,10 +5539,10 @@ class GeminiRequest(RequestWriter):
             config["responseJsonSchema"] = schema = gemini_schema(form.schema)
             if form.description:
                 schema.setdefault("description", form.description)
-        if tier:
-            self.wire["serviceTier"] = tier
         if chat.user:
             self.losses.hint("user")
+        tier = GEMINI_TIERS.get(chat.options.get("service_tier", ""))
+        self.wire.update(without_none(serviceTier=tier))
         self.lose_options([*known, *(["service_tier"] if tier else [])])
 
     def _add_thinking(self) -> None:
