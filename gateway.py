@@ -5113,8 +5113,7 @@ class GenerateContent(Dialect):
         return len(dump_json(reply.get("candidates", [])))
 
     def render_estimate(self, wire: JSON) -> JSON:
-        asked = part_of({camel(key): value for key, value in wire.items()},
-                        "generateContentRequest") or wire
+        asked = part_of(CamelFields(wire).wire, "generateContentRequest") or wire
         chat = self.parse_request({"model": "m", **asked}, Losses())
         return {"totalTokens": estimate_tokens(chat)}
 
