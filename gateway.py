@@ -5243,8 +5243,8 @@ class GeminiContents:
         said = next(iter(response.values())) if is_error or list(response) == ["output"] else (
             response or "")
         text = said if isinstance(said, str) else encode_json(said)
-        media = [each for part in about.children("parts")
-                 for each in [parse_gemini_media(part)] if each and not is_empty(each)]
+        media = [each for each in map(parse_gemini_media, about.children("parts"))
+                 if each and not is_empty(each)]
         about.refuse("willContinue")
         about.hint(losses, ["scheduling"])
         return ToolResult(id=id_, is_error=is_error,
