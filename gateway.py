@@ -5435,16 +5435,15 @@ class GeminiRequest(RequestWriter):
 
     def _add_contents(self) -> None:
         turns, names = self.turns(), {}  # type: List[Turn], Dict[str, str]
-        for turn in turns:
-            turn.blocks = with_signed_calls(turn.blocks)
         asked = max([i for i, turn in enumerate(turns) if turn.role == "user" and not all(
             isinstance(block, ToolResult) for block in turn.blocks)], default=-1)
         contents, system = [], []
         for i, turn in enumerate(turns):
-            names.update({call.id: call.name for call in blocks_of(turn.blocks, ToolCall)})
-            results = [part for block in blocks_of(turn.blocks, ToolResult)
+            blocks = with_signed_calls(turn.blocks)
+            names.update({call.id: call.name for call in blocks_of(blocks, ToolCall)})
+            results = [part for block in blocks_of(blocks, ToolResult)
                        for part in self._result(block, names[block.id])]
-            parts = [part for block in turn.blocks
+            parts = [part for block in blocks
                      for part in (*title_part(block), *self._part(block))]
             if turn.role == "system":
                 system += parts
