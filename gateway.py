@@ -5371,7 +5371,7 @@ def json_schema(schema: Any) -> Any:
         made["type"] = [made["type"], "null"]
         if isinstance(made.get("enum"), list):
             made["enum"] = [*made["enum"], None]
-    elif about.get("nullable") is True and "anyOf" in made:
+    elif about.get("nullable") is True and isinstance(made.get("anyOf"), list):
         made["anyOf"].append({"type": "null"})
     return made
 
@@ -6301,8 +6301,9 @@ OPTIONAL_TEXT = scalar("a string without control characters", is_clean)
 HEADER_TEXT = scalar("a string of ASCII without control characters",
                      lambda value: is_clean(value) and value.isascii())
 FLAG = scalar("true or false", lambda value: isinstance(value, bool))
-SIZE = scalar("a whole number above 0", lambda value: count(value) > 0)
-COUNT = scalar("a whole number, 0 or more", lambda value: value == 0 or count(value) > 0)
+SIZE = scalar("a whole number above 0", lambda value: count(value) > 0, count)
+COUNT = scalar("a whole number, 0 or more",
+               lambda value: is_number(value) and value >= 0 and value % 1 == 0, int)
 SECONDS = scalar("a number of seconds above 0", lambda value: is_number(value) and value > 0, float)
 OPTIONAL_SECONDS = scalar(
     "a number of seconds, 0 for none", lambda value: is_number(value) and value >= 0, float)

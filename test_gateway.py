@@ -963,7 +963,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("api_keys[1].expires", "tomorrow", ": must be a day"),
     ("api_keys[1].expires", "2027-02-30", ": must be a day"),
     ("limits.body", 0, ": must be a whole number above 0"), ("limits.body", 1.5, ": must be"),
-    ("limits.body", True, ": must be"), ("limits.boddy", 1, ": unknown key; did you mean 'body'?"),
+    ("limits.body", True, ": must be"), ("providers.openai.caps", {"max_stops": False}, ".max_"),
+    ("limits.boddy", 1, ": unknown key; did you mean 'body'?"),
     ("timeouts.connect", -1, ": must be"), ("timeouts", 5, ": must be"),
     ("log", "xml", ': must be one of "text", "json", not a string'),
     ("log_headers", ["Authorization"], "[0]: is no header name, or one that"),
@@ -987,6 +988,15 @@ def test_a_bad_config_is_refused_with_its_path(path: str, value: object, expecte
     lines = told(changed((path, value)))
     assert lines[0].startswith(path + expected)
     assert len(lines) == 1 or path == "providers", "one fault is told once"
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    tree = changed(("limits.connections", 1e3), ("models.fast.max_output_tokens", 100.0),
+                   ("providers.openai.caps", {"max_stops": 0.0}))
+    config = parsed(tree)
+    numbers = (config.limits.connections, config.models["fast"].max_output_tokens,
+               config.providers["openai"].caps["max_stops"])
+    assert numbers == (1000, 100, 0) and all(type(number) is int for number in numbers)
 
 
 def test_every_refused_thing_is_told_at_once() -> None:
@@ -6342,7 +6352,8 @@ BIG: dict[str, JSON] = {
         "tools": [{"functionDeclarations": [
             {"name": "f", "description": "D", "parametersJsonSchema": CHAT_SHAPE},
             {"name": "g", "parameters": {"type": "OBJECT", "properties": {
-                "x": {"type": "STRING", "nullable": True}}}}]}],
+                "x": {"type": "STRING", "nullable": True},
+                "y": {"anyOf": [{"type": "STRING"}], "nullable": True}}}}]}],
         "toolConfig": {"functionCallingConfig": {
             "mode": "ANY", "allowedFunctionNames": ["f", "g"]}},
         "contents": [
