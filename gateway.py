@@ -1453,8 +1453,8 @@ class Parser:
         self._dialect = dialect
         self._open: Block | None = None
         self._text_is_open = self._has_begun = False
-        self._wrapped: List[str] | None = None  # what an open custom call's function is given
         self._arguments: List[str] = []  # of an open call
+        self._is_wrapped = False  # where a function stands for its custom tool
         self._logprobs: List[JSON] = []  # of an open text
         self._broken: GatewayError | None = None
         self._call_ids = rewrites.call_ids.copy()
@@ -1570,35 +1570,31 @@ class Parser:
         self._open, self._block_count, self._arguments = block, self._block_count + 1, []
         self._text_is_open = (
             isinstance(block, Text) and not block.is_refusal and not self._later)
-        if isinstance(block, ToolCall) and block.name in self.rewrites.custom:
-            self._wrapped = []
+        self._is_wrapped = isinstance(block, ToolCall) and block.name in self.rewrites.custom
         return events
 
     def say(self, text: str) -> Events:
         self.content_bytes += len(text)
-        if self._wrapped is not None:
-            self.keep(len(text))
-            self._wrapped.append(text)
-            return []
         if isinstance(self._open, ToolCall):
             self.keep(len(text))
             self._arguments.append(text)
-        return [DELTAS[type(self._open)](text)] if text and self._open else []
+        is_told = text and self._open and not self._is_wrapped
+        return [DELTAS[type(self._open)](text)] if is_told else []
 
     def close(self) -> Events:
         if self._open is None:
             return []
         events: Events = [BlockStop(self._logprobs if isinstance(self._open, Text) else ())]
-        arguments = "".join(self._arguments if self._wrapped is None else self._wrapped)
+        arguments = "".join(self._arguments)
         is_custom = isinstance(self._open, ToolCall) and self._open.is_custom
-        if arguments and (self._wrapped is not None or not is_custom):
+        if arguments and (self._is_wrapped or not is_custom):
             try:
                 close_block(ToolCall(), arguments)
             except GatewayError as error:
                 self._broken = error
-        if self._wrapped is not None:
+        if self._is_wrapped:
             events.insert(0, ArgumentsDelta(unwrap_custom(arguments)))
-        self._open, self._wrapped, self._logprobs, self._text_is_open = None, None, [], False
+        self._open, self._logprobs, self._text_is_open = None, [], False
         return events
 
     def finished(self, finish: str, refusal: str = "", tier: str = "") -> Events:
