@@ -2921,7 +2921,6 @@ class ChatRenderer(Renderer):
         self._citations: List[CitationDelta] = []
         self._calls = 0
         self._thinking: List[Thinking] = []
-        self._is_thinking = False  # or was, just before
         self._thought: List[str] = []
 
     def _chunk(self, delta: JSON, finish: str | None = None,
@@ -2936,22 +2935,20 @@ class ChatRenderer(Renderer):
         return self._chunk({"role": "assistant", "content": ""})
 
     def _block_start(self, event: BlockStart) -> bytes:
-        block = self._open = event.block
-        self._said = 0
+        before, block = self._open, event.block
+        self._open, self._said = block, 0
         if isinstance(block, ToolCall):
-            if self._is_thinking:
+            if isinstance(before, Thinking):
                 self._thinking[-1].before = block.id
-            self._is_thinking = False
             return self._call_start(block)
-        self._is_thinking = isinstance(block, Thinking)
-        key = "refusal" if isinstance(block, Text) and block.is_refusal else "content"
         if isinstance(block, Thinking):
-            key = "reasoning_content"
             self._thinking.append(block.but())
             self._thought = []
-        say = self._say = DeltaTemplate(lambda text: self._chunk({key: text}))
-        if isinstance(block, Thinking):
+            say = DeltaTemplate(lambda text: self._chunk({"reasoning_content": text}))
             self._say = lambda text: say(self._keep(text))
+            return b""
+        key = "refusal" if isinstance(block, Text) and block.is_refusal else "content"
+        self._say = DeltaTemplate(lambda text: self._chunk({key: text}))
         return b""
 
     def _keep(self, thought: str) -> str:
@@ -2967,7 +2964,6 @@ class ChatRenderer(Renderer):
                 "tool_calls": [{"index": index, **head, kind: about}]})
 
         if self._chat.legacy_functions and index:  # there is but one
-            self._say = say_nothing
             return b""
         self._say = DeltaTemplate(lambda text: delta({key: text}))
         return delta({"name": call.name, key: ""}, id=carried_id(call), type=kind,
