@@ -2280,9 +2280,9 @@ def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
             blocks = [ToolResult(id=plain_id(message.need("tool_call_id")), content=blocks)]
         elif role == "assistant":
             blocks = parse_chat_assistant(message, blocks, losses)
-            call = parse_deprecated_call(message, numbers)
-            if call is not None:
-                function_ids[call.name] = call.id
+            if message.get("function_call", dict) is not None:  # deprecated, and without an id
+                call = parse_function(message.child("function_call"))
+                call.id = function_ids[call.name] = f"call_{call.name}_{next(numbers)}"
                 blocks.append(call)
         if message.get("name") and role != "function":
             losses.hint("name")
@@ -2294,10 +2294,6 @@ def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
 
 CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
               "tool": "user", "function": "user"}
-
-
-def parse_image_part(part: Fields) -> Block:
-    return image_at(part.child("image_url"), "url")
 
 
 JPEG = {"image/jpg": "image/jpeg"}
@@ -2341,17 +2337,10 @@ def parse_audio_part(part: Fields) -> Block:
 CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
     "text": lambda part: Text(text=part.need("text")),
     "refusal": lambda part: Text(text=part.need("refusal"), is_refusal=True),
-    "image_url": parse_image_part, "file": lambda part: parse_file(part.child("file")),
+    "image_url": lambda part: image_at(part.child("image_url"), "url"),
+    "file": lambda part: parse_file(part.child("file")),
     "input_audio": parse_audio_part, "": refuse_part,
 }
-
-
-def parse_deprecated_call(message: Fields, numbers: Iterator[int]) -> ToolCall | None:
-    if message.get("function_call", dict) is None:
-        return None
-    call = parse_function(message.child("function_call"))
-    call.id = f"call_{call.name}_{next(numbers)}"
-    return call
 
 
 def parse_chat_assistant(message: Fields, content: List[Block], losses: Losses) -> List[Block]:
