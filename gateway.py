@@ -1968,9 +1968,8 @@ class RequestWriter:
         thinking = self.chat.thinking or {}
         if thinking.get("type") == "disabled":
             return "none"
-        effort = self.chat.effort
-        if effort is None and self.asked_budget():
-            budget = self.asked_budget()
+        effort, budget = self.chat.effort, self.asked_budget()
+        if effort is None and budget:
             return "low" if budget < 4096 else "medium" if budget < 16384 else "high"
         if effort is not None and effort not in EFFORTS:
             raise GatewayError(400, f"'{self.effort_field}' must be one of: {', '.join(EFFORTS)}.",
@@ -2009,7 +2008,7 @@ class RequestWriter:
         if tool.strict and not is_strict_schema(tool.schema):
             self.losses.drop("strict")
             return {}
-        return {} if tool.strict is None else {"strict": tool.strict}
+        return without_none(strict=tool.strict)
 
     def add_openai_sampling(self, effort: str | None) -> None:
         caps, is_idle = self.caps, (effort or self.caps.default_effort) == "none"
@@ -2597,16 +2596,13 @@ class ChatRequest(RequestWriter):
 
     def _add_effort(self) -> None:
         """Newer models take tools here only while they do not think."""
-        asked, caps = self.asked_effort(), self.caps
-        if caps.chat_tools == "idle" and "tools" in self.wire:
-            if asked not in (None, "none"):
-                self.losses.drop("reasoning_effort")
-            asked = "none"
-        if asked is None or caps.thinking != "effort":
-            if asked not in (None, "none"):
-                self.losses.drop("reasoning_effort")
-            return
-        self.wire["reasoning_effort"] = self.nearest_effort(asked)
+        effort, caps = self.asked_effort(), self.caps
+        is_idle = caps.chat_tools == "idle" and "tools" in self.wire
+        if effort not in (None, "none") and (is_idle or caps.thinking != "effort"):
+            self.losses.drop("reasoning_effort")
+        effort = "none" if is_idle else effort
+        if effort is not None and caps.thinking == "effort":
+            self.wire["reasoning_effort"] = self.nearest_effort(effort)
 
     def _add_sampling(self) -> None:
         most = self.capped_tokens()
@@ -2662,12 +2658,11 @@ def render_format(form: Format, losses: Losses, inner: str = "") -> JSON:
     """As OpenAI's APIs have it. Strict only where the schema is as strict mode wants it."""
     if form.schema is None:
         return {"type": "json_object"}
-    strict = form.strict if form.strict is None or is_strict_schema(form.schema) else False
+    strict = form.strict and is_strict_schema(form.schema)
     if form.strict and not strict:
         losses.drop("strict")
     about = {"name": form.name or "output", "schema": form.schema,
-             **({} if strict is None else {"strict": strict}),
-             **without_none(description=form.description)}
+             **without_none(strict=strict, description=form.description)}
     return {"type": "json_schema", **({inner: about} if inner else about)}
 
 
