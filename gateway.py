@@ -1802,9 +1802,7 @@ class Dialect(Protocol):
     def parse_plain_fields(self, root: Fields, chat: Chat, losses: Losses) -> None:
         for key, name, kind in self.plain_fields:
             value = root.get(key, kind) if key in root.wire else None
-            if value is None:
-                continue
-            if getattr(chat, name) is not None:  # said by another name before
+            if value is None or getattr(chat, name) is not None:  # said by another name before
                 continue
             if name == "max_tokens" and value < 1:
                 raise root.wrong(key, "must be at least 1")
@@ -2033,11 +2031,11 @@ class RequestWriter:
 
 
 def check_turn(turn: Turn, calls: List[str]) -> None:
-    if not all(isinstance(block, TURN_BLOCKS.get(turn.role, Block)) for block in turn.blocks):
+    if not all(isinstance(block, TURN_BLOCKS[turn.role]) for block in turn.blocks):
         raise unsupported(
             "messages", "A call of the user's is none." if turn.role == "user" else
             f"The {turn.role}'s messages can hold text only for this model.")
-    if turn.role == "system":
+    if turn.role != "user":
         return
     results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
     for ids, others, said in (
@@ -2045,7 +2043,7 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
             (calls, results, "call {!r} has no result in the message after it.")):
         known = set(others)
         alone = [id_ for id_ in ids if id_ not in known]
-        if alone and (ids is results or turn.role == "user"):
+        if alone:
             raise GatewayError(
                 400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
 
@@ -2505,14 +2503,12 @@ class ChatRequest(RequestWriter):
             text.is_refusal = text.is_refusal and turn.role == "assistant"
         pictures: List[JSON] = []
         for block in blocks_of(turn.blocks, ToolResult):
-            texts = [part.text for part in blocks_of(block.content, Text)]
+            id_ = self.call_id(block.id)
             others = [part for part in block.content if not isinstance(part, Text)]
             if others:
-                pictures.append({"type": "text", "text": "From the tool call "
-                                 f"{self.call_id(block.id)}:"})
-                pictures += self._parts(others)
-            said = "\n".join(texts)
-            yield {"role": "tool", "tool_call_id": self.call_id(block.id),  # which has no flag
+                pictures += self._parts([Text(text=f"From the tool call {id_}:"), *others])
+            said = "\n".join(part.text for part in blocks_of(block.content, Text))
+            yield {"role": "tool", "tool_call_id": id_,  # which has no flag
                    "content": f"Error: {said}" if block.is_error else said}
         parts = self._parts(block for block in turn.blocks if not isinstance(
             block, (ToolResult, ToolCall, Thinking)))
@@ -2866,9 +2862,9 @@ class ChatParser(Parser):
                 return []
             events, self._open_key = self.open(block), key
             if key == "content":
-                self._text_block, early = self._block_count - 1, self._early
+                self._text_block = self._block_count - 1
+                events += [CitationDelta(self._text_block, each) for each in self._early]
                 self._early = []
-                events += [CitationDelta(self._text_block, each) for each in early]
         return events + self.say(text)
 
     def finish(self) -> Events:
@@ -3095,7 +3091,7 @@ class ChatWatch(Watch):
         return block
 
     def _take_usage(self, block: bytes) -> bytes:
-        at, end = find_usage(block, len(block)), len(block)
+        at = find_usage(block, len(block))
         while at >= 0:
             start, end = event_span(block, at)
             chunk = parse_chunk(block[start:end])
