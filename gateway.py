@@ -2003,7 +2003,7 @@ class RequestWriter:
 
     def strictness(self, tool: Tool) -> JSON:
         """OpenAI's: every object closed, every property required."""
-        if tool.strict and not is_strict_schema(tool.schema):
+        if tool.strict and (tool.schema is None or not is_strict_schema(tool.schema)):
             self.losses.drop("strict")
             return {}
         return without_none(strict=tool.strict)
@@ -2024,7 +2024,7 @@ class RequestWriter:
         user = self.chat.user
         return user if not user or len(user) <= MAX_USER_CHARACTERS else hashed(user, 40)
 
-    def lose_options(self, known: Container[str] = ()) -> None:
+    def lose_options(self, known: Container[str]) -> None:
         for name, value in self.chat.options.items():
             if name not in known:
                 lose(self.losses, name, value)
@@ -2053,22 +2053,17 @@ def is_object(schema: JSON) -> bool:
     return kind == "object" or "properties" in schema or isinstance(kind, list) and "object" in kind
 
 
-def is_closed(schema: object, needs_all: bool = False) -> bool:
-    """Whether all its objects are closed; with `needs_all` each property must be required too."""
+def is_strict_schema(schema: object) -> bool:
+    """Whether all its objects are closed, and all their properties required."""
     if isinstance(schema, list):
-        return all(is_closed(item, needs_all) for item in schema)
+        return all(map(is_strict_schema, schema))
     if not isinstance(schema, dict):
         return True
     required, properties = schema.get("required"), part_of(schema, "properties")
     required = required if isinstance(required, list) else []
-    is_open = schema.get("additionalProperties") is not False or needs_all and not (
+    is_open = schema.get("additionalProperties") is not False or not (
         set(properties).issubset(map(str, required)))
-    return not (is_object(schema) and is_open) and all(
-        is_closed(value, needs_all) for value in schema.values())
-
-
-def is_strict_schema(schema: JSON | None) -> bool:
-    return schema is not None and is_closed(schema, needs_all=True)
+    return not (is_object(schema) and is_open) and all(map(is_strict_schema, schema.values()))
 
 
 def typed_object(schema: JSON) -> JSON:
@@ -2716,8 +2711,7 @@ def chat_head(kind: str, id_: str, model: str, created: int) -> JSON:
             "system_fingerprint": None}
 
 
-def chat_choice(
-        part: str, said: JSON, finish: str | None, logprobs: Sequence[JSON] = ()) -> JSON:
+def chat_choice(part: str, said: JSON, finish: str | None, logprobs: Sequence[JSON]) -> JSON:
     told = {"content": [*logprobs], "refusal": None} if logprobs else None
     return {"index": 0, part: said, "logprobs": told, "finish_reason": finish}
 
