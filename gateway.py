@@ -2044,8 +2044,7 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
         known = set(others)
         alone = [id_ for id_ in ids if id_ not in known]
         if alone:
-            raise GatewayError(
-                400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
+            raise GatewayError(400, f"The tool {said.format(clipped(alone[0], 64))}", "messages")
 
 
 def is_object(schema: JSON) -> bool:
@@ -2465,7 +2464,10 @@ class ChatRequest(RequestWriter):
         wire["messages"] = [message for turn in self.turns() for message in self._messages(turn)]
         self._add_tools()
         self._add_effort()
-        self._add_sampling()
+        most = self.capped_tokens()
+        if most is not None:
+            wire[caps.max_tokens_field] = most
+        self.add_openai_sampling(wire.get("reasoning_effort"))
         wire.update(without_none(
             stop=self.checked_stops(), user=self.checked_user(), response_format=chat.format
             and render_format(chat.format, self.losses, "json_schema")))
@@ -2508,7 +2510,7 @@ class ChatRequest(RequestWriter):
         parts = self._parts(block for block in turn.blocks if not isinstance(
             block, (ToolResult, ToolCall, Thinking)))
         calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
-        if turn.role == "system" or parts and turn.role == "assistant" and not any(
+        if parts and turn.role != "user" and not any(
                 part["type"] == "refusal" for part in parts):  # some servers take no list here
             seam = "\n\n" if turn.role == "system" else ""
             parts = [{"type": "text", "text": seam.join(part["text"] for part in parts)}]
@@ -2594,12 +2596,6 @@ class ChatRequest(RequestWriter):
         effort = "none" if is_idle else effort
         if effort is not None and caps.thinking == "effort":
             self.wire["reasoning_effort"] = self.nearest_effort(effort)
-
-    def _add_sampling(self) -> None:
-        most = self.capped_tokens()
-        if most is not None:
-            self.wire[self.caps.max_tokens_field] = most
-        self.add_openai_sampling(self.wire.get("reasoning_effort"))
 
 
 def image_url(block: Image) -> str:
@@ -2848,17 +2844,17 @@ class ChatParser(Parser):
         return self._say(known.number, known.call, said)
 
     def _say(self, key: object, block: Block, text: str) -> Events:
-        events: Events = []
-        if key != self._open_key:
-            if isinstance(self._open, ToolCall):
-                self.keep(len(text))
-                self._waiting.setdefault(key, (block, []))[1].append(text)
-                return []
-            events, self._open_key = self.open(block), key
-            if key == "content":
-                self._text_block = self._block_count - 1
-                events += [CitationDelta(self._text_block, each) for each in self._early]
-                self._early = []
+        if key == self._open_key:
+            return self.say(text)
+        if isinstance(self._open, ToolCall):
+            self.keep(len(text))
+            self._waiting.setdefault(key, (block, []))[1].append(text)
+            return []
+        events, self._open_key = self.open(block), key
+        if key == "content":
+            self._text_block = self._block_count - 1
+            events += [CitationDelta(self._text_block, each) for each in self._early]
+            self._early = []
         return events + self.say(text)
 
     def finish(self) -> Events:
