@@ -2653,19 +2653,17 @@ def render_format(form: Format, losses: Losses, inner: str = "") -> JSON:
     return {"type": "json_schema", **({inner: about} if inner else about)}
 
 
-# What the two APIs call what was asked and said, and where the parts of each stand.
-CHAT_USAGE = ("prompt_tokens", "completion_tokens", "prompt_tokens_details",
-              "completion_tokens_details")
-RESPONSES_USAGE = ("input_tokens", "output_tokens", "input_tokens_details",
-                   "output_tokens_details")
+# What the two APIs call what was asked and said; the parts of each stand in its details.
+CHAT_USAGE = ("prompt_tokens", "completion_tokens")
+RESPONSES_USAGE = ("input_tokens", "output_tokens")
 
 
-def parse_openai_usage(wire: object, names: Tuple[str, str, str, str]) -> Usage | None:
+def parse_openai_usage(wire: object, names: Tuple[str, str]) -> Usage | None:
     """The Responses API's names come in other answers too."""
     if not isinstance(wire, dict):
         return None
-    asked, said, asked_details, said_details = names
-    read, written = part_of(wire, asked_details), part_of(wire, said_details)
+    asked, said = names
+    read, written = part_of(wire, f"{asked}_details"), part_of(wire, f"{said}_details")
     total = wire.get("total_tokens")
     alone = None if said in wire else total  # some tell no more
     prompt = count(wire.get(asked, wire.get("input_tokens", alone)))
@@ -2677,12 +2675,12 @@ def parse_openai_usage(wire: object, names: Tuple[str, str, str, str]) -> Usage 
                  count(read.get("cache_write_tokens")), 0, reasoning)
 
 
-def render_openai_usage(usage: Usage, names: Tuple[str, str, str, str]) -> JSON:
-    asked, said, asked_details, said_details = names
+def render_openai_usage(usage: Usage, names: Tuple[str, str]) -> JSON:
+    asked, said = names
     return {asked: usage.input, said: usage.output, "total_tokens": usage.input + usage.output,
-            asked_details: {"cached_tokens": usage.cache_read,
-                            "cache_write_tokens": usage.cache_write},
-            said_details: {"reasoning_tokens": usage.reasoning}}
+            f"{asked}_details": {"cached_tokens": usage.cache_read,
+                                 "cache_write_tokens": usage.cache_write},
+            f"{said}_details": {"reasoning_tokens": usage.reasoning}}
 
 
 def annotation(citation: JSON, start: int, end: int) -> JSON:
