@@ -3035,8 +3035,7 @@ class ChatWatch(Watch):
     def end(self) -> bytes:
         if not self._needs_done and self._open_choices and not any(self._open_choices.values()):
             self.ended = True
-        self._held = b""  # however it ended, that chunk was ours
-        return super().end()
+        return super().end()  # what is still held was ours, however it ended
 
     def _find_text(self, block: bytes) -> int:
         """Where the first content begins, which is nearly always text; -1 where none is."""
