@@ -1654,6 +1654,10 @@ class Renderer:
             self._say = say_nothing  # a method of our own would be a circle of garbage
         return out
 
+    def keep_signature(self, event: SignatureDelta) -> bytes:
+        self._open.signature, self._open.issuer = event
+        return b""
+
     def say_run(self, run: TextRun) -> bytes:
         """Of the open text, which every dialect but one says by a template."""
         return cast(DeltaTemplate, self._say).around(run.strings)
@@ -2907,10 +2911,11 @@ class ChatRenderer(Renderer):
         self._open, self._said = block, 0
         if isinstance(block, ToolCall):
             if isinstance(before, Thinking):
-                self._thinking[-1].before = block.id
+                before.before = block.id
             return self._call_start(block)
         if isinstance(block, Thinking):
-            self._thinking.append(block.but())
+            self._open = thought = block.but()
+            self._thinking.append(thought)
             self._thought = []
             say = DeltaTemplate(lambda text: self._chunk({"reasoning_content": text}))
             self._say = lambda text: say(self._keep(text))
@@ -2937,10 +2942,6 @@ class ChatRenderer(Renderer):
         return delta({"name": call.name, key: ""}, id=carried_id(call), type=kind,
                      **extra_content(call))
 
-    def _signature(self, event: SignatureDelta) -> bytes:
-        self._thinking[-1].signature, self._thinking[-1].issuer = event
-        return b""
-
     def _citation(self, event: CitationDelta) -> bytes:
         self._citations.append(event)  # the SDK takes all of them in one chunk only
         return b""
@@ -2949,7 +2950,7 @@ class ChatRenderer(Renderer):
         block, is_content = self._open, isinstance(self._open, Text) and not self._open.is_refusal
         self._ends.append(self._ends[-1] + (self._said if is_content else 0))
         if isinstance(block, Thinking):
-            self._thinking[-1].text = "".join(self._thought)
+            block.text = "".join(self._thought)
         elif isinstance(block, ToolCall) and not block.is_custom and not self._said:
             return self._say("{}")
         return self._chunk({}, logprobs=event.logprobs) if event.logprobs else b""
@@ -2970,7 +2971,7 @@ class ChatRenderer(Renderer):
             out += sse(dump_json({**self._base, "choices": [], "usage": usage}))
         return out + sse(b"[DONE]")
 
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
@@ -4835,10 +4836,6 @@ class ResponsesRenderer(Renderer):
         return {"type": "function_call", "id": f"fc_{n}", **about, "status": "completed",
                 "arguments": encode_json(call.arguments)}
 
-    def _signature(self, event: SignatureDelta) -> bytes:
-        self._open.signature, self._open.issuer = event
-        return b""
-
     def _citation(self, event: CitationDelta) -> bytes:
         """Told at the end of its text, which may be its place; after it, it has none any more."""
         if event.block == len(self._output):
@@ -4901,7 +4898,7 @@ class ResponsesRenderer(Renderer):
         self.response.update(status="failed", error=told, output=self._output)
         return self._event("failed", response=self.response)
 
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
@@ -5896,10 +5893,6 @@ class GeminiRenderer(Renderer):
         self._pieces.append(piece)
         return b""
 
-    def _signature(self, event: SignatureDelta) -> bytes:
-        self._open.signature, self._open.issuer = event
-        return b""
-
     def _citation(self, event: CitationDelta) -> bytes:
         self._cited.append(event.citation)
         return b""
@@ -5930,7 +5923,7 @@ class GeminiRenderer(Renderer):
         return self._let_go() + sse(dump_json(gemini_end(
             [], event.finish, event.usage, more, self._has_spoken, self._head)))
 
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
+    events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
