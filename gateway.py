@@ -1803,7 +1803,7 @@ class Dialect(Protocol):
         """What makes a streamed answer end in its usage."""
         return {}
 
-    def parse_plain_fields(self, root: Fields, chat: Chat, losses: Losses) -> None:
+    def parse_plain_fields(self, root: Fields, chat: Chat) -> None:
         for key, name, kind in self.plain_fields:
             value = root.get(key, kind) if key in root.wire else None
             if value is None or getattr(chat, name) is not None:  # said by another name before
@@ -2150,7 +2150,7 @@ class ChatCompletions(Dialect):
                               ("modalities", set(root.strings("modalities")) - {"text"})):
             if is_asked:
                 raise unsupported(key, "This model answers in text only.")
-        self.parse_plain_fields(root, chat, losses)
+        self.parse_plain_fields(root, chat)
         chat.tools = [parse_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
                       for kind in [item.one_of("type", TOOL_KINDS)]]
@@ -3167,7 +3167,7 @@ class Messages(Dialect):
             root.need("model"), canonical(turns), effort=output.get("effort"),
             stop=root.strings("stop_sequences"), stream=bool(root.get("stream", bool)),
             user=root.child("metadata", {}).get("user_id"))
-        self.parse_plain_fields(root, chat, losses)
+        self.parse_plain_fields(root, chat)
         thinking = chat.thinking or {"type": "disabled"}
         chat.shows_thinking = (
             thinking.get("type") != "disabled" and thinking.get("display") != "omitted")
@@ -4187,7 +4187,7 @@ class Responses(Dialect):
         chat.tools = [tool for tool in chat.tools
                       if named[tool.name] is tool or named[tool.name] != tool]  # one said again
         chat.choice = parse_responses_choice(root, chat)
-        self.parse_plain_fields(root, chat, losses)
+        self.parse_plain_fields(root, chat)
         include = root.strings("include")
         alternatives, asked = root.get("top_logprobs", int), "message.output_text.logprobs"
         chat.logprobs = alternatives or 0 if alternatives or asked in include else None
@@ -4976,7 +4976,7 @@ class GenerateContent(Dialect):
             parse_gemini_tools(item, chat, losses)
         chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat, losses)
         config = root.child("generationConfig", {})
-        self.parse_plain_fields(config, chat, losses)
+        self.parse_plain_fields(config, chat)
         chat.stop, chat.format = config.strings("stopSequences"), parse_gemini_format(config)
         if config.get("candidateCount", int) not in (None, 1):
             raise config.unsupported("candidateCount", "must be 1 for this model")
