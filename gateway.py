@@ -1795,12 +1795,8 @@ class Dialect(Protocol):
         """The answer to a request to count a prompt's tokens, where the provider cannot."""
         return {}
 
-    def asks_for_usage(self, body: Body) -> bool:
-        """Whether a streamed answer will tell its usage by itself."""
-        return True
-
     def values_for_usage(self, body: Body) -> JSON:
-        """What makes a streamed answer end in its usage."""
+        """What makes a streamed answer end in its usage; nothing where it does so by itself."""
         return {}
 
     def parse_plain_fields(self, root: Fields, chat: Chat) -> None:
@@ -2219,10 +2215,9 @@ class ChatCompletions(Dialect):
         return sum(
             len(dump_json(choice.get("message"))) for choice in list_of_objects(reply, "choices"))
 
-    def asks_for_usage(self, body: Body) -> bool:
-        return body.inner("stream_options", "include_usage") is True
-
-    def values_for_usage(self, body: Body) -> Dict[str, object]:
+    def values_for_usage(self, body: Body) -> JSON:
+        if body.inner("stream_options", "include_usage") is True:
+            return {}
         options = body.get("stream_options")
         return {"stream_options": {**(options if isinstance(options, dict) else {}),
                                    "include_usage": True}}
@@ -8852,9 +8847,9 @@ class Gateway:
         is_known = is_dialect or path in CHAT_STREAMS
         hides_usage, values = False, {}  # type: bool, JSON
         if is_known and isinstance(body, Body):
-            hides_usage = (exchange.is_stream and not dialect.asks_for_usage(body)
-                           and "stream_options" not in route.edits.drop)
-            values = dialect.values_for_usage(body) if hides_usage else {}
+            if exchange.is_stream and "stream_options" not in route.edits.drop:
+                values = dialect.values_for_usage(body)
+            hides_usage = bool(values)
             values.update(self.lowered(dialect, body, route.target.max_output_tokens, losses))
         if isinstance(body, Body) and (is_dialect or path in COUNTS):
             values = {**values, **own_history(dialect, body, route.provider.row)}

@@ -631,8 +631,8 @@ def test_usage_is_read(wire: object, usage: Usage | None) -> None:
 ])
 def test_usage_is_asked_for(body: bytes, asks: bool, asked: bytes) -> None:
     document = gateway.Body(body)
-    assert CHAT.asks_for_usage(document) is asks
-    assert document.with_values(CHAT.values_for_usage(document)) == asked
+    values = CHAT.values_for_usage(document)
+    assert (not values) is asks and document.with_values(values) == asked
 
 
 def test_what_is_asked_for_is_json() -> None:
