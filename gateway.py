@@ -2162,8 +2162,8 @@ class ChatCompletions(Dialect):
         chat.include_usage = bool(options.get("include_usage", bool))
         if options.get("include_obfuscation", bool) is not None:
             losses.hint("include_obfuscation")
-        told = {key: root.get(key, OPTIONS[key].kind) for key in wire if key in OPTIONS}
-        chat.options = {key: value for key, value in told.items() if value is not None}
+        chat.options = {key: root.get(key, OPTIONS[key].kind) for key, value in wire.items()
+                        if key in OPTIONS and value is not None}
         root.name_lost(losses)
         return chat
 
@@ -2506,8 +2506,7 @@ class ChatRequest(RequestWriter):
             said = "\n".join(part.text for part in blocks_of(block.content, Text))
             yield {"role": "tool", "tool_call_id": id_,  # which has no flag
                    "content": f"Error: {said}" if block.is_error else said}
-        parts = self._parts(block for block in turn.blocks if not isinstance(
-            block, (ToolResult, ToolCall, Thinking)))
+        parts = self._parts(block for block in turn.blocks if type(block) in self.kinds)
         calls = [self._call(call) for call in blocks_of(turn.blocks, ToolCall)]
         if parts and turn.role != "user" and not any(
                 part["type"] == "refusal" for part in parts):  # some servers take no list here
