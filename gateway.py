@@ -1540,7 +1540,7 @@ class Parser:
 
     def parse(self, event: Event) -> JSON:
         try:
-            wire = decode_json(event.data.decode())
+            wire = decode_leniently(event.data.decode())
         except (ValueError, RecursionError) as error:
             raise bad_answer("The provider sent an event that is not JSON.") from error
         if not isinstance(wire, dict):
@@ -3121,7 +3121,7 @@ def said_in(choice: JSON) -> List[Any]:
 def parse_chunk(raw: bytes) -> JSON:
     """{} for anything but an object, which passes too."""
     try:
-        chunk = decode_json(parse_event(raw).data.decode())
+        chunk = decode_leniently(parse_event(raw).data.decode())
     except (ValueError, RecursionError):
         return {}
     return chunk if isinstance(chunk, dict) else {}

@@ -688,6 +688,7 @@ TRICKY = chunk(({"content": 'data: [DONE]\n\n"usage":{"error":1} \u2028 [DONE] "
 FAILED = gateway.sse(b'{"error":{"message":"no","type":"rate_limit_error"}}')
 NO_USAGE = chunk([], filter={"usage": {"hate": 0}})
 WHOLE = chunk(("stop",), usage={"prompt_tokens": 7, "completion_tokens": 2})
+NAN = WHOLE.replace(b"{", b'{"logprob":NaN,', 1)
 
 # What comes; what of it is seen where the usage is to be hidden; prompt tokens; how it ends.
 STREAMS: dict[str, tuple[list[bytes], list[bytes], int | None, str]] = {
@@ -695,6 +696,7 @@ STREAMS: dict[str, tuple[list[bytes], list[bytes], int | None, str]] = {
     "usage": ([ROLE, HI, STOP, usage_chunk(7), DONE], [ROLE, HI, STOP, DONE], 7, "ended"),
     "null in the others": ([ROLE, NULL, usage_chunk(7), DONE], [ROLE, NULL, DONE], 7, "ended"),
     "with the last content": ([HI, WHOLE, DONE], [HI, WHOLE, DONE], 7, "ended"),
+    "in one with NaN": ([HI, NAN, DONE], [HI, NAN, DONE], 7, "ended"),
     "in each chunk": ([WHOLE, HI, WHOLE, usage_chunk(9), DONE], [WHOLE, HI, WHOLE, DONE], 9,
                       "ended"),
     "not the last": ([HI, usage_chunk(7), STOP, DONE], [HI, usage_chunk(7), STOP, DONE], 7,
@@ -2431,6 +2433,14 @@ def test_texts_with_something_new_around_each_run_too() -> None:
     runs = [event.pieces for event in chat_parsed("chat", [stream])
             if isinstance(event, gateway.TextRun)]
     assert runs == [SOME_TEXTS] and next(numbers) > len(SOME_TEXTS)
+
+
+def test_nan_in_a_stream_becomes_null() -> None:
+    told = {"content": [{"token": "a", "logprob": float("nan"), "top_logprobs": []}]}
+    stream = gateway.sse(json.dumps({"choices": [
+        {"index": 0, "delta": {"content": "a"}, "logprobs": told}]}).encode()) + STOP + DONE
+    said = b"".join(map(CHAT.renderer(Chat("m", []), 7).feed, chat_parsed("chat", [stream])))
+    assert b'"logprob":null' in said and b"NaN" not in said
 
 
 @pytest.mark.parametrize("name", TRANSLATED)
