@@ -4744,10 +4744,8 @@ class ResponsesRenderer(Renderer):
         self._has_refused = self._has_refused or isinstance(block, Text) and block.is_refusal
         self._pieces, self._cited, self._said = [], [], 0
         item = self._item(block)
-        item.update({key: empty for key, empty in (
-            ("content", []), ("summary", []), ("arguments", ""), ("input", "")) if key in item})
-        if "status" in item:
-            item["status"] = "in_progress"
+        item.update({key: first for key, first in (
+            ("status", "in_progress"), ("content", [])) if key in item})
         item.pop("encrypted_content", None)
         place: JSON = {"item_id": item["id"], "output_index": len(self._output)}
         out = self._event("output_item.added", output_index=len(self._output), item=item)
@@ -4756,9 +4754,8 @@ class ResponsesRenderer(Renderer):
                                   for state in ("in_progress", "searching", "completed"))
         name, more = self._grammar(block)
         self._place = {**place, **more}
-        part = self._part(block, "")
-        if part is not None and not isinstance(block, Thinking):
-            out += self._event("content_part.added", **self._place, part=part)
+        if isinstance(block, Text):
+            out += self._event("content_part.added", **self._place, part=self._part(block, ""))
         head = encode_json({"type": f"response.{name}.delta", **self._place})[:-1]
         before = utf8(f"event: response.{name}.delta\ndata: {head},\"delta\":")
         after = b',"logprobs":[]' if name == "output_text" else b""
@@ -4791,11 +4788,12 @@ class ResponsesRenderer(Renderer):
         is_refusal = isinstance(block, Text) and block.is_refusal
         return "refusal" if is_refusal else "output_text", {"content_index": 0}
 
-    def _part(self, block: Block, text: str) -> JSON | None:
+    def _part(self, block: Block, text: str) -> JSON:
+        """{} where an item has none."""
         if isinstance(block, Thinking):
             return {"type": "summary_text", "text": text}
         if not isinstance(block, Text):
-            return None
+            return {}
         if block.is_refusal:
             return {"type": "refusal", "refusal": text}
         notes = [{"type": "url_citation", **cited_at(each, 0, len(text))} for each in self._cited]
@@ -4805,12 +4803,11 @@ class ResponsesRenderer(Renderer):
     def _item(self, block: Block) -> JSON:
         n = f"{self.response['id'][len('resp_'):]}_{len(self._output)}"
         if isinstance(block, Thinking):
-            item: JSON = {"type": "reasoning", "id": f"{MADE_ID}{n}", "summary": [
-                self._part(block, block.text)] if block.text else []}
-            if block.issuer == "openai":
-                item["id"] = block.signature.partition(":")[0]
-            sealed = seal(block, "openai").partition(":")
-            return {**item, **without_none(encrypted_content=sealed[2] or sealed[0])}
+            id_, _, sealed = seal(block, "openai").partition(":")
+            return {"type": "reasoning",
+                    "id": id_ if block.issuer == "openai" else f"{MADE_ID}{n}",
+                    "summary": [self._part(block, block.text)] if block.text else [],
+                    **without_none(encrypted_content=sealed or id_)}
         if isinstance(block, ToolCall):
             return self._call(block, n)
         if isinstance(block, Search):
@@ -4828,7 +4825,7 @@ class ResponsesRenderer(Renderer):
         if call.is_custom:
             return {"type": "custom_tool_call", "id": f"ctc_{n}", **about, "input": call.input}
         return {"type": "function_call", "id": f"fc_{n}", **about, "status": "completed",
-                "arguments": encode_json(call.arguments)}
+                "arguments": call.input}
 
     def _citation(self, event: CitationDelta) -> bytes:
         """Told at the end of its text, which may be its place; after it, it has none any more."""
@@ -4839,32 +4836,31 @@ class ResponsesRenderer(Renderer):
         return b""
 
     def _block_stop(self, event: BlockStop) -> bytes:
-        block, said = self._open, "".join(self._pieces)
-        if isinstance(block, Text):
-            block.logprobs = [*event.logprobs]
-        out = self._say("{}") if isinstance(block, ToolCall) and not (
-            said or block.is_custom) else b""
-        if isinstance(block, ToolCall) and not block.is_custom:
-            said = said or "{}"  # as it came: it may be cut off
+        block, out = self._open, b""
+        if isinstance(block, ToolCall) and not (self._pieces or block.is_custom):
+            out = self._say("{}")
+        said = "".join(self._pieces)
+        if isinstance(block, ToolCall):
+            block.input = said  # of arguments too, as they came: they may be cut off
         else:
             close_block(block, said)
+        if isinstance(block, Text):
+            block.logprobs = [*event.logprobs]
         name, _ = self._grammar(block)
-        part, key = self._part(block, said), GRAMMAR_KEYS.get(name, "text")
+        part, key = self._part(block, said), RESPONSES_WHOLES.get(f"response.{name}.done", "text")
         out += b"".join([self._event("output_text.annotation.added", **self._place, annotation=note,
                                      annotation_index=i)
-                         for i, note in enumerate((part or {}).get("annotations", ()))])
+                         for i, note in enumerate(part.get("annotations", ()))])
         if said or isinstance(block, (Text, ToolCall)):
             more: JSON = {"logprobs": []} if name == "output_text" else {}
             out += self._event(f"{name}.done", **self._place, **{key: said}, **more)
-        if isinstance(block, Thinking) and said:
-            out += self._event("reasoning_summary_part.done", **self._place, part=part)
-        elif part is not None and isinstance(block, Text):
-            out += self._event("content_part.done", **self._place, part=part)
+            if part:
+                about = "reasoning_summary" if isinstance(block, Thinking) else "content"
+                out += self._event(f"{about}_part.done", **self._place, part=part)
         item = self._item(block)
-        if isinstance(block, ToolCall) and not block.is_custom:
-            item["arguments"] = said
+        out += self._event("output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
-        return out + self._event("output_item.done", output_index=len(self._output) - 1, item=item)
+        return out
 
     def _finish(self, event: Finish) -> bytes:
         reason = {"length": "max_output_tokens", "context": "max_output_tokens",
@@ -4894,10 +4890,6 @@ class ResponsesRenderer(Renderer):
 
     events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
-
-
-GRAMMAR_KEYS = {"refusal": "refusal", "function_call_arguments": "arguments",
-                "custom_tool_call_input": "input"}
 
 
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?([0-9]{1,15})')
