@@ -4304,6 +4304,7 @@ def parse_items(root: Fields, chat: Chat, losses: Losses) -> Iterator[Turn]:
 
 
 ITEM_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+CALL_ITEMS = ("function_call", "custom_tool_call")  # by is_custom
 CLIENT_CALLS = ("computer_call", "local_shell_call", "shell_call", "apply_patch_call")
 
 
@@ -4482,14 +4483,13 @@ class ResponsesRequest(RequestWriter):
     def _item(self, block: Block, role: str, custom: Set[str]) -> JSON | None:
         """What stands by itself; None for a part of a message."""
         if isinstance(block, ToolCall):
-            kind = ("custom_tool_call", "input", block.input) if block.is_custom else (
-                "function_call", "arguments", block.input or encode_json(block.arguments))
-            return {"type": kind[0], "call_id": self.call_id(block.id),
-                    "name": self.tool_name(block.name), kind[1]: kind[2]}
+            said = {"input": block.input} if block.is_custom else {
+                "arguments": block.input or encode_json(block.arguments)}
+            return {"type": CALL_ITEMS[block.is_custom], "call_id": self.call_id(block.id),
+                    "name": self.tool_name(block.name), **said}
         if isinstance(block, ToolResult):
-            kind_ = "custom_tool_call" if block.id in custom else "function_call"
-            return {"type": f"{kind_}_output", "call_id": self.call_id(block.id),
-                    "output": self._output(block)}
+            return {"type": f"{CALL_ITEMS[block.id in custom]}_output",
+                    "call_id": self.call_id(block.id), "output": self._output(block)}
         if isinstance(block, Thinking):
             id_, _, encrypted = block.signature.partition(":")
             summary = [{"type": "summary_text", "text": block.text}] if block.text else []
@@ -4624,12 +4624,12 @@ class ResponsesParser(Parser):
         kind = text_of(item, "type")
         if kind == "reasoning":
             return self.open(Thinking())
-        if kind not in ("function_call", "custom_tool_call"):
-            if kind != "message":
-                self.rewrites.lost.add("output")
-            return self.close()
-        return self.open(self.make_call(text_of(item, "call_id"), text_of(item, "name"),
-                                        kind == "custom_tool_call"))
+        if kind in CALL_ITEMS:
+            id_, name = text_of(item, "call_id"), text_of(item, "name")
+            return self.open(self.make_call(id_, name, kind == "custom_tool_call"))
+        if kind != "message":
+            self.rewrites.lost.add("output")
+        return self.close()
 
     def part_added(self, wire: JSON) -> Events:
         kind = text_of(part_of(wire, "part"), "type")
@@ -4646,9 +4646,9 @@ class ResponsesParser(Parser):
         about = part_of(wire, "annotation")
         if about.get("type") != "url_citation":  # of a file in the provider's store
             self.rewrites.lost.add("annotations")
-        if about.get("type") != "url_citation" or self._text_block < 0:
-            return []
-        return [CitationDelta(self._text_block, parse_citation(about))]
+        elif self._text_block >= 0:
+            return [CitationDelta(self._text_block, parse_citation(about))]
+        return []
 
     def item_done(self, wire: JSON) -> Events:
         """It repeats the item; where only its end is told, it tells all."""
@@ -4658,23 +4658,22 @@ class ResponsesParser(Parser):
             self.rewrites.lost.add("phase")
         if kind != "message" and self._open is None:
             events += self.item_added(wire)
-        is_told = self._is_told
-        if kind == "message" and not is_told:
+        if kind == "message" and not self._is_told:
             for number, part in enumerate(list_of_objects(item, "content")):
                 said = text_of(part, "text") or text_of(part, "refusal")
                 if said and (number or self._open is None):
                     events += self.part_added({"part": part})
-                events += self.say(said) if said else []
+                events += self.say(said)
                 for each in list_of_objects(part, "annotations"):
                     events += self.annotation_added({"annotation": each})
         elif kind == "reasoning" and isinstance(self._open, Thinking):
             texts = [text_of(part, "text") for key in ("summary", "content")
                      for part in list_of_objects(item, key)]
-            events += [] if is_told else self.say("\n\n".join(texts))
+            events += [] if self._is_told else self.say("\n\n".join(texts))
             encrypted = text_of(item, "encrypted_content")
             if encrypted:
                 events.append(SignatureDelta(f"{text_of(item, 'id')}:{encrypted}", "openai"))
-        elif isinstance(self._open, ToolCall) and not is_told:
+        elif isinstance(self._open, ToolCall) and not self._is_told:
             events += self.say(text_of(item, "arguments") or text_of(item, "input"))
         self._is_told = False
         return events + self.close_item()
