@@ -3261,8 +3261,7 @@ class Messages(Dialect):
                 asked += count(step.get("input_tokens"))
                 said += count(step.get("output_tokens"))
         return Usage(
-            asked + read + written, said,
-            read, written,
+            asked + read + written, said, read, written,
             count(part_of(wire, "cache_creation").get("ephemeral_1h_input_tokens")),
             count(part_of(wire, "output_tokens_details").get("thinking_tokens")))
 
@@ -4165,7 +4164,7 @@ class Responses(Dialect):
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
         for key, advice in RESPONSES_STATE.items():
-            if key in wire and root.skip(key) and wire[key] not in (False, "disabled"):
+            if root.skip(key) and wire[key] not in (False, "disabled"):
                 raise root.unsupported(key, f"needs a provider that keeps conversations; {advice}")
         reasoning, text = root.child("reasoning", {}), root.child("text", {})
         chat = Chat(root.need("model"), [], effort=reasoning.get("effort"),
@@ -4741,7 +4740,7 @@ class ResponsesRenderer(Renderer):
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = event.block.but()
         self._has_refused = self._has_refused or isinstance(block, Text) and block.is_refusal
-        self._pieces, self._cited, self._said = [], [], 0
+        self._pieces, self._cited = [], []
         item = self._item(block)
         item.update({key: first for key, first in (
             ("status", "in_progress"), ("content", [])) if key in item})
@@ -4874,8 +4873,7 @@ class ResponsesRenderer(Renderer):
         status = "incomplete" if reason else "completed"
         self.response.update(
             status=status, incomplete_details={"reason": reason} if reason else None,
-            output=self._output,
-            usage=render_openai_usage(event.usage, RESPONSES_USAGE),
+            output=self._output, usage=render_openai_usage(event.usage, RESPONSES_USAGE),
             **without_none(service_tier=event.service_tier))
         return out + self._event(status, response=self.response)
 
