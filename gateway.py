@@ -3857,10 +3857,9 @@ def clean_schema(schema: Any) -> Any:
             clean[key] = value
         elif key == "oneOf" and "anyOf" in schema:
             clean["allOf"] = [*clean.get("allOf", []), {"anyOf": clean_schema(value)}]
-        elif key == "allOf" and isinstance(value, list) and not only_one(value):
-            clean[key] = [*clean.get(key, []), *clean_schema(value)]
-        elif key == "allOf":
-            continue  # it says nothing, or is taken in below
+        elif key == "allOf":  # another than a list says nothing; its only part is taken in below
+            if isinstance(value, list) and not only_one(value):
+                clean[key] = [*clean.get(key, []), *clean_schema(value)]
         else:
             clean["anyOf" if key == "oneOf" else key] = clean_schema(value)
     if only_one(schema.get("allOf")):
@@ -4021,9 +4020,9 @@ class MessagesParser(Parser):
 
     def close_item(self) -> Events:
         is_told = self._open and (self._input or self._is_answer)
-        said = encode_json(self._input) if is_told else ""
+        events = self.say(encode_json(self._input)) if is_told else []
         self._input, self._is_answer = {}, False
-        return [*(self.say(said) if said else []), *super().close_item(), *self._searched()]
+        return events + super().close_item() + self._searched()
 
     def _searched(self) -> Events:
         if self._asked is None:
@@ -4097,11 +4096,9 @@ class MessagesRenderer(Renderer):
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = event.block
         self._block += 1
-        if isinstance(block, Search) or isinstance(block, Thinking) and not (
-                self._chat.shows_thinking or block.is_redacted):
-            self._say = say_nothing  # its signature may follow
-            return b""
-        return self._open_block(block)
+        is_hidden = isinstance(block, Search) or isinstance(block, Thinking) and not (
+            self._chat.shows_thinking or block.is_redacted)
+        return b"" if is_hidden else self._open_block(block)  # a thought's signature may follow
 
     def _open_block(self, block: Block) -> bytes:
         self._index += 1
