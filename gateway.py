@@ -3139,26 +3139,11 @@ class Messages(Dialect):
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
-        system = parse_content(root, "system", MESSAGES_PARTS)
-        for block in blocks_of(system, Text):
-            if block.text.startswith(BILLING):
-                block.text = block.text.partition("\n")[2]
-        turns = [Turn("system", system)]
-        root.need("messages", list)
-        for message in root.children("messages"):
-            role = message.one_of("role", ("user", "assistant", "system"))
-            if role != "system":
-                message.need("content", TEXT_OR_LIST)
-            message.hint(losses, ("clear_at", "output_config"))
-            blocks = parse_content(message, "content", MESSAGES_PARTS)
-            if role == "system" and blocks_of(blocks, Opaque):
-                losses.drop("content")  # tools that come or go
-                blocks = [block for block in blocks if not isinstance(block, Opaque)]
-            turns.append(Turn(role, blocks))
+        turns = canonical(parse_messages_turns(root, losses))
         root.need("max_tokens", int)
         output = root.child("output_config", {})
         chat = Chat(
-            root.need("model"), canonical(turns), effort=output.get("effort"),
+            root.need("model"), turns, effort=output.get("effort"),
             stop=root.strings("stop_sequences"), stream=bool(root.get("stream", bool)),
             user=root.child("metadata", {}).get("user_id"))
         self.parse_plain_fields(root, chat)
@@ -3289,6 +3274,25 @@ ERROR_STATUSES = {
 
 
 # ---- from the wire ----
+
+
+def parse_messages_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
+    system = parse_content(root, "system", MESSAGES_PARTS)
+    for block in blocks_of(system, Text):
+        if block.text.startswith(BILLING):
+            block.text = block.text.partition("\n")[2]
+    yield Turn("system", system)
+    root.need("messages", list)
+    for message in root.children("messages"):
+        role = message.one_of("role", ("user", "assistant", "system"))
+        if role != "system":
+            message.need("content", TEXT_OR_LIST)
+        message.hint(losses, ("clear_at", "output_config"))
+        blocks = parse_content(message, "content", MESSAGES_PARTS)
+        if role == "system" and blocks_of(blocks, Opaque):
+            losses.drop("content")  # tools that come or go
+            blocks = [block for block in blocks if not isinstance(block, Opaque)]
+        yield Turn(role, blocks)
 
 
 TRACES = re.compile("server_tool_use|mcp_tool_use|mcp_tool_listing|.+_tool_result|compaction|"
@@ -3609,9 +3613,9 @@ class MessagesRequest(RequestWriter):
         """A history with calls needs their tools, though none is offered."""
         chat, mode = self.chat, self.choice.mode
         if "tools" not in self.wire:
-            calls = [call for turn in chat.turns for call in blocks_of(turn.blocks, ToolCall)]
-            if calls:
-                names = dict.fromkeys(self.tool_name(call.name) for call in calls)
+            names = dict.fromkeys(self.tool_name(call.name) for turn in chat.turns
+                                  for call in blocks_of(turn.blocks, ToolCall))
+            if names:
                 self.wire["tools"] = [
                     {"name": name, "input_schema": {"type": "object"}} for name in names]
                 self.wire["tool_choice"] = {"type": "none"}
