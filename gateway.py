@@ -3939,9 +3939,8 @@ class MessagesParser(Parser):
     def __init__(self, dialect: Messages, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
         self._usage: JSON = {}
-        self._input: JSON = {}  # of a call, where it came at once
+        self._input: JSON | None = None  # of a call: what its end has to tell, if anything
         self._asked: List[str] | None = None  # of a search at the provider
-        self._is_answer = False  # a call of the hidden tool that nothing was told of yet
         self._refusal = ""
 
     text_events = TextEvents(
@@ -3981,8 +3980,8 @@ class MessagesParser(Parser):
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
         closed, self._live = self.close_item(), wire.get("index")
-        self._is_answer = kind == "tool_use" and name == self.rewrites.json_tool != ""
-        if kind == "text" or self._is_answer:
+        is_answer = kind == "tool_use" and name == self.rewrites.json_tool != ""
+        if kind == "text" or is_answer:
             made: Block = Text()
         elif kind in THOUGHT_KINDS:
             made = Thinking(signature=text_of(block, "data"), issuer="anthropic",
@@ -3995,7 +3994,7 @@ class MessagesParser(Parser):
             return closed
         else:
             made = self.make_call(text_of(block, "id"), name)
-        self._input = part_of(block, "input")
+        self._input = part_of(block, "input") or ({} if is_answer else None)
         deltas = [{"type": f"{key}_delta", key: block[key]}
                   for key in ("thinking", "signature", "text") if block.get(key)]
         deltas += [{"citation": citation} for citation in list_of_objects(block, "citations")]
@@ -4019,13 +4018,13 @@ class MessagesParser(Parser):
             is_signature = text and isinstance(block, Thinking)
             return [SignatureDelta(text, "anthropic")] if is_signature else []
         if kind == "input_json_delta" and text:
-            self._input, self._is_answer = {}, False
+            self._input = None
         return self.say(text)
 
     def close_item(self) -> Events:
-        is_told = self._open and (self._input or self._is_answer)
-        events = self.say(encode_json(self._input)) if is_told else []
-        self._input, self._is_answer = {}, False
+        is_left = self._open is not None and self._input is not None
+        events = self.say(encode_json(self._input)) if is_left else []
+        self._input = None
         return events + super().close_item() + self._searched()
 
     def _searched(self) -> Events:
