@@ -3450,10 +3450,10 @@ def render_source(block: Image | Document) -> JSON:
     return {"type": "base64", "media_type": block.media_type, "data": block.data}
 
 
-def fitting_thinking(thinking: JSON, max_tokens: int) -> JSON | None:
-    """A budget is a part of the whole answer's tokens. None where too few are left to think."""
+def fitting_thinking(thinking: JSON, max_tokens: int) -> JSON:
+    """A budget is a part of the whole answer's tokens. {} where too few are left to think."""
     budget = min(count(thinking.get("budget_tokens")), max_tokens - MIN_WORDS)
-    return {**thinking, "budget_tokens": budget} if budget >= MIN_BUDGET else None
+    return {**thinking, "budget_tokens": budget} if budget >= MIN_BUDGET else {}
 
 
 class MessagesRequest(RequestWriter):
@@ -3664,38 +3664,37 @@ class MessagesRequest(RequestWriter):
         if thinking and thinking.get("type") != "disabled":
             if wire.get("tool_choice", {}).get("type") in ("any", "tool"):
                 self.losses.drop(param)  # no tool can be forced while it thinks
-                thinking = None
+                thinking = {}
             elif thinking.get("type") == "enabled" and self._lacks_thinking():
                 self.losses.hint(param)
-                thinking = None
-        budget = count((thinking or {}).get("budget_tokens"))
+                thinking = {}
+        budget = count(thinking.get("budget_tokens"))
         ceiling = min(self.target.max_output_tokens or self.caps.max_output, self.caps.max_output)
         wanted = chat.max_tokens or self.target.default_max_tokens + budget
         if chat.max_tokens and chat.max_tokens > ceiling:
             self.losses.drop("max_tokens")
         wire["max_tokens"] = min(wanted, ceiling)
-        if thinking and budget and (chat.thinking is None or wanted > ceiling):
-            fitting = fitting_thinking(thinking, wire["max_tokens"])
-            if fitting is None or chat.thinking not in (None, fitting):
+        if budget and (chat.thinking is None or wanted > ceiling):
+            thinking = fitting_thinking(thinking, wire["max_tokens"])
+            if not thinking or chat.thinking not in (None, thinking):
                 self.losses.drop(param)
-            thinking = fitting
         if thinking:
             wire["thinking"] = thinking
 
-    def _thinking_by_effort(self) -> JSON | None:
+    def _thinking_by_effort(self) -> JSON:
         caps, effort = self.caps, self.asked_effort()
         if effort is None:
-            return None
+            return {}
         if effort == "none":
             if caps.can_disable_thinking:
                 return {"type": "disabled"}
             if caps.thinking == "adaptive" and caps.efforts:
                 self._add_effort("low")
                 self.losses.drop("reasoning_effort")
-            return None
+            return {}
         if caps.thinking == "none":
             self.losses.drop("reasoning_effort")
-            return None
+            return {}
         if caps.thinking == "budget":
             budget = self.chat.budget or THINKING_BUDGETS[effort]
             return {"type": "enabled", "budget_tokens": budget}
