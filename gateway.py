@@ -3391,21 +3391,22 @@ def parse_messages_tool(item: Fields, chat: Chat, losses: Losses) -> None:
             item.need("name"), item.get("description") or "", item.need("input_schema", dict),
             item.get("strict", bool), cache=item.get("cache_control", dict)))
         return
+    name = next((name for name in HOSTED_TOOLS if kind.startswith(name)), "tools")
+    parse_hosted_tool(item, name, chat, losses)
+
+
+def parse_hosted_tool(item: Fields, name: str, chat: Chat, losses: Losses) -> None:
+    """A search, as Chat Completions says it; any other is lost, by its `name`."""
     item.skip(*item.wire)
-    if kind.startswith("web_search"):
-        chat.web_search = parse_web_search(item, losses)
-    else:
-        losses.drop(next((name for name in HOSTED_TOOLS if kind.startswith(name)), "tools"))
-
-
-def parse_web_search(item: Fields, losses: Losses) -> JSON:
-    """As Chat Completions says it."""
+    if not item.wire["type"].startswith(WEB_SEARCH):
+        losses.drop(name)
+        return
     if any(value not in (None, True, [], {}) for key, value in item.wire.items()
            if key not in SEARCH_FIELDS):
-        losses.drop("web_search")
+        losses.drop(WEB_SEARCH)
     place = {key: value for key, value in part_of(item.wire, "user_location").items()
              if key != "type"}
-    return without_none(
+    chat.web_search = without_none(
         user_location={"type": "approximate", "approximate": place} if place else None,
         search_context_size=item.wire.get("search_context_size"))
 
@@ -4375,11 +4376,7 @@ def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = 
         for tool in chat.tools[first:first + 1]:  # it is about all of them: once is enough
             tool.description = in_paragraphs(about, tool.description)
     else:
-        item.skip(*item.wire)
-        if kind.startswith("web_search"):
-            chat.web_search = parse_web_search(item, losses)
-        else:
-            losses.drop(kind if kind in RESPONSES_TOOLS else "tools")
+        parse_hosted_tool(item, kind if kind in RESPONSES_TOOLS else "tools", chat, losses)
 
 
 RESPONSES_TOOL_HINTS = ("allowed_callers", "defer_loading", "output_schema")
