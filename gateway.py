@@ -3552,10 +3552,9 @@ class MessagesRequest(RequestWriter):
             content = self.blocks(thoughts_first(turn))
             if turn.role == "assistant":
                 self._drop_last_thoughts(content)
-            if turn.role == "system" and not (messages and self.caps.mid_system):
-                system += content
-            elif turn.role == "system":
-                later += content
+            if turn.role == "system":
+                place = later if messages and self.caps.mid_system else system
+                place += content
             elif content:
                 if later and turn.role == "assistant" and messages[-1]["role"] == "user":
                     messages.append({"role": "system", "content": later})
@@ -4451,12 +4450,12 @@ class ResponsesRequest(RequestWriter):
     def _add_input(self) -> None:
         items: List[JSON] = []
         custom: Set[str] = set()
-        for turn in self.turns():
+        turns = self.turns()
+        if turns and turns[0].role == "system":
+            self.wire["instructions"] = "\n\n".join(
+                block.text for block in blocks_of(turns.pop(0).blocks, Text))
+        for turn in turns:
             parts: List[JSON] = []
-            if turn.role == "system" and not items and "instructions" not in self.wire:
-                self.wire["instructions"] = "\n\n".join(
-                    block.text for block in blocks_of(turn.blocks, Text))
-                continue
             for block in turn.blocks:
                 if isinstance(block, ToolCall) and block.is_custom:
                     custom.add(block.id)
