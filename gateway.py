@@ -4256,6 +4256,7 @@ RESPONSES_STATE = {
 RESPONSES_HINTS = ("max_tool_calls", "context_management", "client_metadata", "access_programs",
                    "image", "prompt_cache_options", "moderation")
 ONLY_IN_CHAT = frozenset(["seed", "logit_bias", "frequency_penalty", "presence_penalty"])
+SAID_IN_RESPONSES = frozenset(OPTIONS) - ONLY_IN_CHAT - {"prediction"}
 # What Codex's list of models needs of each.
 CODEX_MODEL = {
     "supported_reasoning_levels": [], "shell_type": "default", "visibility": "list",
@@ -4562,11 +4563,6 @@ class ResponsesRequest(RequestWriter):
         if reasoning:
             self.wire["reasoning"] = reasoning
         self.wire["include"] = ["reasoning.encrypted_content"]
-
-
-SAID_IN_RESPONSES = frozenset([
-    "metadata", "service_tier", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "moderation", "verbosity", "store", "safety_identifier"])
 
 
 # ---- answers ----
