@@ -1667,8 +1667,7 @@ class Renderer:
         return b""
 
 
-TOO_LONG = "prompt is too long"
-LONG_PROMPT = re.compile(f"{TOO_LONG}|input token count .*exceeds")  # in two providers' words
+LONG_PROMPT = re.compile("prompt is too long|input token count .*exceeds")  # of two providers
 
 
 class Dialect(Protocol):
@@ -1678,6 +1677,7 @@ class Dialect(Protocol):
     streams_arrays: bool = False  # where a stream is not asked for as server-sent events
     history: str = ""  # the field of a request that holds the conversation
     told: bytes = b'"assistant"'  # stands in every body that holds an answer
+    long_prompt: str = ""  # its words for one that is too long: clients key on them
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
@@ -1706,6 +1706,11 @@ class Dialect(Protocol):
 
     def watch(self, hide_usage: bool, needs_done: bool) -> Watch:
         return ENDS[self.name].watch(self, hide_usage, needs_done)
+
+    def words_of(self, error: GatewayError) -> str:
+        if error.code != "context_length_exceeded" or self.long_prompt in error.message:
+            return error.message
+        return f"{self.long_prompt}: {error.message}"
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         """As a body; here OpenAI's."""
@@ -2147,6 +2152,8 @@ class ChatCompletions(Dialect):
             if is_asked:
                 raise unsupported(key, "This model answers in text only.")
         self.parse_plain_fields(root, chat)
+        if chat.thinking == {"type": "enabled"}:  # as some servers have it, without a budget
+            chat.thinking, chat.effort = None, chat.effort or "medium"
         chat.tools = [parse_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
                       for kind in [item.one_of("type", TOOL_KINDS)]]
@@ -3133,12 +3140,16 @@ class Messages(Dialect):
     name, history = "messages", "messages"
     keepalive = sse(b'{"type":"ping"}', "ping")
     id_fields = ("x-request-id", "request-id")
+    long_prompt = "prompt is too long"
     plain_fields = (
         ("max_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
         ("top_p", "top_p", NUMBER), ("top_k", "top_k", int), ("thinking", "thinking", dict))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire)
+        if root.get("thread", dict) is not None:  # SDKs go on without where they hear this code
+            raise root.wrong("thread", "needs a provider that keeps conversations; send all "
+                             "messages", NO_THREADS)
         turns = canonical(parse_messages_turns(root, losses))
         root.need("max_tokens", int)
         output = root.child("output_config", {})
@@ -3158,10 +3169,11 @@ class Messages(Dialect):
             chat.choice = ToolChoice(mode, choice.need("name") if mode == "tool" else "")
             single = choice.get("disable_parallel_tool_use", bool)
             chat.parallel = None if single is None else not single
-        if output.get("format", dict) is not None:
-            form = output.child("format")
-            form.one_of("type", ("json_schema",))
-            chat.format = Format(form.need("schema", dict))
+        for holder, key in ((root, "output_format"), (output, "format")):  # the former of a beta
+            if holder.get(key, dict) is not None:
+                form = holder.child(key)
+                form.one_of("type", ("json_schema",))
+                chat.format = Format(form.need("schema", dict))
         tier = root.get("service_tier")
         if tier is not None:
             chat.options["service_tier"] = {"standard_only": "default"}.get(tier, "auto")
@@ -3191,14 +3203,14 @@ class Messages(Dialect):
 
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         fallback = "invalid_request_error" if error.status < 500 else "api_error"
-        kind, message = MESSAGES_ERRORS.get(error.status, fallback), error.message
+        kind = MESSAGES_ERRORS.get(error.status, fallback)
         if error.is_quoted and error.type in MESSAGES_ERRORS.values() and (
                 error.type != "invalid_request_error"):
             kind = error.type
-        if error.code == "context_length_exceeded" and TOO_LONG not in message:
-            message = f"{TOO_LONG}: {message}"  # agents that speak this dialect key on it
+        about = {"details": {"error_code": NO_THREADS, "unsupported": []}} if (
+            error.code == NO_THREADS) else {}
         return dump_json({"type": "error", "request_id": request_id, "error": {
-            "type": kind, "message": message}})
+            "type": kind, "message": self.words_of(error), **about}})
 
     def error_event(self, body: bytes) -> bytes:
         return sse(body, "error")
@@ -3295,6 +3307,7 @@ def parse_messages_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
         yield Turn(role, blocks)
 
 
+NO_THREADS = "thread_unsupported_request"
 TRACES = re.compile("server_tool_use|mcp_tool_use|mcp_tool_listing|.+_tool_result|compaction|"
                     "container_upload|fallback|tool_addition|tool_removal")
 
@@ -4937,6 +4950,7 @@ class GenerateContent(Dialect):
 
     name, history, told, streams_arrays = "gemini", "contents", b'"model"', True
     keepalive = b"\n"  # its SDKs take neither comments nor names of events
+    long_prompt = "The input token count exceeds the maximum number of tokens allowed"
     plain_fields = (
         ("maxOutputTokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
         ("topP", "top_p", NUMBER), ("topK", "top_k", int))
@@ -5000,7 +5014,10 @@ class GenerateContent(Dialect):
     def render_error(self, error: GatewayError, request_id: str) -> bytes:
         status = GEMINI_ERRORS.get(error.status, "INTERNAL")
         code = 503 if status == "UNAVAILABLE" else error.status
-        return dump_json({"error": {"code": code, "message": error.message, "status": status}})
+        wait = dict(error.headers).get("retry-after", "")
+        details = [{"@type": RETRY_INFO, "retryDelay": f"{wait}s"}] if wait.isdecimal() else []
+        return dump_json({"error": {"code": code, "message": self.words_of(error),
+                                    "status": status, **without_none(details=details)}})
 
     def read_call(self, body: Body | Form, path: str) -> Tuple[str, bool]:
         name, _, action = path.partition("/models/")[2].rpartition(":")
@@ -5092,6 +5109,7 @@ def whole_number(value: Any) -> Any:
 GEMINI_OPTIONS = {"seed": "seed", "frequencyPenalty": "frequency_penalty",
                   "presencePenalty": "presence_penalty"}
 GEMINI_TIERS = {"default": "standard", "flex": "flex", "priority": "priority"}
+RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
 GEMINI_ERRORS = {
     400: "INVALID_ARGUMENT", 413: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 409: "ABORTED",
@@ -6082,8 +6100,9 @@ MODEL_CAPS: Tuple[Tuple[Tuple[str, ...], float, JSON], ...] = (
     (ANY, 0, {"sampling": "both", "thinking": "none", "efforts": (), "mid_system": False,
               "json_schema": False, "max_output": 8192}),
     (ANY, 3.7, {"thinking": "budget", "max_output": 64_000}),
+    (("opus",), 4, {"max_output": 32_000}),
     (("opus",), 4.1, {"sampling": "one"}),
-    (ANY, 4.5, {"sampling": "one", "json_schema": True}),
+    (ANY, 4.5, {"sampling": "one", "json_schema": True, "max_output": 64_000}),
     (("opus",), 4.5, {"efforts": ("low", "medium", "high")}),
     (ANY, 4.6, {"thinking": "both", "efforts": ("low", "medium", "high", "max"),
                 "max_output": 128_000}),

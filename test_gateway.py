@@ -2742,6 +2742,11 @@ CASES: list[tuple[str, JSON, Any, str]] = [
     ("2.1 unknown", {"new": 1}, {"new": UNSET}, "unknown"),
     ("2.1 unknown, null", {"new": None}, {"new": UNSET}, ""),
     ("0.2 unknown in a message", {"messages": [{**user("Hi"), "new": 1}]}, {}, "unknown"),
+    ("2.1 thinking without a budget", {"model": BUDGET, "thinking": {"type": "enabled"}},
+     {"thinking": {"type": "enabled", "budget_tokens": gateway.THINKING_BUDGETS["medium"]}}, ""),
+    ("2.1 thinking without a budget, 4.7+", {
+        "model": NOW, "thinking": {"type": "enabled"}, "reasoning_effort": "high"},
+     {"thinking": ADAPTIVE, "output_config": {"effort": "high"}}, ""),
     ("2.1 thinking", {"thinking": {"type": "enabled", "budget_tokens": 2000}},
      {"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 10192}, ""),
     ("2.1 thinking and force", {"thinking": {"type": "adaptive"}, "tools": [F], "tool_choice": F},
@@ -2869,9 +2874,12 @@ CASES: list[tuple[str, JSON, Any, str]] = [
     *[(f"2.3 {level}, {model}", effort(level, model), {
         "thinking": {"type": "enabled", "budget_tokens": budget},
         "max_tokens": min(8192 + budget, 64_000)}, "")
-      for model in (BUDGET, "claude-sonnet-4-5-20250929", "claude-3-7-sonnet-20250219")
+      for model in ("claude-sonnet-4-20250514", "claude-sonnet-4-5-20250929",
+                    "claude-3-7-sonnet-20250219")
       for level, budget in [("minimal", 1024), ("low", 1024), ("medium", 4096), ("high", 16384),
                             ("xhigh", 32768), ("max", 32768)]],
+    ("2.3 max, claude-opus-4-1", effort("max", BUDGET), {
+        "thinking": {"type": "enabled", "budget_tokens": 31488}, "max_tokens": 32_000}, ""),
     *[(f"2.3 none, {model}", effort("none", model), {"thinking": UNSET, "output_config": UNSET}, "")
       for model in (BUDGET, BOTH, OLD)],
     *[(f"2.3 {level}, 4.6", effort(level, BOTH),
@@ -3932,6 +3940,10 @@ MESSAGES_TO_CHAT: list[Row] = [
         (GPT55, "high", "none", "reasoning_effort"), (GPT52, "high", "high", "")]],
     ("6.1 output_config.format", {"output_config": {"format": typed(
         "json_schema", schema=CHAT_SHAPE)}}, format_(CHAT_SHAPE, name="output"), ""),
+    ("6.1 output_format, as a beta had it", {"output_format": typed(
+        "json_schema", schema=CHAT_SHAPE)}, format_(CHAT_SHAPE, name="output"), ""),
+    *[(f"6.1 a thread to {thread['type']}", {"thread": thread}, "thread", "") for thread in [
+        typed("create"), typed("continue", previous_message_id="msg_1")]],
     ("6.1 user_id", {"metadata": {"user_id": "u"}}, {"user": "u", "metadata": UNSET}, ""),
     ("6.1 a long user_id", {"metadata": {"user_id": "u" * 65}},
      {"user": gateway.hashed("u" * 65, 40)}, ""),
@@ -6207,6 +6219,25 @@ def test_words_of_an_error_reach_another_dialects_client(
     assert words in answer_.error["message"]
 
 
+def test_what_sdks_key_on_in_an_error_is_told() -> None:
+    """That threads are not kept, how long to wait, and that a prompt is too long."""
+    told = {name: json.loads(gateway.DIALECTS[name].render_error(GatewayError(
+        429, "Words.", code="context_length_exceeded", headers=[("retry-after", "7")]), "id"))
+        for name in TRANSLATED}
+    assert told["messages"]["error"]["message"] == "prompt is too long: Words."
+    assert told["gemini"]["error"] == {
+        "code": 429, "status": "RESOURCE_EXHAUSTED", "message":
+        "The input token count exceeds the maximum number of tokens allowed: Words.",
+        "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}]}
+    assert told["chat"]["error"]["message"] == told["responses"]["error"]["message"] == "Words."
+    with pytest.raises(GatewayError) as caught:
+        gateway.DIALECTS["messages"].parse_request(
+            {"model": "m", "max_tokens": 9, "thread": typed("create"), "messages": []}, Losses())
+    error = json.loads(gateway.DIALECTS["messages"].render_error(caught.value, "id"))["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": []}
+
+
 def test_an_estimate_depends_on_no_cut() -> None:
     """What came before the first content is none, in whichever read it came."""
     events = [FIRST, delta("a" * 40), delta("b" * 40), delta("c" * 40)]
@@ -6229,7 +6260,8 @@ MODELS: list[tuple[Any, ...]] = [
     ("claude-3-5-sonnet-20241022", "both", "none", False, (), "yes", False, False, 8192),
     ("claude-3-7-sonnet-20250219", "both", "budget", False, (), "yes", False, False, 64_000),
     ("claude-sonnet-4-20250514", "both", "budget", False, (), "yes", False, False, 64_000),
-    ("claude-opus-4-1-20250805", "one", "budget", False, (), "yes", False, False, 64_000),
+    ("claude-opus-4-20250514", "both", "budget", False, (), "yes", False, False, 32_000),
+    ("claude-opus-4-1-20250805", "one", "budget", False, (), "yes", False, False, 32_000),
     ("claude-haiku-4-5-20251001", "one", "budget", False, (), "yes", False, True, 64_000),
     ("claude-sonnet-4-5", "one", "budget", False, (), "yes", False, True, 64_000),
     ("claude-opus-4-5", "one", "budget", False, EFFORT[:3], "yes", False, True, 64_000),

@@ -1064,8 +1064,9 @@ def test_a_tool_loop(ask: AskClaude, upstream: Upstream, model: str) -> None:
 
 
 def runner_params(model: str, stream: bool, tools: list[Any]) -> JSON:
+    """It first asks for a thread that the server keeps, and goes on without one."""
     asked = {"model": model, "max_tokens": 2000, "messages": [user("Where is it sunny?")]}
-    return {**asked, "tools": tools, "stream": stream, "thread": False}
+    return {**asked, "tools": tools, "stream": stream}
 
 
 @pytest.mark.parametrize("model", ROUTES)
