@@ -5829,12 +5829,12 @@ def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON
         if is_in_call(block):
             continue
         if isinstance(block, Thinking) and shows_thinking:
-            signature = gemini_signature(block, keeps_text=False)
-            yield {"text": block.text, "thought": True, **without_none(thoughtSignature=signature)}
+            yield {"text": block.text, "thought": True,
+                   **without_none(thoughtSignature=gemini_signature(block))}
         elif isinstance(block, Thinking):
             if held:
                 yield {"text": "", "thoughtSignature": held}
-            held = gemini_signature(block, keeps_text=True)
+            held = gemini_signature(block)
         elif isinstance(block, ToolCall) and (block.is_custom or not block.input):
             call = {"id": block.id, "name": block.name, "args": call_arguments(block)}
             signature = block.signature or held
@@ -5846,10 +5846,11 @@ def answer_parts(blocks: Iterable[Block], shows_thinking: bool) -> Iterator[JSON
         yield {"text": "", "thoughtSignature": held}
 
 
-def gemini_signature(block: Thinking, keeps_text: bool) -> str:
+def gemini_signature(block: Thinking) -> str:
+    """With the text, since clients hang it on other parts."""
     if block.issuer == "gemini" or not block.signature:
         return block.signature
-    return base64.b64encode(seal(block, "gemini", keeps_text).encode()).decode()
+    return base64.b64encode(seal(block, "gemini", keeps_text=True).encode()).decode()
 
 
 class GeminiRenderer(Renderer):
@@ -5858,7 +5859,7 @@ class GeminiRenderer(Renderer):
         self._shows = chat.shows_thinking
         self._head: JSON = {}
         self._pieces: List[str] = []
-        self._held: List[Block] = []  # hidden thoughts
+        self._held: List[Block] = []  # thoughts whose signature was not told yet
         self._cited: List[JSON] = []
         self._logprobs: List[JSON] = []
         self._has_spoken = False
@@ -5877,7 +5878,7 @@ class GeminiRenderer(Renderer):
         about = {"thought": True} if isinstance(block, Thinking) else {}
         say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
         self._say = say if isinstance(block, Text) else self._keep
-        if isinstance(block, Thinking) and self._shows:  # its signature will come by itself
+        if isinstance(block, Thinking) and self._shows:
             self._say = lambda text: self._keep(text) + say(text)
         return b""
 
@@ -5900,15 +5901,14 @@ class GeminiRenderer(Renderer):
         if isinstance(block, Text) or not block.signature and isinstance(block, Thinking) or (
                 is_in_call(block)):
             return b""
-        if isinstance(block, Thinking) and self._shows:
-            signature = gemini_signature(block, keeps_text=True)  # its own part is empty
-            return self._chunk([{"text": "", "thought": True, "thoughtSignature": signature}])
+        if isinstance(block, Thinking) and self._shows and block.issuer == "gemini":
+            return self._chunk([{"text": "", "thought": True, "thoughtSignature": block.signature}])
         self._held.append(block)
         return b"" if isinstance(block, Thinking) else self._let_go()
 
     def _let_go(self) -> bytes:
         held, self._held = self._held, []
-        return b"".join(self._chunk([part]) for part in answer_parts(held, self._shows))
+        return b"".join(self._chunk([part]) for part in answer_parts(held, shows_thinking=False))
 
     def _finish(self, event: Finish) -> bytes:
         more = gemini_more(self._cited, self._logprobs)

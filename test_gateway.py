@@ -5454,6 +5454,34 @@ def test_what_is_signed_goes_through_every_client_and_back(client: str, issuer: 
         assert is_unmarked(gateway.without_marks(params[dialect.history]))
 
 
+def hung_on_the_next(parts: list[JSON]) -> list[JSON]:
+    """As some clients of Gemini's keep the signature of a thought: without the thought."""
+    kept, held = [], {}
+    for part in parts:
+        if part.get("thought"):
+            held = {key: part[key] for key in ("thoughtSignature",) if key in part}
+        else:
+            kept.append({**held, **part})
+            held = {}
+    return kept
+
+
+def without_empty(parts: list[JSON]) -> list[JSON]:
+    return [part for part in parts if part.get("text") != ""]
+
+
+@pytest.mark.parametrize("texts", [[], ["T"]])
+@pytest.mark.parametrize("kept", [hung_on_the_next, without_empty])
+def test_a_thought_survives_clients_that_move_its_signature_or_drop_empty_parts(
+        texts: list[str], kept: Callable[[list[JSON]], list[JSON]]) -> None:
+    whole = message(THOUGHT, *map(text, texts), use("c"), stop="tool_use")
+    for body in seen("messages", "gemini", whole):
+        said_ = body["candidates"][0]["content"]
+        said_["parts"] = kept(said_["parts"])
+        sent, _, _ = carry("gemini", "messages", echo("gemini", body), TARGETS["messages"])
+        assert sent["messages"][1]["content"] == [THOUGHT, *map(text, texts), use("c")]
+
+
 def is_unmarked(sent: Any) -> bool:
     """Whether nothing of what this gateway put there is left."""
     body = gateway.dump_json(sent)
