@@ -4256,6 +4256,10 @@ class Responses(Dialect):
     def count_content(self, reply: JSON) -> int:
         return len(dump_json(reply.get("output")))
 
+    def render_estimate(self, wire: JSON) -> JSON:
+        counted = estimate_tokens(self.parse_request({"model": "m", **wire}, Losses()))
+        return {"input_tokens": counted, "object": "response.input_tokens"}
+
     def parse_usage(self, wire: object) -> Usage | None:
         return parse_openai_usage(wire, RESPONSES_USAGE)
 
@@ -9458,8 +9462,9 @@ ROUTES: Dict[str, Tuple[str, Dict[str, Handler]]] = {
     "/health/live": ("", {"GET": Gateway.health}),
     "/metrics": ("", {"GET": Gateway.show_metrics}),
     "/v1/chat/completions": ("chat", {"POST": Gateway.generate}),
-    **{f"/v1{path}": ("chat", {"POST": Gateway.forward})
-       for path in (*CHAT, *RESPONSES) if path.startswith("/")},
+    **{f"/v1{path}": (name, {"POST": Gateway.forward})
+       for name, paths in (("chat", CHAT), ("responses", RESPONSES)) for path in paths
+       if path != name},
     "/v1/responses": ("responses", {"POST": Gateway.generate}),
     "/v1/messages": ("messages", {"POST": Gateway.generate}),
     "/v1/messages/count_tokens": ("messages", {"POST": Gateway.forward}),
@@ -9475,7 +9480,7 @@ PREFIXES = tuple(path for path in ROUTES if path.endswith("/") and path != "/")
 LIST_SECONDS = 300.0  # that a provider's list of models is believed
 MAX_LIST_SECONDS = 10.0  # that it may take; so long one that could not be had is not asked for
 CHAT_STREAMS = frozenset(["/completions"])  # end as those of Chat Completions do
-COUNTS = frozenset(["/messages/count_tokens", ":countTokens"])
+COUNTS = frozenset(["/messages/count_tokens", "/responses/input_tokens", ":countTokens"])
 PROBES = frozenset(["/health", "/health/live", "/metrics"])
 
 
@@ -10289,13 +10294,14 @@ class DemoUpstream:
     """Plays the provider, as an app of the server's."""
 
     async def handle(self, exchange: Exchange, request: Request) -> Response:
-        path, counts, _ = request.head.path.partition("/count_tokens")
+        asked = request.head.path
+        path = asked.removesuffix("/count_tokens").removesuffix("/input_tokens")
         dialect = DEMO_PATHS.get(path)
         try:
             if dialect is None:
                 raise GatewayError(404, "There is no such endpoint.")
             exchange.dialect, tree = dialect, Body(await request.body()).tree()
-            if counts:
+            if path != asked:
                 return Response(200, [JSON_TYPE], dump_json(dialect.render_estimate(tree)))
             chat = dialect.parse_request(tree, Losses())
             if not chat.turns:

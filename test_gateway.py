@@ -9693,6 +9693,8 @@ def ask_demo(gate_for: Any, monkeypatch: Any) -> Callable[..., Answer]:
 def test_the_demo_counts_tokens_and_errs_in_the_dialect_of_its_path(ask_demo: Any) -> None:
     counted = ask_demo(MESSAGES + "/count_tokens")
     assert (counted.status, list(json.loads(counted.body))) == (200, ["input_tokens"])
+    counted = ask_demo("/v1/responses/input_tokens", input="Hi")
+    assert (counted.status, json.loads(counted.body)["object"]) == (200, "response.input_tokens")
     assert json.loads(ask_demo(MESSAGES, content=5).body)["type"] == "error"
 
 
@@ -11332,6 +11334,7 @@ def test_a_turn_of_which_nothing_is_left_goes(turn_: JSON) -> None:
     (f"{MESSAGES}/count_tokens?beta=true",
      lambda text: {"model": "house", "messages": [{"role": "user", "content": text}]},
      "input_tokens"),
+    ("/v1/responses/input_tokens", lambda text: {"model": "house", "input": text}, "input_tokens"),
     ("/v1beta/models/house:countTokens", lambda text: {"contents": [{"parts": [{"text": text}]}]},
      "totalTokens"),
     ("/v1beta/models/house:countTokens", lambda text: {"generateContentRequest": {
@@ -11339,7 +11342,7 @@ def test_a_turn_of_which_nothing_is_left_goes(turn_: JSON) -> None:
 ])
 def test_tokens_are_estimated_where_the_provider_cannot_count(gate_for: Any, path: str, body: Any,
                                                               field: str) -> None:
-    gate = gate_for([])
+    gate = gate_for([], provider={"kind": "openai-compatible"})
     answers = [gate.call(json.dumps(body("x" * size)).encode(), path=path) for size in (3, 3003)]
     small, large = (json.loads(answer.body)[field] for answer in answers)
     assert (large - small, small >= 8) == (1000, True)  # on the high side
@@ -11349,7 +11352,8 @@ def test_tokens_are_estimated_where_the_provider_cannot_count(gate_for: Any, pat
 
 
 @pytest.mark.parametrize("path, provider", [
-    (f"{MESSAGES}/count_tokens", "anthropic"), ("/v1beta/models/house:countTokens", "gemini")])
+    (f"{MESSAGES}/count_tokens", "anthropic"), ("/v1/responses/input_tokens", "openai"),
+    ("/v1beta/models/house:countTokens", "gemini")])
 def test_who_can_count_is_asked(gate_for: Any, path: str, provider: str) -> None:
     gate = gate_for(always(reply(b'{ "n":1.0}')), provider={"kind": provider})
     answer = gate.call(chat(), path=path)
