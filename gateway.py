@@ -1185,13 +1185,13 @@ def unseal(thinking: Thinking, signature: str, native: str) -> Thinking:
         return thinking
     try:
         packed = DECODER.decode(base64.urlsafe_b64decode(signature[len(ENVELOPE):]).decode())
-        issuer, proof, text, thinking.before, closed, *family = map(str, packed)
-        if not issuer:
-            raise ValueError
-        thinking.issuer, thinking.signature, thinking.family = issuer, proof, "".join(family)
-        thinking.is_redacted, thinking.text = closed != "", text or thinking.text
+        issuer, proof, text, before, closed, *family = map(str, packed)
     except (ValueError, TypeError, RecursionError):
-        pass
+        return thinking
+    if issuer:
+        thinking.issuer, thinking.signature, thinking.family = issuer, proof, "".join(family)
+        thinking.before, thinking.is_redacted = before, closed != ""
+        thinking.text = text or thinking.text
     return thinking
 
 
@@ -4112,7 +4112,7 @@ class MessagesRenderer(Renderer):
         block = self._open = event.block
         self._block += 1
         is_hidden = isinstance(block, Search) or isinstance(block, Thinking) and not (
-            self._chat.shows_thinking or block.is_redacted)
+            self._chat.shows_thinking or block.signature)
         return b"" if is_hidden else self._open_block(block)  # a thought's signature may follow
 
     def _open_block(self, block: Block) -> bytes:
@@ -4475,8 +4475,8 @@ class ResponsesRequest(RequestWriter):
         for turn in turns:
             parts: List[JSON] = []
             for block in turn.blocks:
-                if isinstance(block, ToolCall) and block.is_custom:
-                    custom.add(block.id)
+                if isinstance(block, ToolCall):  # whose id may come again
+                    (custom.add if block.is_custom else custom.discard)(block.id)
                 item = self._item(block, turn.role, custom)
                 if item is not None:
                     items.append(item)

@@ -5865,6 +5865,15 @@ def test_the_parts_of_a_thought_are_kept_apart(kind: str, place: str) -> None:
         assert gateway.collect(events).blocks[0].text == "a\n\nb", told
 
 
+def test_ids_of_custom_calls_come_again_for_functions() -> None:
+    """As some servers count them, anew in each answer."""
+    freeform = {"id": "c", "type": "custom", "custom": {"name": "x", "input": "i"}}
+    messages = [user("Hi"), asked(freeform), answer("c"), asked(call("c")), answer("c")]
+    sent, _, _ = carry("chat", "responses", {"messages": messages, "tools": [F]}, GPT52)
+    assert [item["type"] for item in sent["input"] if "type" in item] == [
+        "custom_tool_call", "custom_tool_call_output", "function_call", "function_call_output"]
+
+
 def test_an_envelope_of_nobodys_is_a_broken_one() -> None:
     forged = "gw1.WyIiLCJzIiwidCIsIiIsIiJd"  # ["","s","t","",""]
     body = {"model": "m", "max_tokens": 9, "messages": [user("a"), spoken("assistant", [
@@ -5873,6 +5882,9 @@ def test_an_envelope_of_nobodys_is_a_broken_one() -> None:
         chat = gateway.DIALECTS["messages"].parse_request(body, Losses())
         wire, _ = gateway.DIALECTS[name].render_request(chat, Target("m", CAPS_OF[name]), Losses())
         assert forged not in json.dumps(wire)
+    placed = "gw1." + gateway.base64.b64encode(b'["","s","t","call_9",""]').decode()
+    assert gateway.unseal(Thinking(text="t"), placed, "anthropic") == Thinking(text="t")
+    assert gateway.unseal(Thinking(text="t"), placed, "anthropic").before == ""
 
 
 def test_thoughts_that_come_late_stand_before_the_texts_before_them() -> None:
