@@ -4851,14 +4851,14 @@ class ResponsesRenderer(Renderer):
         else:
             close_block(block, said)
         if isinstance(block, Text):
-            block.logprobs = [*event.logprobs]
+            block.logprobs = list(map(with_bytes, event.logprobs))
         name, _ = self._grammar(block)
         part, key = self._part(block, said), RESPONSES_WHOLES.get(f"response.{name}.done", "text")
         out += b"".join([self._event("output_text.annotation.added", **self._place, annotation=note,
                                      annotation_index=i)
                          for i, note in enumerate(part.get("annotations", ()))])
         if said or isinstance(block, (Text, ToolCall)):
-            more: JSON = {"logprobs": []} if name == "output_text" else {}
+            more: JSON = {"logprobs": part["logprobs"]} if name == "output_text" else {}
             out += self._event(f"{name}.done", **self._place, **{key: said}, **more)
             if part:
                 about = "reasoning_summary" if isinstance(block, Thinking) else "content"
@@ -4895,6 +4895,14 @@ class ResponsesRenderer(Renderer):
 
     events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
               CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
+
+
+def with_bytes(about: JSON) -> JSON:
+    """A token's log probability: Chat Completions may leave its bytes null."""
+    told = {**about, "bytes": about.get("bytes") or list(utf8(text_of(about, "token")))}
+    if "top_logprobs" in about:
+        told["top_logprobs"] = list(map(with_bytes, list_of_objects(about, "top_logprobs")))
+    return told
 
 
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?([0-9]{1,15})')

@@ -5381,6 +5381,20 @@ def test_what_an_upstream_tells_is_counted(upstream: str, usage: JSON, counted: 
     assert [reply.usage for reply in replies(upstream, SAYING[upstream](usage))] == [counted] * 2
 
 
+def test_log_probabilities_have_bytes_for_responses() -> None:
+    tops = [{"token": "é", "logprob": -0.1, "bytes": None}]
+    whole = completion(content="é")
+    whole["choices"][0]["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
+    expected = {"token": "é", "logprob": -0.1, "bytes": [195, 169]}
+    reply_ = CHAT.parse_reply(whole, Rewrites())
+    renderer = gateway.DIALECTS["responses"].renderer(Chat("m", []), 7)
+    stream = b"".join(map(renderer.feed, gateway.events_of(reply_)))
+    done = next(json.loads(each.data) for each in decoded([stream])
+                if each.name == "response.output_text.done")
+    told = renderer.response["output"][0]["content"][0]["logprobs"]  # type: ignore[attr-defined]
+    assert done["logprobs"] == told == [{**expected, "top_logprobs": [expected]}]
+
+
 def test_no_usage_at_all_is_told_as_0() -> None:
     for client in ("messages", "responses"):
         for body in seen("chat", client, completion(content="abc", usage={"x": 1})):
