@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import gemini_wire
 import openai_wire
 import responses_wire
 from drive import KEY, UPSTREAM_KEY, Gateway
-from upstream import JSON, Answer, Upstream
+from upstream import JSON, Answer, Received, Upstream
 
 WORDS = "The shell says so."
 MODELS = {  # by the wire that they are behind
@@ -75,21 +75,21 @@ def agents(url: str) -> dict[str, Agent]:
     }
 
 
-def answers(wire: str, agent: Agent) -> list[Answer]:
+def answers(wire: str, agent: Agent, words: str = WORDS) -> list[Answer]:
     """A call of the shell, then the last words."""
     name, about = agent.shell, agent.arguments
     if wire == "chat":
         calls = openai_wire.choice("I look.", openai_wire.call("c1", name, **about))
-        return [openai_wire.answer(calls), openai_wire.answer(openai_wire.choice(WORDS))]
+        return [openai_wire.answer(calls), openai_wire.answer(openai_wire.choice(words))]
     if wire == "messages":
         text, use = anthropic_wire.text, anthropic_wire.tool_use("toolu_1", name, **about)
-        return [anthropic_wire.answer(text("I look."), use), anthropic_wire.answer(text(WORDS))]
+        return [anthropic_wire.answer(text("I look."), use), anthropic_wire.answer(text(words))]
     if wire == "responses":
         call = responses_wire.function_call("call_1", name, **about)
-        said = responses_wire.message(WORDS)
+        said = responses_wire.message(words)
         return [responses_wire.answer(call), responses_wire.answer(said)]
     wanted = gemini_wire.call(1, name, **about)
-    return [gemini_wire.answer(wanted), gemini_wire.answer(gemini_wire.text(WORDS))]
+    return [gemini_wire.answer(wanted), gemini_wire.answer(gemini_wire.text(words))]
 
 
 def config(url: str) -> JSON:
@@ -127,14 +127,17 @@ def run(folder: Path, home: Path, name: str, agent: Agent, wire: str) -> str:
     return "" if WORDS in done.stdout else f"{done.stdout[-800:]}\n{done.stderr[-800:]}"
 
 
-def main(folder: Path) -> int:
-    judges = {
+def judges() -> dict[str, Callable[[Received], None]]:
+    return {
         "/v1/chat/completions": openai_wire.judge,
         "/v1/responses": responses_wire.judge,
         "/v1/messages": anthropic_wire.judge,
         **gemini_wire.JUDGES,
     }
-    upstream, failed = Upstream(judges), False
+
+
+def main(folder: Path) -> int:
+    upstream, failed = Upstream(judges()), False
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         (home / ".gemini").mkdir()
