@@ -1413,12 +1413,11 @@ class TextEvents:
             strings, end = [each[1] for each in found], found[-1].end()
         # No string takes a line end in, so that one which is not closed cannot reach the next.
         pieces = decode_json(f"[{LINES.join(strings).decode()}]")
-        if len(pieces) != len(strings):
-            raise ValueError
         return TextRun(pieces, strings), end
 
 
 LINES = b",\n"
+WHOLE_STRING = re.compile(STRING)
 
 
 def strings_alike(block: bytes, first: re.Match[bytes]) -> Tuple[List[bytes], int]:
@@ -1427,12 +1426,17 @@ def strings_alike(block: bytes, first: re.Match[bytes]) -> Tuple[List[bytes], in
     before = block[first.start():first.start(1) + 1]
     after = block[first.end(1) - 1:first.end()]
     strings, start = [first[1]], first.end()
+    if not after.endswith(b"\n\n"):  # CRLF, of which the search would find no end
+        return strings, start
     while block.startswith(before, start):
         at = start + len(before)
         end = block.find(b"\n\n", at) + 2
         if end - len(after) <= at or not block.endswith(after, at, end):  # also an empty string
             break
-        strings.append(block[at - 1:end - len(after) + 1])
+        string = block[at - 1:end - len(after) + 1]
+        if string.count(b'"') > 2 and not WHOLE_STRING.fullmatch(string):  # more than a string
+            break
+        strings.append(string)
         start = end
     return strings, start
 

@@ -2416,7 +2416,20 @@ def test_broken_pieces_of_text_do_not_mend_each_other(name: str) -> None:
     assert gateway.collect([*said, BlockStop()]).blocks == [Text(text="ab")]
 
 
-@pytest.mark.parametrize("odd", [b'""', b"null", b'"c" '])
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_list_over_several_pieces_of_text_is_none(name: str) -> None:
+    """Nor are brackets that would be too deep for the parser."""
+    stream = streamed_text(name, map(TextDelta, ["a", "b", "c", "d", "e"]))
+    for first in (b'"c",["x"', b'"c",' + b"[" * 20_000 + b'"x"'):
+        broken = stream.replace(b'"c"', first, 1).replace(b'"e"', b'"e"],"q"', 1)
+        said = []
+        with pytest.raises(GatewayError, match="not JSON"):
+            for event in gateway.DIALECTS[name].parser(Rewrites()).feed(broken):
+                said.append(event)
+        assert gateway.collect([*said, BlockStop()]).blocks == [Text(text="ab")]
+
+
+@pytest.mark.parametrize("odd", [b'""', b"null", b'"c" ', b'"c","role":"assistant"'])
 def test_a_run_of_texts_goes_on_behind_an_odd_one(odd: bytes) -> None:
     stream = streamed_text("chat", map(TextDelta, ["a", "b", "c", "d", "e"]))
     events = list(gateway.DIALECTS["chat"].parser(Rewrites()).feed(stream.replace(b'"c"', odd)))
