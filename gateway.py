@@ -2010,29 +2010,6 @@ class RequestWriter:
                 "stop", f"This model takes {self.caps.max_stops} stop sequences at most.")
         return self.chat.stop
 
-    def strictness(self, tool: Tool) -> JSON:
-        """OpenAI's: every object closed, every property required."""
-        if tool.strict and (tool.schema is None or not is_strict_schema(tool.schema)):
-            self.losses.drop("strict")
-            return {}
-        return without_none(strict=tool.strict)
-
-    def add_openai_sampling(self, effort: str | None) -> None:
-        caps, is_idle = self.caps, (effort or self.caps.default_effort) == "none"
-        is_taken = caps.sampling in ("both", "one") or caps.sampling == "idle" and is_idle
-        for name in ("temperature", "top_p"):
-            value = getattr(self.chat, name)
-            if value is not None and is_taken:
-                self.wire[name] = value
-            elif value not in (None, 1):
-                self.losses.drop(name)
-        if self.chat.top_k is not None:
-            self.losses.drop("top_k")
-
-    def checked_user(self) -> str | None:
-        user = self.chat.user
-        return user if not user or len(user) <= MAX_USER_CHARACTERS else hashed(user, 40)
-
     def lose_options(self, known: Container[str]) -> None:
         for name, value in self.chat.options.items():
             if name not in known:
@@ -2461,10 +2438,100 @@ def parse_format(holder: Fields, key: str) -> Format | None:
 # ---- to the wire ----
 
 
+class OpenAIRequest(RequestWriter):
+    """For OpenAI's two APIs: what is {"type": KIND, KIND: ABOUT} in Chat Completions is
+    {"type": KIND, **ABOUT} in Responses, which takes custom tools from every model and is strict
+    with functions unless it is told not to be."""
+
+    is_flat = False
+
+    def __init__(self, chat: Chat, target: Target, losses: Losses) -> None:
+        super().__init__(chat, target, losses)
+        self.takes_custom = self.is_flat or self.caps.custom_tools
+
+    def typed(self, kind: str, about: JSON) -> JSON:
+        return {"type": kind, **(about if self.is_flat else {kind: about})}
+
+    def add_tools(self, hosted: Iterable[JSON] = ()) -> None:
+        chat, offered = self.chat, self.offered_tools()
+        tools = [*map(self._tool, chat.tools if self.takes_custom else offered), *hosted]
+        if not tools:
+            return
+        self.wire["tools"] = tools
+        if chat.choice:
+            self.wire["tool_choice"] = self._choice()
+        if chat.parallel is not None:
+            self.wire["parallel_tool_calls"] = chat.parallel
+
+    def _tool(self, tool: Tool) -> JSON:
+        about: JSON = {"name": self.tool_name(tool.name)}
+        if tool.is_custom and self.takes_custom:
+            grammar = tool.grammar and self.typed("grammar", tool.grammar)
+            about.update(without_none(description=tool.description, format=grammar))
+            return self.typed("custom", about)
+        description, schema = self.as_function(tool)
+        about.update(
+            **without_none(description=description),
+            parameters={"properties": {}, **typed_object(schema)}, **self._strictness(tool))
+        return self.typed("function", about)
+
+    def _strictness(self, tool: Tool) -> JSON:
+        """Strict are schemas with every object closed, every property required."""
+        strict = tool.strict
+        if strict and (tool.schema is None or not is_strict_schema(tool.schema)):
+            self.losses.drop("strict")
+            strict = None
+        return without_none(strict=bool(strict) if self.is_flat else strict)
+
+    def _choice(self) -> Any:
+        choice = self.choice
+        if choice.allowed and self.takes_custom:
+            return self.typed("allowed_tools", {
+                "mode": choice.mode, "tools": list(map(self._named, choice.allowed))})
+        return self._named(choice.name) if choice.mode == "tool" else choice.mode
+
+    def _named(self, name: str) -> JSON:
+        tool = self.tools.get(name)
+        if tool is None:
+            return {"type": name}  # the search
+        kind = TOOL_KINDS[tool.is_custom and self.takes_custom]
+        return self.typed(kind, {"name": self.tool_name(name)})
+
+    def render_format(self) -> JSON | None:
+        """Strict only where the schema is as strict mode wants it."""
+        form = self.chat.format
+        if form is None:
+            return None
+        if form.schema is None:
+            return {"type": "json_object"}
+        strict = form.strict and is_strict_schema(form.schema)
+        if form.strict and not strict:
+            self.losses.drop("strict")
+        return self.typed("json_schema", {
+            "name": form.name or "output", "schema": form.schema,
+            **without_none(strict=strict, description=form.description)})
+
+    def add_sampling(self, effort: str | None) -> None:
+        caps, is_idle = self.caps, (effort or self.caps.default_effort) == "none"
+        is_taken = caps.sampling in ("both", "one") or caps.sampling == "idle" and is_idle
+        for name in ("temperature", "top_p"):
+            value = getattr(self.chat, name)
+            if value is not None and is_taken:
+                self.wire[name] = value
+            elif value not in (None, 1):
+                self.losses.drop(name)
+        if self.chat.top_k is not None:
+            self.losses.drop("top_k")
+
+    def checked_user(self) -> str | None:
+        user = self.chat.user
+        return user if not user or len(user) <= MAX_USER_CHARACTERS else hashed(user, 40)
+
+
 SHORT_ID = re.compile("[A-Za-z0-9]{9}")
 
 
-class ChatRequest(RequestWriter):
+class ChatRequest(OpenAIRequest):
     """What OpenAI's own servers refuse is left out for all that speak like them."""
 
     legal_id = re.compile(".{1,40}", re.DOTALL)
@@ -2472,15 +2539,14 @@ class ChatRequest(RequestWriter):
     def render(self) -> JSON:
         chat, wire, caps = self.chat, self.wire, self.caps
         wire["messages"] = [message for turn in self.turns() for message in self._messages(turn)]
-        self._add_tools()
+        self.add_tools()
         self._add_effort()
         most = self.capped_tokens()
         if most is not None:
             wire[caps.max_tokens_field] = most
-        self.add_openai_sampling(wire.get("reasoning_effort"))
-        wire.update(without_none(
-            stop=self.checked_stops(), user=self.checked_user(), response_format=chat.format
-            and render_format(chat.format, self.losses, "json_schema")))
+        self.add_sampling(wire.get("reasoning_effort"))
+        wire.update(without_none(stop=self.checked_stops(), user=self.checked_user(),
+                                 response_format=self.render_format()))
         if chat.web_search is not None and "search" in self.target.model:
             wire["web_search_options"] = chat.web_search
         elif chat.web_search is not None:
@@ -2557,44 +2623,10 @@ class ChatRequest(RequestWriter):
 
     def _call(self, call: ToolCall) -> JSON:
         name, id_ = self.tool_name(call.name), self.call_id(call.id)
-        if call.is_custom and self.caps.custom_tools:
+        if call.is_custom and self.takes_custom:
             return {"id": id_, "type": "custom", "custom": {"name": name, "input": call.input}}
         arguments = call.input if call.fault[0] else encode_json(call_arguments(call))
         return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-    def _add_tools(self) -> None:
-        chat, choice, tools = self.chat, self.choice, self.offered_tools()
-        if not tools:
-            return
-        if self.caps.custom_tools and choice.allowed is not None:
-            tools = chat.tools
-        self.wire["tools"] = list(map(self._tool, tools))
-        if chat.choice:
-            self.wire["tool_choice"] = self._choice()
-        if chat.parallel is not None:
-            self.wire["parallel_tool_calls"] = chat.parallel
-
-    def _tool(self, tool: Tool) -> JSON:
-        name = self.tool_name(tool.name)
-        if tool.is_custom and self.caps.custom_tools:
-            grammar = tool.grammar and {"type": "grammar", "grammar": tool.grammar}
-            return {"type": "custom", "custom": {"name": name, **without_none(
-                description=tool.description, format=grammar)}}
-        description, schema = self.as_function(tool)
-        return {"type": "function", "function": {
-            "name": name, **without_none(description=description),
-            "parameters": {"properties": {}, **typed_object(schema)}, **self.strictness(tool)}}
-
-    def _choice(self) -> Any:
-        def named(name: str) -> JSON:
-            kind = TOOL_KINDS[self.tools[name].is_custom and self.caps.custom_tools]
-            return {"type": kind, kind: {"name": self.tool_name(name)}}
-
-        choice = self.choice
-        if choice.allowed is not None and self.caps.custom_tools:
-            return {"type": "allowed_tools", "allowed_tools": {
-                "mode": choice.mode, "tools": list(map(named, choice.allowed))}}
-        return named(choice.name) if choice.mode == "tool" else choice.mode
 
     def _add_effort(self) -> None:
         """Newer models take tools here only while they do not think."""
@@ -2648,18 +2680,6 @@ def extra_content(call: ToolCall) -> JSON:
     """Where Google's own endpoint of this dialect puts a signature."""
     google = {"google": {"thought_signature": call.signature}}
     return {"extra_content": google} if call.signature else {}
-
-
-def render_format(form: Format, losses: Losses, inner: str = "") -> JSON:
-    """As OpenAI's APIs have it. Strict only where the schema is as strict mode wants it."""
-    if form.schema is None:
-        return {"type": "json_object"}
-    strict = form.strict and is_strict_schema(form.schema)
-    if form.strict and not strict:
-        losses.drop("strict")
-    about = {"name": form.name or "output", "schema": form.schema,
-             **without_none(strict=strict, description=form.description)}
-    return {"type": "json_schema", **({inner: about} if inner else about)}
 
 
 # What the two APIs call what was asked and said; the parts of each stand in its details.
@@ -4440,15 +4460,17 @@ def parse_responses_choice(root: Fields, chat: Chat) -> ToolChoice | None:
 # ---- to the wire ----
 
 
-class ResponsesRequest(RequestWriter):
+class ResponsesRequest(OpenAIRequest):
     legal_id = re.compile(".{1,64}", re.DOTALL)
-    issuer, has_search = "openai", True
+    issuer, has_search, is_flat = "openai", True, True
     effort_field = "reasoning.effort"
 
     def render(self) -> JSON:
         chat, wire = self.chat, self.wire
         self._add_input()
-        self._add_tools()
+        self.add_tools(self._search())
+        if chat.legacy_functions and "tools" in wire:
+            wire["parallel_tool_calls"] = False
         self._add_reasoning()
         if chat.stop:
             self.losses.drop("stop")
@@ -4459,11 +4481,10 @@ class ResponsesRequest(RequestWriter):
             wire["max_output_tokens"] = max(16, most)
             if most < 16:
                 self.losses.drop("max_tokens")
-        self.add_openai_sampling(part_of(wire, "reasoning").get("effort"))
+        self.add_sampling(part_of(wire, "reasoning").get("effort"))
         options = {name: value for name, value in chat.options.items() if name in SAID_IN_RESPONSES}
         text = without_none(
-            verbosity=options.pop("verbosity", None),
-            format=chat.format and render_format(chat.format, self.losses))
+            verbosity=options.pop("verbosity", None), format=self.render_format())
         wire.update(options, **without_none(user=self.checked_user(), text=text or None,
                                             stream=chat.stream or None), store=False)
         self.lose_options(SAID_IN_RESPONSES)
@@ -4538,39 +4559,13 @@ class ResponsesRequest(RequestWriter):
                     "file_data": f"data:{block.media_type};base64,{block.data}"}
         raise unsupported("input_audio", "This model does not take audio.")
 
-    def _add_tools(self) -> None:
-        chat, choice = self.chat, self.choice
-        self.offered_tools()
-        tools = list(map(self._tool, chat.tools))
-        if chat.web_search is not None:
-            place = part_of(part_of(chat.web_search, "user_location"), "approximate")
-            tools.append({"type": "web_search", **without_none(
+    def _search(self) -> Iterator[JSON]:
+        search = self.chat.web_search
+        if search is not None:
+            place = part_of(part_of(search, "user_location"), "approximate")
+            yield {"type": "web_search", **without_none(
                 user_location={"type": "approximate", **place} if place else None,
-                search_context_size=chat.web_search.get("search_context_size"))})
-        if not tools:
-            return
-        self.wire["tools"] = tools
-        if chat.choice:
-            allowed = list(map(self._named, choice.allowed or []))
-            self.wire["tool_choice"] = {
-                "type": "allowed_tools", "mode": choice.mode, "tools": allowed} if allowed else (
-                self._named(choice.name) if choice.mode == "tool" else choice.mode)
-        if chat.parallel is not None or chat.legacy_functions:
-            self.wire["parallel_tool_calls"] = bool(chat.parallel) and not chat.legacy_functions
-
-    def _named(self, name: str) -> JSON:
-        tool = self.tools.get(name)
-        return {"type": name} if tool is None else {
-            "type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(name)}
-
-    def _tool(self, tool: Tool) -> JSON:
-        wire = {"type": TOOL_KINDS[tool.is_custom], "name": self.tool_name(tool.name),
-                **without_none(description=tool.description)}
-        if tool.is_custom:
-            grammar = tool.grammar and {"type": "grammar", **tool.grammar}
-            return {**wire, **without_none(format=grammar)}
-        return {**wire, "parameters": {"properties": {}, **typed_object(tool.schema or {})},
-                "strict": False, **self.strictness(tool)}
+                search_context_size=search.get("search_context_size"))}
 
     def _add_reasoning(self) -> None:
         asked, caps = self.asked_effort(), self.caps
