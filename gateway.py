@@ -1761,7 +1761,8 @@ class Dialect(Protocol):
         """In a list."""
 
     def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
-        """Names and owners."""
+        """Of names and owners."""
+        return {"models": [self.render_model(*model) for model in models]}
 
     def parse_error(self, wire: object, status: int) -> GatewayError:
         """A provider's error object, or what stands in its place, with the status that it gives
@@ -4271,9 +4272,6 @@ class Responses(Dialect):
     def is_spoken_in(self, headers: Headers, query: str) -> bool:
         return "client_version=" in query  # Codex asks so
 
-    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
-        return {"models": [self.render_model(*model) for model in models]}
-
     def render_model(self, name: str, owner: str) -> JSON:
         return {"slug": name, "display_name": name, **CODEX_MODEL}
 
@@ -5063,9 +5061,6 @@ class GenerateContent(Dialect):
     def render_model(self, name: str, owner: str) -> JSON:
         return {"name": f"models/{name}", "version": "1", "displayName": name,
                 "supportedGenerationMethods": ["generateContent", "countTokens"]}
-
-    def render_models(self, models: List[Tuple[str, str]], query: str) -> JSON:
-        return {"models": [self.render_model(*model) for model in models]}
 
     def count_content(self, reply: JSON) -> int:
         return len(dump_json(reply.get("candidates", [])))
