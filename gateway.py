@@ -1630,6 +1630,9 @@ def unwrap_custom(arguments: str) -> str:
 
 DELTAS: Dict[type, Callable[[str], StreamEvent]] = {
     Text: TextDelta, Thinking: ThinkingDelta, ToolCall: ArgumentsDelta}
+RENDERS = {  # what a renderer calls its methods
+    Start: "_start", BlockStart: "_block_start", SignatureDelta: "_signature",
+    CitationDelta: "_citation", BlockStop: "_block_stop", Finish: "_finish"}
 
 
 def say_nothing(text: str) -> bytes:
@@ -1637,7 +1640,7 @@ def say_nothing(text: str) -> bytes:
 
 
 class Renderer:
-    events: Mapping[type, Callable[[Any, Any], bytes]] = {}  # all but the deltas of the open block
+    """Has a method for each kind of event but the deltas of the open block."""
 
     def __init__(self, chat: Chat, created: int) -> None:
         self._chat = chat
@@ -1653,12 +1656,12 @@ class Renderer:
         if isinstance(event, (TextDelta, ThinkingDelta, ArgumentsDelta)):
             self._said += len(event.text)
             return self._say(event.text) if event.text else b""
-        out = self.events[event.__class__](self, event)
+        out: bytes = getattr(self, RENDERS[event.__class__])(event)
         if isinstance(event, BlockStop):
             self._say = say_nothing  # a method of our own would be a circle of garbage
         return out
 
-    def keep_signature(self, event: SignatureDelta) -> bytes:
+    def _signature(self, event: SignatureDelta) -> bytes:
         self._open.signature, self._open.issuer = event
         return b""
 
@@ -2997,9 +3000,6 @@ class ChatRenderer(Renderer):
             out += sse(dump_json({**self._base, "choices": [], "usage": usage}))
         return out + sse(b"[DONE]")
 
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
-              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
-
 
 TEXT_DELTA = re.compile(
     rb'"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?"(?!")')
@@ -4185,9 +4185,6 @@ class MessagesRenderer(Renderer):
         opened = b"" if self._is_open else self._open_block(self._open)
         return opened + self._delta("signature_delta", signature=seal(self._open, "anthropic"))
 
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: _signature,
-              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
-
 
 class Responses(Dialect):
     """OpenAI's Responses (platform.openai.com/docs/api-reference/responses)."""
@@ -4889,9 +4886,6 @@ class ResponsesRenderer(Renderer):
         told = {"code": code, "message": error.message}
         self.response.update(status="failed", error=told, output=self._output)
         return self._event("failed", response=self.response)
-
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
-              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
 def with_bytes(about: JSON) -> JSON:
@@ -5920,9 +5914,6 @@ class GeminiRenderer(Renderer):
         more = gemini_more(self._cited, self._logprobs)
         return self._let_go() + sse(dump_json(gemini_end(
             [], event.finish, event.usage, more, self._has_spoken, self._head)))
-
-    events = {Start: _start, BlockStart: _block_start, SignatureDelta: Renderer.keep_signature,
-              CitationDelta: _citation, BlockStop: _block_stop, Finish: _finish}
 
 
 class GeminiWatch(MarkedWatch):
