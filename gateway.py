@@ -1464,8 +1464,6 @@ class Parser:
         self._call_ids = rewrites.call_ids.copy()
         self._block_count = self._calls = 0
         self._id = self._model = self._finish = self._service_tier = ""
-        self._live: object = None  # where events name their item: the one that is being told
-        self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
         self._kept = 0  # characters that wait
 
     def feed(self, block: bytes) -> Iterator[StreamEvent]:
@@ -1500,36 +1498,6 @@ class Parser:
         """Reads what was put off, at the end of a stream, however it went."""
 
     def read_event(self, event: Event) -> Events:
-        raise NotImplementedError
-
-    def read_in_turn(self, item: object, wire: JSON) -> Events:
-        """What an event tells, or nothing yet: one item is told to its end, then the next."""
-        if isinstance(item, int) and self._live not in (None, item):
-            self.keep(len(encode_json(wire)))
-            self._later.setdefault(item, []).append(wire)
-            self._text_is_open = False
-            return []
-        return self.read_wire(wire) + self.catch_up()
-
-    def catch_up(self) -> Events:
-        events: Events = []
-        while self._live is None and self._later:
-            waiting = self._later.pop(next(iter(self._later)))
-            events += [said for each in waiting for said in self.read_wire(each)]
-        return events
-
-    def close_all(self) -> Events:
-        """Also the items whose end was not told."""
-        events = self.close_item()
-        while self._later:
-            events += self.catch_up() + self.close_item()
-        return events
-
-    def close_item(self) -> Events:
-        self._live = None
-        return self.close()
-
-    def read_wire(self, wire: JSON) -> Events:
         raise NotImplementedError
 
     def keep(self, size: int) -> None:
@@ -1572,8 +1540,7 @@ class Parser:
     def open(self, block: Block) -> Events:
         events = [*self.close(), BlockStart(block)]
         self._open, self._block_count, self._arguments = block, self._block_count + 1, []
-        self._text_is_open = (
-            isinstance(block, Text) and not block.is_refusal and not self._later)
+        self._text_is_open = isinstance(block, Text) and not block.is_refusal
         self._is_wrapped = isinstance(block, ToolCall) and block.name in self.rewrites.custom
         return events
 
@@ -1612,6 +1579,54 @@ class Parser:
 
 
 MAX_KEPT_CHARACTERS = 16 << 20
+
+
+class ItemParser(Parser):
+    """Its events name the item that they tell of: one is told to its end, then the next."""
+
+    number = ""  # the field that names it
+    events: Mapping[str, Callable[[Any, JSON], Events]] = {}  # what reads them, by type
+
+    def __init__(self, dialect: Dialect, rewrites: Rewrites) -> None:
+        super().__init__(dialect, rewrites)
+        self._live: object = None  # the item that is being told
+        self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
+
+    def read_event(self, event: Event) -> Events:
+        wire = self.parse(event)
+        item = wire.get(self.number)
+        if self.ended:
+            return []
+        if isinstance(item, int) and self._live not in (None, item):
+            self.keep(len(encode_json(wire)))
+            self._later.setdefault(item, []).append(wire)
+            self._text_is_open = False
+            return []
+        events = self.read_wire(wire) + self._catch_up()
+        self._text_is_open = self._text_is_open and not self._later
+        return events
+
+    def read_wire(self, wire: JSON) -> Events:
+        read = self.events.get(text_of(wire, "type"))
+        return read(self, wire) if read else []  # new kinds may appear
+
+    def _catch_up(self) -> Events:
+        events: Events = []
+        while self._live is None and self._later:
+            waiting = self._later.pop(next(iter(self._later)))
+            events += [said for each in waiting for said in self.read_wire(each)]
+        return events
+
+    def close_item(self) -> Events:
+        self._live = None
+        return self.close()
+
+    def close_all(self) -> Events:
+        """Also the items whose end was not told."""
+        events = self.close_item()
+        while self._later:
+            events += self._catch_up() + self.close_item()
+        return events
 
 
 CUT_INPUT = re.compile(
@@ -3970,8 +3985,10 @@ def render_citation(citation: JSON) -> JSON:
             "title": citation["title"]}
 
 
-class MessagesParser(Parser):
+class MessagesParser(ItemParser):
     """Usage is cumulative: what message_delta tells replaces, field by field."""
+
+    number = "index"
 
     def __init__(self, dialect: Messages, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
@@ -3983,14 +4000,6 @@ class MessagesParser(Parser):
     text_events = TextEvents(
         rb'\{"type":"content_block_delta","index":\d+,"delta":\{"type":"text_delta",'
         rb'"text":' + STRING + rb"\} *\}")
-
-    def read_event(self, event: Event) -> Events:
-        wire = self.parse(event)
-        return [] if self.ended else self.read_in_turn(wire.get("index"), wire)
-
-    def read_wire(self, wire: JSON) -> Events:
-        read = self.events.get(text_of(wire, "type"))
-        return read(self, wire) if read else []  # new kinds may appear
 
     def message_start(self, wire: JSON) -> Events:
         self._note_usage(part_of(wire, "message"))
@@ -4016,7 +4025,7 @@ class MessagesParser(Parser):
         no block: no call of the client's."""
         block = part_of(wire, "content_block")
         kind, name = text_of(block, "type"), text_of(block, "name")
-        closed, self._live = self.close_item(), wire.get("index")
+        closed, self._live = self.close_item(), wire.get(self.number)
         is_answer = kind == "tool_use" and name == self.rewrites.json_tool != ""
         if kind == "text" or is_answer:
             made: Block = Text()
@@ -4081,7 +4090,7 @@ class MessagesParser(Parser):
     def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error"), 200)
 
-    events: Mapping[str, Callable[[Any, JSON], Events]] = {
+    events = {
         "message_start": message_start, "content_block_start": block_start,
         "content_block_delta": block_delta,
         "content_block_stop": lambda self, wire: self.close_item(),
@@ -4579,8 +4588,10 @@ class ResponsesRequest(OpenAIRequest):
 # ---- answers ----
 
 
-class ResponsesParser(Parser):
+class ResponsesParser(ItemParser):
     """Items come one after another. Where only the `done` events come, they tell all."""
+
+    number = "output_index"
 
     def __init__(self, dialect: Responses, rewrites: Rewrites) -> None:
         super().__init__(dialect, rewrites)
@@ -4593,18 +4604,13 @@ class ResponsesParser(Parser):
         rb'\{"type": ?"response\.output_text\.delta",' + FLAT + rb'"delta": ?' + STRING
         + rb'(?:, ?"logprobs": ?\[\])?' + FLAT + rb"\}")
 
-    def read_event(self, event: Event) -> Events:
-        wire = self.parse(event)
-        return [] if self.ended else self.read_in_turn(wire.get("output_index"), wire)
-
     def read_wire(self, wire: JSON) -> Events:
         kind = text_of(wire, "type")
         if kind in RESPONSES_DELTAS and self._open is not None:
             return self._tell(self._seam(wire) + text_of(wire, "delta"))
         if kind in RESPONSES_WHOLES and self._open is not None and not self._is_told:
             return self._tell(text_of(wire, RESPONSES_WHOLES[kind]))
-        read = self.events.get(kind)
-        return read(self, wire) if read else []  # new kinds may appear
+        return super().read_wire(wire)
 
     def note_run(self, run: TextRun, events: bytes) -> None:
         self._is_told = True
@@ -4621,7 +4627,7 @@ class ResponsesParser(Parser):
         return self.say(text)
 
     def item_added(self, wire: JSON) -> Events:
-        item, self._is_told, self._live = part_of(wire, "item"), False, wire.get("output_index")
+        item, self._is_told, self._live = part_of(wire, "item"), False, wire.get(self.number)
         kind = text_of(item, "type")
         if kind == "reasoning":
             return self.open(Thinking())
@@ -4697,7 +4703,7 @@ class ResponsesParser(Parser):
     def fail(self, wire: JSON) -> Events:
         raise self._dialect.parse_error(wire.get("error") or wire, 200)
 
-    events: Mapping[str, Callable[[Any, JSON], Events]] = {
+    events = {
         "response.created": lambda self, wire: self.start(part_of(wire, "response")),
         "response.output_item.added": item_added,
         "response.content_part.added": part_added, "response.output_item.done": item_done,
