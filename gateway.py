@@ -2081,6 +2081,10 @@ def call_arguments(call: ToolCall) -> JSON:
     return {"input": call.input} if call.is_custom else call.arguments
 
 
+def as_object(value: object) -> JSON:
+    return value if isinstance(value, dict) else {}
+
+
 def part_of(wire: object, key: str) -> JSON:
     value = wire.get(key) if isinstance(wire, dict) else None
     return value if isinstance(value, dict) else {}
@@ -2225,9 +2229,8 @@ class ChatCompletions(Dialect):
     def values_for_usage(self, body: Body) -> JSON:
         if body.inner("stream_options", "include_usage") is True:
             return {}
-        options = body.get("stream_options")
-        return {"stream_options": {**(options if isinstance(options, dict) else {}),
-                                   "include_usage": True}}
+        options = as_object(body.get("stream_options"))
+        return {"stream_options": {**options, "include_usage": True}}
 
 
 class Option(NamedTuple):
@@ -3257,7 +3260,7 @@ class Messages(Dialect):
 
     def values_for_ceiling(self, body: Body, most: int) -> JSON:
         lowered = super().values_for_ceiling(body, most)
-        thinking = part_of({"thinking": body.get("thinking")}, "thinking")
+        thinking = as_object(body.get("thinking"))
         if lowered and count(thinking.get("budget_tokens")) >= most:
             lowered["thinking"] = fitting_thinking(thinking, most) or {"type": "disabled"}
         return lowered
@@ -5034,7 +5037,7 @@ class GenerateContent(Dialect):
 
     def values_for_ceiling(self, body: Body, most: int) -> JSON:
         for key in ("generationConfig", "generation_config"):
-            config = part_of({key: body.get(key)}, key)
+            config = as_object(body.get(key))
             lowered = capped({name: whole_number(config.get(name)) for name in (
                 "maxOutputTokens", "max_output_tokens")}, most)
             if lowered:
