@@ -2315,14 +2315,18 @@ def parse_file(file: Fields) -> Block:
     if uri is None:
         raise file.wrong("file_data", "must be a data: URI in base64")
     document = Document(media_type=uri[0], title=file.get("filename") or "")
-    if not document.media_type.startswith("text/"):
+    if document.media_type.startswith("text/"):
+        document.text = decoded_text(uri[1], file, "file_data")
+    else:
         document.data = uri[1]
-        return document
-    try:
-        document.text = base64.b64decode(uri[1], validate=True).decode()
-    except ValueError as error:
-        raise file.wrong("file_data", "must be UTF-8 text in base64") from error
     return document
+
+
+def decoded_text(data: str, about: Fields, key: str) -> str:
+    try:
+        return base64.b64decode(data, validate=True).decode()
+    except ValueError as error:
+        raise about.wrong(key, "must be UTF-8 text in base64") from error
 
 
 def refuse_part(part: Fields) -> Block:
@@ -5265,11 +5269,7 @@ def parse_gemini_media(part: Fields) -> Block | None:
         return Audio(data=data, format=AUDIO_FORMATS.get(kind, kind[len("audio/"):]))
     if family != "text" or url:
         raise about.unsupported("mimeType", "cannot be sent to this model")
-    try:
-        text = base64.b64decode(data, validate=True).decode()
-    except ValueError as error:
-        raise about.wrong("data", "must be UTF-8 text in base64") from error
-    return Document(media_type=kind, text=text, title=title)
+    return Document(media_type=kind, text=decoded_text(data, about, "data"), title=title)
 
 
 GOOGLE_FILES = re.compile(
