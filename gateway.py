@@ -1309,11 +1309,13 @@ class Watch:
     def content_bytes(self) -> int:
         """An estimate: all bytes, less for each event what the first with content held around it.
         To count exactly is to parse every event."""
-        return max(self._bytes - self._events * self.envelope(self._first), self._events)
+        said = self.said_in(parse_chunk(self._first))
+        around = len(self._first) - sum(len(dump_json(each)) - 2 for each in said)
+        return max(self._bytes - self._events * around, self._events)
 
-    def envelope(self, event: bytes) -> int:
-        """Its bytes around the content."""
-        return 0
+    def said_in(self, wire: JSON) -> List[Any]:
+        """The content that an event brings."""
+        raise NotImplementedError
 
 
 class MarkedWatch(Watch):
@@ -1357,14 +1359,7 @@ class MarkedWatch(Watch):
                     self._bytes -= end - start
                     noisy = block.find(mark, end)
 
-    def envelope(self, event: bytes) -> int:
-        return len(event) - len(dump_json(self.said_in(parse_chunk(event)))) + 2
-
     def look_at(self, wire: JSON) -> None:
-        raise NotImplementedError
-
-    def said_in(self, wire: JSON) -> str:
-        """The content that an event brings."""
         raise NotImplementedError
 
 
@@ -3102,7 +3097,7 @@ class ChatWatch(Watch):
         for raw in split_events(block):
             for choice in list_of_objects(parse_chunk(raw), "choices"):
                 self._open_choices[str(choice.get("index"))] = not choice.get("finish_reason")
-                said = said_in(choice)
+                said = said_by(choice)
                 if not self.has_content and (said or choice.get("finish_reason")):
                     self.has_content, self._first, begins = True, raw, at
             at += len(raw)
@@ -3110,10 +3105,8 @@ class ChatWatch(Watch):
                 break
         return begins
 
-    def envelope(self, event: bytes) -> int:
-        return len(event) - sum(
-            len(dump_json(value)) - 2 for choice in list_of_objects(parse_chunk(event), "choices")
-            for value in said_in(choice))
+    def said_in(self, wire: JSON) -> List[Any]:
+        return [said for choice in list_of_objects(wire, "choices") for said in said_by(choice)]
 
     def _cut_at_error(self, block: bytes) -> bytes:
         at = 0
@@ -3166,7 +3159,7 @@ class LooseWatch(ChatWatch):
         return super().end()
 
 
-def said_in(choice: JSON) -> List[Any]:
+def said_by(choice: JSON) -> List[Any]:
     """What a chunk brings; `text` is the Completions API's."""
     said = {**part_of(choice, "delta"), "text": choice.get("text")}
     return [value for key, value in said.items() if key != "role" and value]
@@ -4125,9 +4118,9 @@ class MessagesWatch(MarkedWatch):
         if kind == "error":
             self.failure = self._dialect.parse_error(wire.get("error"), 200)
 
-    def said_in(self, wire: JSON) -> str:
+    def said_in(self, wire: JSON) -> List[Any]:
         delta = part_of(wire, "delta")
-        return text_of(delta, MESSAGES_DELTAS.get(text_of(delta, "type"), ""))
+        return [text_of(delta, MESSAGES_DELTAS.get(text_of(delta, "type"), ""))]
 
 
 class MessagesRenderer(Renderer):
@@ -4956,8 +4949,8 @@ class ResponsesWatch(MarkedWatch):
         told = SEQUENCE_NUMBER.findall(self._last)
         return render_failure(error, self._id, int(told[-1]) + 1 if told else 0)
 
-    def said_in(self, wire: JSON) -> str:
-        return text_of(wire, "delta")
+    def said_in(self, wire: JSON) -> List[Any]:
+        return [text_of(wire, "delta")]
 
 
 class GenerateContent(Dialect):
@@ -5952,10 +5945,9 @@ class GeminiWatch(MarkedWatch):
         self.ended = self._is_complete
         return super().end()
 
-    def said_in(self, wire: JSON) -> str:
-        texts = [text_of(part, "text") for each in list_of_objects(wire, "candidates")
-                 for part in list_of_objects(part_of(each, "content"), "parts")]
-        return "".join(texts)
+    def said_in(self, wire: JSON) -> List[Any]:
+        return [text_of(part, "text") for each in list_of_objects(wire, "candidates")
+                for part in list_of_objects(part_of(each, "content"), "parts")]
 
 
 class Ends(NamedTuple):
