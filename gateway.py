@@ -1689,7 +1689,7 @@ LONG_PROMPT = re.compile("prompt is too long|input token count .*exceeds")  # of
 
 class Dialect(Protocol):
     name: str = ""
-    keepalive: bytes = b""  # what says no more than that a stream is alive
+    keepalive: bytes = b": keep-alive\n\n"  # what says no more than that a stream is alive
     id_fields: Tuple[str, ...] = ("x-request-id",)  # of an answer, where its SDKs look for the id
     streams_arrays: bool = False  # where a stream is not asked for as server-sent events
     history: str = ""  # the field of a request that holds the conversation
@@ -2129,7 +2129,6 @@ class ChatCompletions(Dialect):
     """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
 
     name, history = "chat", "messages"
-    keepalive = b": keep-alive\n\n"
     plain_fields = (
         ("max_completion_tokens", "max_tokens", int), ("max_tokens", "max_tokens", int),
         ("temperature", "temperature", NUMBER), ("top_p", "top_p", NUMBER), ("top_k", "top_k", int),
@@ -4199,7 +4198,6 @@ class Responses(Dialect):
     """OpenAI's Responses (platform.openai.com/docs/api-reference/responses)."""
 
     name, history, told = "responses", "input", b'"type"'
-    keepalive = b": keep-alive\n\n"
     plain_fields = (
         ("max_output_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
         ("top_p", "top_p", NUMBER), ("user", "user", str))
