@@ -2625,15 +2625,14 @@ class ChatRequest(OpenAIRequest):
         return "refusal" if block.is_refusal else "text", block.text
 
     def _image(self, block: Image) -> Tuple[str, object]:
-        return "image_url", {"url": image_url(block), **without_none(detail=block.detail)}
+        return "image_url", {"url": url_of(block), **without_none(detail=block.detail)}
 
     def _document(self, block: Document) -> Tuple[str, object]:
         if block.url:
             raise unsupported("file", "A document by URL cannot be sent to this model.")
         if block.text:
             return "text", titled_text(block)
-        return "file", {"filename": block.title or "document.pdf",
-                        "file_data": f"data:{block.media_type};base64,{block.data}"}
+        return "file", {"filename": block.title or "document.pdf", "file_data": url_of(block)}
 
     def _audio(self, block: Audio) -> Tuple[str, object]:
         return "input_audio", {"data": block.data, "format": block.format}
@@ -2659,7 +2658,7 @@ class ChatRequest(OpenAIRequest):
             self.wire["reasoning_effort"] = self.nearest_effort(effort)
 
 
-def image_url(block: Image) -> str:
+def url_of(block: Image | Document) -> str:
     return block.url or f"data:{block.media_type};base64,{block.data}"
 
 
@@ -4549,7 +4548,7 @@ class ResponsesRequest(OpenAIRequest):
         if isinstance(block, Text):
             return {"type": "input_text", "text": block.text}
         if isinstance(block, Image):
-            return {"type": "input_image", "image_url": image_url(block),
+            return {"type": "input_image", "image_url": url_of(block),
                     "detail": block.detail or "auto"}
         if isinstance(block, Document) and block.text:
             return {"type": "input_text", "text": titled_text(block)}
@@ -4558,7 +4557,7 @@ class ResponsesRequest(OpenAIRequest):
                     **without_none(filename=block.title)}
         if isinstance(block, Document):
             return {"type": "input_file", "filename": block.title or "document.pdf",
-                    "file_data": f"data:{block.media_type};base64,{block.data}"}
+                    "file_data": url_of(block)}
         raise unsupported("input_audio", "This model does not take audio.")
 
     def _search(self) -> Iterator[JSON]:
