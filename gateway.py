@@ -1326,11 +1326,6 @@ class MarkedWatch(Watch):
     noise: Tuple[bytes, ...] = ()  # marks events that bring no content, or repeat it
     marks: Tuple[bytes, ...] = ()
 
-    def __init__(self, *about: Any) -> None:
-        super().__init__(*about)
-        self._usage: JSON = {}
-        self._is_complete = False
-
     def feed(self, block: bytes) -> bytes:
         self._look_for_content(block)
         end, places = 0, {mark: block.find(mark) for mark in self.marks}
@@ -2496,7 +2491,6 @@ class OpenAIRequest(RequestWriter):
         return self.typed("function", about)
 
     def _strictness(self, tool: Tool) -> JSON:
-        """Strict are schemas with every object closed, every property required."""
         strict = tool.strict
         if strict and (tool.schema is None or not is_strict_schema(tool.schema)):
             self.losses.drop("strict")
@@ -4104,12 +4098,14 @@ class MessagesWatch(MarkedWatch):
 
     content_mark = b'"content_block_delta"'
     marks = (b'"message_', b'"error"')
+    _usage: Mapping[str, Any] = {}
 
     def look_at(self, wire: JSON) -> None:
         kind = wire.get("type")
         told = part_of(wire.get("message") if kind == "message_start" else wire, "usage")
         if kind in ("message_start", "message_delta") and told:
-            self._usage.update({key: value for key, value in told.items() if value is not None})
+            told = {key: value for key, value in told.items() if value is not None}
+            self._usage = {**self._usage, **told}
             self.usage = self._dialect.parse_usage(self._usage)
         self.has_content = self.has_content or kind == "message_delta"
         self.ended = kind == "message_stop"
@@ -5920,6 +5916,7 @@ class GeminiWatch(MarkedWatch):
 
     content_mark = b'"parts"'
     marks = (b'"error"', b'"finishReason"', b'"promptFeedback"')
+    _is_complete = False
 
     def feed(self, block: bytes) -> bytes:
         passed = super().feed(block)
