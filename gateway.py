@@ -1688,6 +1688,7 @@ class Dialect(Protocol):
     id_fields: Tuple[str, ...] = ("x-request-id",)  # of an answer, where its SDKs look for the id
     streams_arrays: bool = False  # where a stream is not asked for as server-sent events
     history: str = ""  # the field of a request that holds the conversation
+    answer: str = ""  # the list of an answer that holds all that is said, where there is one
     told: bytes = b'"assistant"'  # stands in every body that holds an answer
     long_prompt: str = ""  # its words for one that is too long: clients key on them
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
@@ -1794,11 +1795,11 @@ class Dialect(Protocol):
             param=text_of(detail, "param") or None,
             code=str(code) if isinstance(code, (str, int)) and code != status else None)
 
-    def check_has(self, answer: JSON, key: str) -> None:
-        """Raises GatewayError where an error stands in its place, or nothing."""
-        if not isinstance(answer.get(key), list):
-            raise self.parse_error(answer["error"], 200) if answer.get("error") else (
-                bad_answer(f"The provider's answer has no {key}."))
+    def check_answers(self, wire: JSON) -> None:
+        """Raises GatewayError where an error stands in the answer's place, or nothing."""
+        if not isinstance(wire.get(self.answer), list):
+            raise self.parse_error(wire["error"], 200) if wire.get("error") else (
+                bad_answer(f"The provider's answer has no {self.answer}."))
 
     def parse_usage(self, wire: object) -> Usage | None:
         """None where it is no object."""
@@ -1807,7 +1808,7 @@ class Dialect(Protocol):
         return self.parse_usage(reply.get("usage"))
 
     def count_content(self, reply: JSON) -> int:
-        return 0
+        return len(dump_json(reply.get(self.answer)))
 
     def render_estimate(self, wire: JSON) -> JSON:
         """The answer to a request to count a prompt's tokens, where the provider cannot."""
@@ -3169,7 +3170,7 @@ def parse_chunk(raw: bytes) -> JSON:
 class Messages(Dialect):
     """Anthropic's Messages (docs.claude.com/en/api/messages)."""
 
-    name, history = "messages", "messages"
+    name, history, answer = "messages", "messages", "content"
     keepalive = sse(b'{"type":"ping"}', "ping")
     id_fields = ("x-request-id", "request-id")
     long_prompt = "prompt is too long"
@@ -3218,7 +3219,7 @@ class Messages(Dialect):
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the stream that it could have been."""
-        self.check_has(wire, "content")
+        self.check_answers(wire)
         parser = MessagesParser(self, rewrites)
         events = parser.message_start({"message": wire})
         for block in list_of_objects(wire, "content"):
@@ -3271,9 +3272,6 @@ class Messages(Dialect):
         ids: List[str | None] = [name for name, _ in page] or [None]
         return {"data": [self.render_model(*model) for model in page],
                 "has_more": start + limit < len(models), "first_id": ids[0], "last_id": ids[-1]}
-
-    def count_content(self, reply: JSON) -> int:
-        return len(dump_json(reply.get("content")))
 
     def render_estimate(self, wire: JSON) -> JSON:
         return {"input_tokens": self.parse_request({"max_tokens": 1, **wire}, Losses()).estimate}
@@ -4192,7 +4190,7 @@ class MessagesRenderer(Renderer):
 class Responses(Dialect):
     """OpenAI's Responses (platform.openai.com/docs/api-reference/responses)."""
 
-    name, history, told = "responses", "input", b'"type"'
+    name, history, answer, told = "responses", "input", "output", b'"type"'
     plain_fields = (
         ("max_output_tokens", "max_tokens", int), ("temperature", "temperature", NUMBER),
         ("top_p", "top_p", NUMBER), ("user", "user", str))
@@ -4240,7 +4238,7 @@ class Responses(Dialect):
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the end of the stream that it could have been."""
-        self.check_has(wire, "output")
+        self.check_answers(wire)
         parser = ResponsesParser(self, rewrites)
         events = parser.start(wire)
         kind = {"incomplete": "response.incomplete", "failed": "response.failed",
@@ -4273,9 +4271,6 @@ class Responses(Dialect):
 
     def render_model(self, name: str, owner: str) -> JSON:
         return {"slug": name, "display_name": name, **CODEX_MODEL}
-
-    def count_content(self, reply: JSON) -> int:
-        return len(dump_json(reply.get("output")))
 
     def render_estimate(self, wire: JSON) -> JSON:
         counted = estimate_tokens(self.parse_request({"model": "m", **wire}, Losses()))
