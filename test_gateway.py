@@ -9815,10 +9815,15 @@ class Process:
 
     def until(self, wanted: str) -> str:
         """Reads its output up to the line that holds this."""
-        for line in self.process.stdout or ():
-            self.said.append(line)
-            if wanted in line:
-                return line
+        watchdog = threading.Timer(6 * WAIT, self.process.kill)
+        watchdog.start()
+        try:
+            for line in self.process.stdout or ():
+                self.said.append(line)
+                if wanted in line:
+                    return line
+        finally:
+            watchdog.cancel()
         raise AssertionError(f"{wanted!r} was never said: {self.stop()}")
 
     def ready(self) -> Any:
@@ -9965,7 +9970,9 @@ def test_running_out_of_descriptors_is_survived(run: Any, upstream_for: Any) -> 
 
     process = run(config=config_for(upstream_for(always(reply())).port), preexec_fn=few)
     address = process.ready()
+    process.signal(signal.SIGSTOP)  # or it would refuse them one by one as they come
     clients = [Client(address) for _ in range(150)]
+    process.signal(signal.SIGCONT)
     process.until("out of system resource")
     for client in clients:
         client.reset()
