@@ -1396,7 +1396,7 @@ class TextEvents:
         first = self._event.match(block, start)
         if not first:
             return None
-        strings, end = strings_alike(block, first)
+        strings, end = self._alike(block, first)
         if end == first.end() < len(block):  # these say something else around each text
             scanner: Any = self._event.scanner(block, end)  # type: ignore[attr-defined]
             found: List[re.Match[bytes]] = [first, *iter(scanner.match, None)]
@@ -1405,30 +1405,29 @@ class TextEvents:
         pieces = decode_json(f"[{LINES.join(strings).decode()}]")
         return TextRun(pieces, strings), end
 
+    def _alike(self, block: bytes, first: re.Match[bytes]) -> Tuple[List[bytes], int]:
+        """The strings of this event and of those behind it that say the same around theirs, and
+        where the last one ends: to compare costs a third of a match, which looks at each byte."""
+        before = block[first.start():first.start(1) + 1]
+        after = block[first.end(1) - 1:first.end()]
+        strings, start = [first[1]], first.end()
+        size_before, size_after = len(before), len(after)
+        while block.startswith(before, start):
+            at = start + size_before
+            end = block.find(b'"', at)
+            if end > at and block.startswith(after, end):
+                strings.append(block[at - 1:end + 1])
+                start = end + size_after
+                continue
+            other = self._event.match(block, start) if block[end - 1:end] == b"\\" else None
+            if not other:  # an empty one, or more than a text
+                break
+            strings.append(other[1])  # with a quote in it
+            start = other.end()
+        return strings, start
+
 
 LINES = b",\n"
-WHOLE_STRING = re.compile(STRING)
-
-
-def strings_alike(block: bytes, first: re.Match[bytes]) -> Tuple[List[bytes], int]:
-    """The strings of this event and of those behind it that say the same around theirs, and where
-    the last of them ends: to compare costs a fifth of a match, which looks at each byte."""
-    before = block[first.start():first.start(1) + 1]
-    after = block[first.end(1) - 1:first.end()]
-    strings, start = [first[1]], first.end()
-    if not after.endswith(b"\n\n"):  # CRLF, of which the search would find no end
-        return strings, start
-    while block.startswith(before, start):
-        at = start + len(before)
-        end = block.find(b"\n\n", at) + 2
-        if end - len(after) <= at or not block.endswith(after, at, end):  # also an empty string
-            break
-        string = block[at - 1:end - len(after) + 1]
-        if string.count(b'"') > 2 and not WHOLE_STRING.fullmatch(string):  # more than a string
-            break
-        strings.append(string)
-        start = end
-    return strings, start
 
 
 class Parser:
