@@ -4723,14 +4723,17 @@ class ResponsesRenderer(Renderer):
             "usage": None, **RESPONSES_ECHO, **chat.echo}
 
     def _event(self, name: str, /, **data: object) -> bytes:
-        kind = f"response.{name}"
+        return self._numbered(name, encode_json(data)[1:-1])
+
+    def _numbered(self, name: str, members: str) -> bytes:
+        kind, number = f"response.{name}", self.sequence
         self.sequence += 1
-        return sse(dump_json({"type": kind, **data, "sequence_number": self.sequence - 1}), kind)
+        return sse(utf8(f'{{"type":"{kind}",{members},"sequence_number":{number}}}'), kind)
 
     def _start(self, event: Start) -> bytes:
         self.response["id"] = own_id("resp_", event.id)
-        return (self._event("created", response=self.response)
-                + self._event("in_progress", response=self.response))
+        members = encode_json({"response": self.response})[1:-1]
+        return self._numbered("created", members) + self._numbered("in_progress", members)
 
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = event.block.but()
