@@ -15,6 +15,7 @@ import bz2
 import calendar
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import dis
 import fcntl
@@ -39,7 +40,7 @@ import time
 import tracemalloc
 import types
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
@@ -9807,9 +9808,9 @@ FILE = Path(gateway.__file__).resolve()
 class Process:
     """A gateway in a process of its own."""
 
-    def __init__(self, *arguments: str, **how: Any) -> None:
+    def __init__(self, *arguments: str, start: Sequence[str] = (str(FILE),), **how: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(FILE), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, *start, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL, text=True, **how)
         self.said: list[str] = []
 
@@ -10056,6 +10057,18 @@ def test_version(start: list[str]) -> None:
         done = subprocess.run([sys.executable, *start, flag], cwd=FILE.parent, capture_output=True,
                               text=True, timeout=2 * WAIT, check=True)
         assert (done.stdout, done.stderr) == (f"gateway.py {gateway.__version__}\n", "")
+
+
+def test_what_compiling_took_is_given_back(run: Any, tmp_path: Path) -> None:
+    """All but a script's, whose syntax tree CPython keeps."""
+    uncompiled = ["-B", "-X", f"pycache_prefix={tmp_path}", "-m", "gateway"]
+    process = run(config=config_for(9), start=uncompiled, cwd=FILE.parent)
+    process.ready()
+    status = Path(f"/proc/{process.process.pid}/status")
+    if status.exists() and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        now, peak = (int(re.findall(rf"{name}:\s+(\d+) kB", status.read_text())[0])
+                     for name in ("VmRSS", "VmHWM"))
+        assert now < 0.7 * peak
 
 
 @pytest.mark.parametrize("listen, reason", [
