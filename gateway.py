@@ -762,6 +762,20 @@ def call_ids(turn: Turn) -> List[str]:
     return [call.id for call in blocks_of(turn.blocks, ToolCall)]
 
 
+def joined_texts(texts: Iterable[Text]) -> Text:
+    """One text of several, their citations in their places."""
+    whole, pieces, at = Text(), [], 0
+    for text in texts:
+        size = len(text.text)
+        whole.citations += [{**each, "start": at + each.get("start", 0),
+                             "end": at + each.get("end", size)} for each in text.citations]
+        whole.logprobs += text.logprobs
+        pieces.append(text.text)
+        at += size
+    whole.text = "".join(pieces)
+    return whole
+
+
 def is_empty(block: Block) -> bool:
     """Whether it is a text, or a document, that says nothing."""
     if isinstance(block, Document):
@@ -2176,19 +2190,16 @@ class ChatCompletions(Dialect):
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
         texts, calls = blocks_of(reply.blocks, Text), blocks_of(reply.blocks, ToolCall)
         thinking = blocks_of(reply.blocks, Thinking)
+        content = joined_texts(text for text in texts if not text.is_refusal)
+        refusal = "".join(text.text for text in texts if text.is_refusal) or reply.refusal
         for block, after in zip(reply.blocks, reply.blocks[1:]):
             if isinstance(block, Thinking) and isinstance(after, ToolCall):
                 block.before = after.id
-        said = [text for text in texts if not text.is_refusal]
-        ends = [0, *itertools.accumulate(len(text.text) for text in said)]
-        content = "".join(text.text for text in said)
-        refusal = "".join(text.text for text in texts if text.is_refusal) or reply.refusal
         message: JSON = {
-            "role": "assistant", "content": content or (None if calls or refusal else ""),
+            "role": "assistant", "content": content.text or (None if calls or refusal else ""),
             "refusal": refusal or None,
             **without_none(
-                annotations=[annotation(citation, *ends[i:i + 2]) for i, text in enumerate(said)
-                             for citation in text.citations],
+                annotations=[annotation(each, 0, len(content.text)) for each in content.citations],
                 reasoning_content="".join(block.text for block in thinking),
                 thinking_blocks=render_thinking_blocks(thinking))}
         if calls and chat.legacy_functions:
@@ -2197,8 +2208,7 @@ class ChatCompletions(Dialect):
             message["tool_calls"] = list(map(render_chat_call, calls))
         finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
         return {**chat_head("chat.completion", reply.id, reply.model, created),
-                "choices": [chat_choice("message", message, finish,
-                                        [each for text in said for each in text.logprobs])],
+                "choices": [chat_choice("message", message, finish, content.logprobs)],
                 "usage": render_openai_usage(reply.usage, CHAT_USAGE),
                 **without_none(service_tier=reply.service_tier)}
 
@@ -5003,9 +5013,11 @@ class GenerateContent(Dialect):
         return collect([*events, *parser.finish()])
 
     def render_reply(self, reply: Reply, chat: Chat, created: int) -> JSON:
-        parts = list(answer_parts(reply.blocks, chat.shows_thinking))
-        texts = blocks_of(reply.blocks, Text)
-        more = gemini_more([each for text in texts for each in text.citations],
+        blocks = list(with_joined_texts(reply.blocks))
+        parts, texts = list(answer_parts(blocks, chat.shows_thinking)), blocks_of(blocks, Text)
+        places = (i for i, part in enumerate(parts) if part.keys() == {"text"})
+        more = gemini_more([(each, gemini_segment(each, text.text, part=place))
+                            for text, place in zip(texts, places) for each in text.citations],
                            [each for text in texts for each in text.logprobs])
         return gemini_end(parts, reply.finish, reply.usage, more, bool(reply.blocks),
                           gemini_head(reply.id, reply.model))
@@ -5782,14 +5794,34 @@ def gemini_chunk(parts: List[JSON], head: JSON, **more: object) -> JSON:
             **head}
 
 
-def gemini_more(cited: List[JSON], logprobs: List[JSON]) -> JSON:
-    """What a candidate tells beside its parts."""
+def with_joined_texts(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Texts in a row are one part: many clients take a citation's place for one in all they see."""
+    seen = (block for block in blocks if not isinstance(block, Search))
+    for is_text, group in itertools.groupby(seen, lambda block: isinstance(block, Text)):
+        if is_text:
+            yield joined_texts(blocks_of(group, Text))
+        else:
+            yield from group
+
+
+def gemini_segment(citation: JSON, text: str, before: int = 0, part: int = 0) -> JSON:
+    """Where this stands in a part whose first bytes, so many, stand before the text."""
+    start, end = citation.get("start", 0), citation.get("end", len(text))
+    first, said = before + len(utf8(text[:start])), text[start:end]
+    return {**without_none(partIndex=part or None), "startIndex": first,
+            "endIndex": first + len(utf8(said)), "text": said}
+
+
+def gemini_more(cited: List[Tuple[JSON, JSON]], logprobs: List[JSON]) -> JSON:
+    """What a candidate tells beside its parts; the citations with their segments."""
     def told(each: JSON) -> JSON:
         return {"token": each.get("token"), "logProbability": each.get("logprob")}
 
-    chunks = [{"web": {"uri": each["url"], "title": each["title"]}} for each in cited]
-    supports = [{"segment": {"startIndex": 0, "endIndex": 0}, "groundingChunkIndices": [i]}
-                for i in range(len(cited))]
+    pages: Dict[Tuple[str, str], int] = {}  # each told once
+    supports = [{"segment": segment, "groundingChunkIndices": [
+                    pages.setdefault((each["url"], each["title"]), len(pages))]}
+                for each, segment in cited]
+    chunks = [{"web": {"uri": url, "title": title}} for url, title in pages]
     tops = [{"candidates": list(map(told, list_of_objects(each, "top_logprobs")))}
             for each in logprobs]
     return without_none(
@@ -5852,7 +5884,8 @@ class GeminiRenderer(Renderer):
         self._head: JSON = {}
         self._pieces: List[str] = []
         self._held: List[Block] = []  # thoughts whose signature was not told yet
-        self._cited: List[JSON] = []
+        self._texts: List[str] = []  # of the blocks so far; "" of those that are none
+        self._cited: List[CitationDelta] = []
         self._logprobs: List[JSON] = []
         self._has_spoken = False
 
@@ -5868,9 +5901,9 @@ class GeminiRenderer(Renderer):
         self._has_spoken = True
         self._pieces = []
         about = {"thought": True} if isinstance(block, Thinking) else {}
-        say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
-        self._say = say if isinstance(block, Text) else self._keep
-        if isinstance(block, Thinking) and self._shows:
+        self._template = say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
+        self._say = self._keep
+        if isinstance(block, Text) or isinstance(block, Thinking) and self._shows:
             self._say = lambda text: self._keep(text) + say(text)
         return b""
 
@@ -5878,16 +5911,21 @@ class GeminiRenderer(Renderer):
         self._pieces.append(piece)
         return b""
 
+    def say_run(self, run: TextRun) -> bytes:
+        self._pieces += run.pieces
+        return self._template.around(run.strings)
+
     def _citation(self, event: CitationDelta) -> bytes:
-        self._cited.append(event.citation)
+        self._cited.append(event)  # told at the end, of the whole text
         return b""
 
     def _block_stop(self, event: BlockStop) -> bytes:
         """A call goes out whole."""
-        block = self._open
+        block, said = self._open, "".join(self._pieces)
         self._logprobs += event.logprobs
+        self._texts.append(said if isinstance(block, Text) else "")
         try:
-            close_block(block, "".join(self._pieces))
+            close_block(block, said)
         except GatewayError:
             return b""  # arguments that were cut off
         if isinstance(block, Text) or not block.signature and isinstance(block, Thinking) or (
@@ -5903,7 +5941,10 @@ class GeminiRenderer(Renderer):
         return b"".join(self._chunk([part]) for part in answer_parts(held, shows_thinking=False))
 
     def _finish(self, event: Finish) -> bytes:
-        more = gemini_more(self._cited, self._logprobs)
+        ends = [0, *itertools.accumulate(len(utf8(text)) for text in self._texts)]
+        cited = [(about, gemini_segment(about, self._texts[block], ends[block]))
+                 for block, about in self._cited]
+        more = gemini_more(cited, self._logprobs)
         return self._let_go() + sse(dump_json(gemini_end(
             [], event.finish, event.usage, more, self._has_spoken, self._head)))
 

@@ -2268,9 +2268,11 @@ class Making:
         if self.is_messages and self.chance(0.3):
             blocks.append(Thinking(signature="red", issuer="anthropic", is_redacted=True))
         if self.chance(0.8):
-            place = {"start": 0, "end": 0} if self.dialect == "gemini" else {}
-            cited = [{"url": "https://example.com", "title": self.text(), **place}] * self.chance()
-            blocks.append(Text(text=self.text(40), citations=cited))
+            said = self.text(40)
+            place = {"start": 1, "end": len(said)} if len(said) > 1 and not self.is_messages else {}
+            cited = [{"url": "https://example.com", "title": self.text()},
+                     {"url": "https://example.com", "title": "", **place}] * self.chance()
+            blocks.append(Text(text=said, citations=cited))
         if self.is_openai and self.chance(0.1):
             blocks.append(Text(text=self.text(), is_refusal=True))
         calls = [self.call() for _ in range(self.random.choice([0, 0, 1, 3]))]
@@ -5129,6 +5131,31 @@ def test_a_citation_of_geminis_names_its_part(
     cited = told.blocks[block]
     assert isinstance(cited, Text)
     assert cited.citations == [{"url": "https://a", "title": "A", "start": start, "end": end}]
+
+
+def test_citations_stand_in_the_text_that_geminis_clients_see() -> None:
+    """Texts in a row are one part, and each page is told once; indexes count bytes."""
+    cited, other = {"url": "https://a", "title": "A"}, {"url": "https://b", "title": "B"}
+    reply = Reply("msg_1", "m", [
+        Text(text="é"), Text(text="über 😀", citations=[cited, {**other, "start": 5, "end": 6}]),
+        Thinking(text="Hmm"), ToolCall(id="c", name="f"), Text(text="fin", citations=[cited])],
+        "stop", Usage(1, 2))
+    (candidate,) = gateway.DIALECTS["gemini"].render_reply(reply, Chat("m", []), 7)["candidates"]
+    parts = [part.get("text") for part in candidate["content"]["parts"]]
+    assert parts == ["éüber 😀", "Hmm", None, "fin"]
+    pages = [{"web": {"uri": f"https://{name}", "title": name.upper()}} for name in "ab"]
+    places = [({"startIndex": 2, "endIndex": 12, "text": "über 😀"}, [0]),
+              ({"startIndex": 8, "endIndex": 12, "text": "😀"}, [1]),
+              ({"partIndex": 3, "startIndex": 0, "endIndex": 3, "text": "fin"}, [0])]
+    grounding = {"groundingChunks": pages, "groundingSupports": [
+        {"segment": segment, "groundingChunkIndices": chunks} for segment, chunks in places]}
+    assert candidate["groundingMetadata"] == grounding
+    renderer = gateway.DIALECTS["gemini"].renderer(Chat("m", []), 7)
+    told = b"".join(map(renderer.feed, spell(reply, random.Random(1)))).split(b"data: ")[-1]
+    places[2] = ({"startIndex": 12, "endIndex": 15, "text": "fin"}, [0])  # in all that came
+    for support, (segment, _) in zip(grounding["groundingSupports"], places):
+        support["segment"] = segment
+    assert json.loads(told)["candidates"][0]["groundingMetadata"] == grounding
 
 
 SIGNED = {"text": "", "thoughtSignature": "c2ln"}

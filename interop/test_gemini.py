@@ -763,6 +763,28 @@ def test_an_answer_becomes_one_of_gemini(
     assert grown("llm_tokens_total", model=model, direction="prompt") == prompt
 
 
+def test_a_citation_has_its_place(ask: AskGemini, upstream: Upstream) -> None:
+    """As Google's own example puts them into the text, here counting bytes as the API says."""
+    says = anthropic_wire.text
+    upstream.script(anthropic_wire.answer(
+        says("Zürich: "), says("It rains.", "https://a.example", "https://b.example"), says(" So "),
+        says("stay in.", "https://a.example")))
+    told = ask(model="haiku")
+    (candidate,) = told.last.candidates or ()
+    grounding, text = candidate.grounding_metadata, told.text.encode()
+    assert grounding
+    uris = [chunk.web.uri for chunk in grounding.grounding_chunks or () if chunk.web]
+    supports = grounding.grounding_supports or []
+    for support in reversed(supports):
+        place = support.segment
+        assert place and place.end_index and place.text
+        assert text[place.start_index : place.end_index].decode() == place.text
+        marks = "".join(f"[{uris[index]}]" for index in support.grounding_chunk_indices or ())
+        text = text[: place.end_index] + marks.encode() + text[place.end_index :]
+    a, b = "[https://a.example]", "[https://b.example]"
+    assert text.decode() == f"Zürich: It rains.{a}{b} So stay in.{a}"
+
+
 def test_nothing_but_a_refusal_is_a_blocked_prompt(ask: AskGemini, upstream: Upstream) -> None:
     upstream.script(anthropic_wire.answer(stop="refusal"))
     told = ask(model="haiku")
