@@ -953,13 +953,14 @@ class Fields:
     """An object of a client's, and its place in the request. A value of the wrong type is a 400;
     null counts as absent; what nobody reads is unknown."""
 
-    def __init__(self, wire: JSON, place: str = "", parent: Fields | None = None) -> None:
+    def __init__(self, wire: JSON, losses: Losses, place: str = "",
+                 parent: Fields | None = None) -> None:
         self.wire = wire
+        self.losses = losses
         self.place = place
         self._unread = wire.copy()
         # Of the whole request; the objects themselves in a list would be a circle of garbage.
         self._all_unread: List[JSON] = parent._all_unread if parent else []
-        self.lost: List[str] = parent.lost if parent else []  # what no model here has a place for
         self._all_unread.append(self._unread)
 
     def wrong(self, key: str, what: str, code: str | None = None) -> GatewayError:
@@ -994,7 +995,7 @@ class Fields:
         value = self.get(key, dict)
         if value is None:
             value = self.need(key, dict) if default is None else default
-        return type(self)(value, f"{self.place}{key}.", self)
+        return type(self)(value, self.losses, f"{self.place}{key}.", self)
 
     def items(self, key: str, kind: type) -> Iterator[Tuple[str, Any]]:
         for i, item in enumerate(self.get(key, list) or ()):
@@ -1003,7 +1004,8 @@ class Fields:
             yield f"{self.place}{key}[{i}].", item
 
     def children(self, key: str) -> Iterator[Fields]:
-        return (type(self)(item, place, self) for place, item in self.items(key, dict))
+        return (type(self)(item, self.losses, place, self)
+                for place, item in self.items(key, dict))
 
     def strings(self, key: str) -> List[str]:
         return [item for _, item in self.items(key, str)]
@@ -1019,17 +1021,15 @@ class Fields:
             if self.skip(key) and self.wire[key]:
                 raise self.unsupported(key, "is not supported by the model's provider")
 
-    def hint(self, losses: Losses, keys: Iterable[str]) -> None:
+    def hint(self, *keys: str) -> None:
         """What says something here that no other dialect can."""
         for key in keys:
             if key in self.wire and self.skip(key) and self.wire[key] not in SAYS_NOTHING:
-                losses.hint(key)
+                self.losses.hint(key)
 
-    def name_lost(self, losses: Losses) -> None:
-        for name in self.lost:
-            losses.drop(name)
+    def name_unknown(self) -> None:
         if any(value is not None for unread in self._all_unread for value in unread.values()):
-            losses.drop("unknown")
+            self.losses.drop("unknown")
 
 
 def parse_data_uri(uri: str) -> Tuple[str, str] | None:
@@ -2145,10 +2145,10 @@ class ChatCompletions(Dialect):
         ("user", "user", str), ("web_search_options", "web_search", dict))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        root = Fields(wire)
+        root = Fields(wire, losses)
         stop = root.get("stop", TEXT_OR_LIST)
         chat = Chat(
-            root.need("model"), canonical(parse_chat_turns(root, losses)),
+            root.need("model"), canonical(parse_chat_turns(root)),
             parallel=root.get("parallel_tool_calls", bool), choice=parse_chat_choice(root),
             stop=[stop] if isinstance(stop, str) else root.strings("stop"),
             format=parse_format(root, "response_format"), stream=bool(root.get("stream", bool)))
@@ -2178,7 +2178,7 @@ class ChatCompletions(Dialect):
             losses.hint("include_obfuscation")
         chat.options = {key: root.get(key, OPTIONS[key].kind) for key, value in wire.items()
                         if key in OPTIONS and value is not None}
-        root.name_lost(losses)
+        root.name_unknown()
         return chat
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
@@ -2265,7 +2265,7 @@ def lose(losses: Losses, path: str, value: object) -> None:
 # ---- from the wire ----
 
 
-def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
+def parse_chat_turns(root: Fields) -> Iterator[Turn]:
     root.need("messages", list)
     function_ids: Dict[str, str] = {}  # by the name of a deprecated function, its last call's
     numbers = itertools.count()
@@ -2278,13 +2278,13 @@ def parse_chat_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
         elif role == "tool":
             blocks = [ToolResult(id=plain_id(message.need("tool_call_id")), content=blocks)]
         elif role == "assistant":
-            blocks = parse_chat_assistant(message, blocks, losses)
+            blocks = parse_chat_assistant(message, blocks)
             if message.get("function_call", dict) is not None:  # deprecated, and without an id
                 call = parse_function(message.child("function_call"))
                 call.id = function_ids[call.name] = f"call_{call.name}_{next(numbers)}"
                 blocks.append(call)
         if message.get("name") and role != "function":
-            losses.hint("name")
+            message.losses.hint("name")
         cache = parse_cache(message)
         if cache and blocks:
             blocks[-1].cache = cache
@@ -2346,13 +2346,13 @@ CHAT_PARTS: Dict[str, Callable[[Fields], Block]] = {
 }
 
 
-def parse_chat_assistant(message: Fields, content: List[Block], losses: Losses) -> List[Block]:
+def parse_chat_assistant(message: Fields, content: List[Block]) -> List[Block]:
     if message.get("audio", dict) is not None:
         raise message.unsupported("audio", "cannot be sent to this model")
     blocks: List[Block] = [parse_thinking(block) for block in message.children("thinking_blocks")]
     if message.get("reasoning_content") and not blocks:
-        losses.hint("reasoning_content")
-    message.hint(losses, ["annotations", "reasoning", "reasoning_details"])
+        message.losses.hint("reasoning_content")
+    message.hint("annotations", "reasoning", "reasoning_details")
     refusal = message.get("refusal")
     blocks += content + ([Text(text=refusal, is_refusal=True)] if refusal else [])
     blocks += map(parse_chat_call, message.children("tool_calls"))
@@ -3188,11 +3188,11 @@ class Messages(Dialect):
         ("top_p", "top_p", NUMBER), ("top_k", "top_k", int), ("thinking", "thinking", dict))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        root = Fields(wire)
+        root = Fields(wire, losses)
         if root.get("thread", dict) is not None:  # SDKs go on without where they hear this code
             raise root.wrong("thread", "needs a provider that keeps conversations; send all "
                              "messages", NO_THREADS)
-        turns = canonical(parse_messages_turns(root, losses))
+        turns = canonical(parse_messages_turns(root))
         root.need("max_tokens", int)
         output = root.child("output_config", {})
         chat = Chat(
@@ -3204,7 +3204,7 @@ class Messages(Dialect):
         chat.shows_thinking = (
             thinking.get("type") != "disabled" and thinking.get("display") != "omitted")
         for item in root.children("tools"):
-            parse_messages_tool(item, chat, losses)
+            parse_messages_tool(item, chat)
         if root.get("tool_choice", dict) is not None:
             choice = root.child("tool_choice")
             mode = MESSAGES_CHOICES[choice.one_of("type", MESSAGES_CHOICES)]
@@ -3221,8 +3221,8 @@ class Messages(Dialect):
             chat.options["service_tier"] = {"standard_only": "default"}.get(tier, "auto")
         if root.skip("mcp_servers"):
             losses.drop("mcp_servers")
-        root.hint(losses, MESSAGES_HINTS)
-        root.name_lost(losses)
+        root.hint(*MESSAGES_HINTS)
+        root.name_unknown()
         chat.estimate = estimate_tokens(chat)
         return chat
 
@@ -3327,7 +3327,7 @@ ERROR_STATUSES = {
 # ---- from the wire ----
 
 
-def parse_messages_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
+def parse_messages_turns(root: Fields) -> Iterator[Turn]:
     system = parse_content(root, "system", MESSAGES_PARTS)
     for block in blocks_of(system, Text):
         if block.text.startswith(BILLING):
@@ -3338,10 +3338,10 @@ def parse_messages_turns(root: Fields, losses: Losses) -> Iterator[Turn]:
         role = message.one_of("role", ("user", "assistant", "system"))
         if role != "system":
             message.need("content", TEXT_OR_LIST)
-        message.hint(losses, ("clear_at", "output_config"))
+        message.hint("clear_at", "output_config")
         blocks = parse_content(message, "content", MESSAGES_PARTS)
         if role == "system" and blocks_of(blocks, Opaque):
-            losses.drop("content")  # tools that come or go
+            message.losses.drop("content")  # tools that come or go
             blocks = [block for block in blocks if not isinstance(block, Opaque)]
         yield Turn(role, blocks)
 
@@ -3381,7 +3381,7 @@ def parse_source(source: Fields, kinds: Iterable[str]) -> JSON:
 
 def lose_citations(block: Fields) -> None:
     if block.child("citations", {}).get("enabled", bool):
-        block.lost.append("citations")
+        block.losses.drop("citations")
 
 
 def parse_document_block(block: Fields) -> Block:
@@ -3392,7 +3392,7 @@ def parse_document_block(block: Fields) -> Block:
     parts = parse_content(source, "content", RESULT_PARTS)
     texts = [part.text for part in blocks_of(parts, Text)]
     if len(texts) < len(parts):
-        block.lost.append("source")  # pictures
+        block.losses.drop("source")  # pictures
     return Document(title=title, media_type="text/plain", text="\n".join(texts))
 
 
@@ -3435,27 +3435,27 @@ HOSTED_TOOLS = (
     "text_editor", "memory", "advisor")
 
 
-def parse_messages_tool(item: Fields, chat: Chat, losses: Losses) -> None:
+def parse_messages_tool(item: Fields, chat: Chat) -> None:
     kind = item.get("type") or "custom"
     if kind == "custom":
-        item.hint(losses, MESSAGES_TOOL_HINTS)
+        item.hint(*MESSAGES_TOOL_HINTS)
         chat.tools.append(Tool(
             item.need("name"), item.get("description") or "", item.need("input_schema", dict),
             item.get("strict", bool), cache=item.get("cache_control", dict)))
         return
     name = next((name for name in HOSTED_TOOLS if kind.startswith(name)), "tools")
-    parse_hosted_tool(item, name, chat, losses)
+    parse_hosted_tool(item, name, chat)
 
 
-def parse_hosted_tool(item: Fields, name: str, chat: Chat, losses: Losses) -> None:
+def parse_hosted_tool(item: Fields, name: str, chat: Chat) -> None:
     """A search, as Chat Completions says it; any other is lost, by its `name`."""
     item.skip(*item.wire)
     if not item.wire["type"].startswith(WEB_SEARCH):
-        losses.drop(name)
+        item.losses.drop(name)
         return
     if any(value not in (None, True, [], {}) for key, value in item.wire.items()
            if key not in SEARCH_FIELDS):
-        losses.drop(WEB_SEARCH)
+        item.losses.drop(WEB_SEARCH)
     place = {key: value for key, value in part_of(item.wire, "user_location").items()
              if key != "type"}
     chat.web_search = without_none(
@@ -3644,9 +3644,9 @@ class MessagesRequest(RequestWriter):
     def _add_tools(self) -> None:
         tools = list(map(self._tool, self.offered_tools()))
         if self.chat.web_search is not None:
-            options = Fields(self.chat.web_search, "web_search_options.")
-            tools.append(render_web_search(options, self.losses))
-            options.name_lost(self.losses)
+            options = Fields(self.chat.web_search, self.losses, "web_search_options.")
+            tools.append(render_web_search(options))
+            options.name_unknown()
         if tools:
             self.wire["tools"] = tools
 
@@ -3836,14 +3836,14 @@ def trim_prefill(content: List[JSON]) -> List[JSON]:
     return content
 
 
-def render_web_search(options: Fields, losses: Losses) -> JSON:
+def render_web_search(options: Fields) -> JSON:
     place = options.child("user_location", {})
     place.skip("type")
     location = place.child("approximate", {})
     told = without_none(**{
         key: location.get(key) for key in ("city", "country", "region", "timezone")})
     if options.get("search_context_size") not in (None, "medium"):
-        losses.drop("search_context_size")
+        options.losses.drop("search_context_size")
     return {"type": "web_search_20250305", "name": "web_search",
             **({"user_location": {"type": "approximate", **told}} if told else {})}
 
@@ -4205,7 +4205,7 @@ class Responses(Dialect):
         ("top_p", "top_p", NUMBER), ("user", "user", str))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        root = Fields(wire)
+        root = Fields(wire, losses)
         for key, advice in RESPONSES_STATE.items():
             if root.skip(key) and wire[key] not in (False, "disabled"):
                 raise root.unsupported(key, f"needs a provider that keeps conversations; {advice}")
@@ -4215,10 +4215,10 @@ class Responses(Dialect):
                     stream=bool(root.get("stream", bool)), format=parse_format(text, "format"))
         instructions = root.get("instructions")
         turns = [Turn("system", [Text(text=instructions)])] if instructions else []
-        turns += parse_items(root, chat, losses)
+        turns += parse_items(root, chat)
         chat.turns = canonical(turns)
         for item in root.children("tools"):
-            parse_responses_tool(item, chat, losses)
+            parse_responses_tool(item, chat)
         named = {tool.name: tool for tool in reversed(chat.tools)}
         chat.tools = [tool for tool in chat.tools
                       if named[tool.name] is tool or named[tool.name] != tool]  # one said again
@@ -4227,7 +4227,7 @@ class Responses(Dialect):
         include = root.strings("include")
         alternatives, asked = root.get("top_logprobs", int), "message.output_text.logprobs"
         chat.logprobs = alternatives or 0 if alternatives or asked in include else None
-        root.hint(losses, RESPONSES_HINTS)
+        root.hint(*RESPONSES_HINTS)
         told = {**{key: root.get(key, OPTIONS[key].kind) for key in wire
                    if key in OPTIONS and key not in RESPONSES_HINTS},
                 "verbosity": text.get("verbosity")}
@@ -4237,11 +4237,11 @@ class Responses(Dialect):
             del chat.options["service_tier"]
         if set(include) - {"reasoning.encrypted_content", asked}:
             losses.hint("include")
-        reasoning.hint(losses, ("generate_summary", "context", "mode"))
+        reasoning.hint("generate_summary", "context", "mode")
         if reasoning.get("summary") not in (None, "auto"):
             losses.hint("summary")
-        root.child("stream_options", {}).hint(losses, ["include_obfuscation"])
-        root.name_lost(losses)
+        root.child("stream_options", {}).hint("include_obfuscation")
+        root.name_unknown()
         chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
         return chat
 
@@ -4316,7 +4316,7 @@ RESPONSES_ECHO: JSON = {
 # ---- from the wire ----
 
 
-def parse_items(root: Fields, chat: Chat, losses: Losses) -> Iterator[Turn]:
+def parse_items(root: Fields, chat: Chat) -> Iterator[Turn]:
     items = root.need("input", TEXT_OR_LIST)
     if isinstance(items, str):
         yield Turn("user", [Text(text=items)])
@@ -4324,21 +4324,21 @@ def parse_items(root: Fields, chat: Chat, losses: Losses) -> Iterator[Turn]:
     for item in root.children("input"):
         kind = item.get("type") or ("message" if "role" in item.wire else "item_reference")
         item.skip("id", "status", "caller")
-        item.hint(losses, ["phase"])
+        item.hint("phase")
         if kind == "message":
             role = ITEM_ROLES[item.one_of("role", ITEM_ROLES)]
             yield Turn(role, parse_content(item, "content", RESPONSES_PARTS))
         elif kind == "additional_tools":
             item.skip("role")
             for tool in item.children("tools"):
-                parse_responses_tool(tool, chat, losses)
+                parse_responses_tool(tool, chat)
         elif kind in ITEMS:
             role, parse = ITEMS[kind]
             yield Turn(role, [parse(item)])
         elif kind == "item_reference":
             raise item.unsupported("type", f"needs a provider that keeps items; {STATELESS}")
         elif kind.endswith("_call") and kind not in CLIENT_CALLS:
-            losses.hint("hosted_calls")  # that are done
+            item.losses.hint("hosted_calls")  # that are done
             item.skip(*item.wire)
         else:
             raise item.unsupported("type", "cannot be sent to this model")
@@ -4403,10 +4403,10 @@ RESPONSES_PARTS: Dict[str, Callable[[Fields], Block]] = {
     "input_audio": parse_audio_part, "": refuse_part}
 
 
-def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = "") -> None:
+def parse_responses_tool(item: Fields, chat: Chat, space: str = "") -> None:
     kind = item.need("type")
     if kind in TOOL_KINDS:
-        item.hint(losses, RESPONSES_TOOL_HINTS)
+        item.hint(*RESPONSES_TOOL_HINTS)
         tool = parse_tool(item, kind, None)
         if space:
             tool.namespace, tool.name = space, f"{space}__{tool.name}"
@@ -4414,11 +4414,11 @@ def parse_responses_tool(item: Fields, chat: Chat, losses: Losses, space: str = 
     elif kind == "namespace":
         about, first = item.get("description") or "", len(chat.tools)
         for child in item.children("tools"):
-            parse_responses_tool(child, chat, losses, item.need("name"))
+            parse_responses_tool(child, chat, item.need("name"))
         for tool in chat.tools[first:first + 1]:  # it is about all of them: once is enough
             tool.description = in_paragraphs(about, tool.description)
     else:
-        parse_hosted_tool(item, kind if kind in RESPONSES_TOOLS else "tools", chat, losses)
+        parse_hosted_tool(item, kind if kind in RESPONSES_TOOLS else "tools", chat)
 
 
 RESPONSES_TOOL_HINTS = ("allowed_callers", "defer_loading", "output_schema")
@@ -4965,13 +4965,13 @@ class GenerateContent(Dialect):
         ("topP", "top_p", NUMBER), ("topK", "top_k", int))
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
-        root = CamelFields(wire)
+        root = CamelFields(wire, losses)
         root.need("contents", list)
-        chat = Chat(root.need("model"), canonical(GeminiContents().turns(root, losses)),
+        chat = Chat(root.need("model"), canonical(GeminiContents().turns(root)),
                     stream=bool(root.get("stream", bool)))
         for item in root.children("tools"):
-            parse_gemini_tools(item, chat, losses)
-        chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat, losses)
+            parse_gemini_tools(item, chat)
+        chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat)
         config = root.child("generationConfig", {})
         self.parse_plain_fields(config, chat)
         chat.stop, chat.format = config.strings("stopSequences"), parse_gemini_format(config)
@@ -4991,9 +4991,9 @@ class GenerateContent(Dialect):
         self._parse_thinking(config.child("thinkingConfig", {}), chat)
         if root.skip("safetySettings"):
             losses.drop("safetySettings")
-        root.hint(losses, ("labels", "store", "serviceTier"))
-        config.hint(losses, ("mediaResolution",))
-        root.name_lost(losses)
+        root.hint("labels", "store", "serviceTier")
+        config.hint("mediaResolution")
+        root.name_unknown()
         return chat
 
     @staticmethod
@@ -5068,7 +5068,7 @@ class GenerateContent(Dialect):
         return len(dump_json(reply.get("candidates", [])))
 
     def render_estimate(self, wire: JSON) -> JSON:
-        asked = part_of(CamelFields(wire).wire, "generateContentRequest") or wire
+        asked = part_of(in_camel_case(wire), "generateContentRequest") or wire
         chat = self.parse_request({"model": "m", **asked}, Losses())
         return {"totalTokens": estimate_tokens(chat)}
 
@@ -5090,8 +5090,9 @@ class GenerateContent(Dialect):
 class CamelFields(Fields):
     """Protobuf's JSON: names in two spellings, whole numbers also as floats and strings."""
 
-    def __init__(self, wire: JSON, place: str = "", parent: Fields | None = None) -> None:
-        super().__init__({camel(key): value for key, value in wire.items()}, place, parent)
+    def __init__(self, wire: JSON, losses: Losses, place: str = "",
+                 parent: Fields | None = None) -> None:
+        super().__init__(in_camel_case(wire), losses, place, parent)
 
     def get(self, key: str, kind: Any = str) -> Any:
         value = self.wire.get(key)
@@ -5100,6 +5101,10 @@ class CamelFields(Fields):
         elif kind is list and isinstance(value, dict):  # one may stand for a list of one
             self.wire[key] = [value]
         return super().get(key, kind)
+
+
+def in_camel_case(wire: JSON) -> JSON:
+    return {camel(key): value for key, value in wire.items()}
 
 
 def camel(name: str) -> str:
@@ -5139,22 +5144,22 @@ class GeminiContents:
         self._told: Set[str] = set()  # the ids that results of one turn name
         self._free: Dict[str, Iterator[str]] = {}  # by name, those that they do not
 
-    def turns(self, root: Fields, losses: Losses) -> Iterator[Turn]:
+    def turns(self, root: Fields) -> Iterator[Turn]:
         for content, role in ((root.child("systemInstruction", {}), "system"),
                               *((each, "") for each in root.children("contents"))):
             said = (content.get("role") or "user").lower()
             parts = list(content.children("parts"))
             self._told = {text_of(part_of(part.wire, "functionResponse"), "id") for part in parts}
             self._free = {}
-            blocks = [block for part in parts for block in self._part(part, losses)]
+            blocks = [block for part in parts for block in self._part(part)]
             if any(part.wire.get("thought") for part in parts) and not any(
                     part.wire.get("thoughtSignature") for part in parts):
-                losses.hint("thinking")
+                root.losses.hint("thinking")
             yield Turn(role or {"model": "assistant"}.get(said, "user"), in_order(blocks))
 
-    def _part(self, part: Fields, losses: Losses) -> List[Block]:
+    def _part(self, part: Fields) -> List[Block]:
         signature, is_thought = part.get("thoughtSignature") or "", part.get("thought", bool)
-        part.hint(losses, ("videoMetadata", "mediaResolution"))
+        part.hint("videoMetadata", "mediaResolution")
         text = part.get("text")
         if text is not None and is_thought:
             return signed_thinking(text, signature)
@@ -5168,13 +5173,13 @@ class GeminiContents:
                 return [call]
             return [*thoughts, call]
         if part.get("functionResponse", dict) is not None:
-            return [self._result(part.child("functionResponse"), losses)]
+            return [self._result(part.child("functionResponse"))]
         media = parse_gemini_media(part)
         if media is None:
             kind = next((key for key, value in part.wire.items() if value is not None), "")
             if kind and kind not in GEMINI_TRACES:
                 raise part.unsupported(kind, "cannot be sent to this model")
-            losses.hint("parts")
+            part.losses.hint("parts")
             part.skip(*part.wire)
         return [media] if media else []
 
@@ -5186,7 +5191,7 @@ class GeminiContents:
         self._open.setdefault(name, {})[id_] = None
         return ToolCall(id=id_, name=name, arguments=call.get("args", dict) or {})
 
-    def _result(self, about: Fields, losses: Losses) -> ToolResult:
+    def _result(self, about: Fields) -> ToolResult:
         """Of the call with its id, else of the first with its name."""
         name, response = about.need("name"), about.get("response", dict) or {}
         waiting, id_ = self._open.get(name, {}), about.get("id") or ""
@@ -5202,7 +5207,7 @@ class GeminiContents:
         media = [each for each in map(parse_gemini_media, about.children("parts"))
                  if each and not is_empty(each)]
         about.refuse("willContinue")
-        about.hint(losses, ["scheduling"])
+        about.hint("scheduling")
         return ToolResult(id=id_, is_error=is_error,
                           content=[*([Text(text=text)] if text else []), *media])
 
@@ -5272,20 +5277,20 @@ GOOGLE_FILES = re.compile(
 AUDIO_FORMATS = {"audio/mpeg": "mp3", "audio/x-wav": "wav", "audio/wave": "wav"}
 
 
-def parse_gemini_tools(item: Fields, chat: Chat, losses: Losses) -> None:
+def parse_gemini_tools(item: Fields, chat: Chat) -> None:
     for about in item.children("functionDeclarations"):
         schema = about.get("parametersJsonSchema", dict)
         if schema is None and about.get("parameters", dict) is not None:
             schema = json_schema(about.wire["parameters"])
-        about.hint(losses, ("response", "responseJsonSchema", "behavior"))
+        about.hint("response", "responseJsonSchema", "behavior")
         chat.tools.append(Tool(about.need("name"), about.get("description") or "", schema))
     for key, about in item.wire.items():
         if key == "googleSearch" and about is not None:
             chat.web_search = {}
             if about:
-                losses.drop("web_search")
+                item.losses.drop("web_search")
         elif key != "functionDeclarations" and about is not None:
-            losses.drop(key if key in GEMINI_TOOLS else "tools")
+            item.losses.drop(key if key in GEMINI_TOOLS else "tools")
     item.skip(*item.wire)
 
 
@@ -5299,7 +5304,7 @@ def json_schema(schema: Any) -> Any:
     """The JSON Schema of what Gemini's own schema dialect says."""
     if not isinstance(schema, dict):
         return schema
-    about = {camel(key): value for key, value in schema.items()}
+    about = in_camel_case(schema)
     made: JSON = {}
     for key, value in about.items():
         if key == "type" and isinstance(value, str):
@@ -5328,10 +5333,10 @@ def json_schema(schema: Any) -> Any:
     return made
 
 
-def parse_gemini_choice(config: Fields, chat: Chat, losses: Losses) -> ToolChoice | None:
+def parse_gemini_choice(config: Fields, chat: Chat) -> ToolChoice | None:
     if config.skip("retrievalConfig"):
-        losses.drop("retrievalConfig")
-    config.hint(losses, ["includeServerSideToolInvocations"])
+        config.losses.drop("retrievalConfig")
+    config.hint("includeServerSideToolInvocations")
     if config.get("functionCallingConfig", dict) is None:
         return None
     about = config.child("functionCallingConfig")
