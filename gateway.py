@@ -3170,10 +3170,9 @@ def said_by(choice: JSON) -> List[Any]:
 def parse_chunk(raw: bytes) -> JSON:
     """{} for anything but an object, which passes too."""
     try:
-        chunk = decode_leniently(parse_event(raw).data.decode())
+        return as_object(decode_leniently(parse_event(raw).data.decode()))
     except (ValueError, RecursionError):
         return {}
-    return chunk if isinstance(chunk, dict) else {}
 
 
 class Messages(Dialect):

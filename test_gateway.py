@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import bisect
 import bz2
 import calendar
@@ -5937,7 +5938,7 @@ def test_an_envelope_of_nobodys_is_a_broken_one() -> None:
         chat = gateway.DIALECTS["messages"].parse_request(body, Losses())
         wire, _ = gateway.DIALECTS[name].render_request(chat, Target("m", CAPS_OF[name]), Losses())
         assert forged not in json.dumps(wire)
-    placed = "gw1." + gateway.base64.b64encode(b'["","s","t","call_9",""]').decode()
+    placed = "gw1." + base64.b64encode(b'["","s","t","call_9",""]').decode()
     assert gateway.unseal(Thinking(text="t"), placed, "anthropic") == Thinking(text="t")
     assert gateway.unseal(Thinking(text="t"), placed, "anthropic").before == ""
 
