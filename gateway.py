@@ -1313,7 +1313,7 @@ class Watch:
 
     def end(self) -> bytes:
         if not self.ended and not self.failure:
-            self.failure = cut_stream()
+            self.failure = cut_stream(self._dialect)
         return b""
 
     def fail(self, error: GatewayError) -> bytes:
@@ -1373,8 +1373,9 @@ class MarkedWatch(Watch):
         raise NotImplementedError
 
 
-def cut_stream() -> GatewayError:
-    return upstream_error(502, "The provider cut the stream before its end.", "stream_error")
+def cut_stream(dialect: Dialect) -> GatewayError:
+    return upstream_error(
+        502, f"The provider cut the stream before {dialect.last_event}.", "stream_error")
 
 
 class DeltaTemplate:
@@ -1511,7 +1512,7 @@ class Parser:
 
     def end(self) -> Events:
         if not self.ended:
-            raise cut_stream()
+            raise cut_stream(self._dialect)
         return []
 
     def parse(self, event: Event) -> JSON:
@@ -1693,7 +1694,8 @@ class Renderer:
         return b""
 
 
-LONG_PROMPT = re.compile("prompt is too long|input token count .*exceeds")  # of two providers
+LONG_PROMPT = re.compile("prompt is too long|input token count .*exceeds|maximum context length|"
+                         "available context size|maximum prompt length")  # of several providers
 
 
 class Dialect(Protocol):
@@ -1704,6 +1706,7 @@ class Dialect(Protocol):
     history: str = ""  # the field of a request that holds the conversation
     answer: str = ""  # the list of an answer that holds all that is said, where there is one
     told: bytes = b'"assistant"'  # stands in every body that holds an answer
+    last_event: str = "its end"  # of a stream, in the words of an error
     long_prompt: str = ""  # its words for one that is too long: clients key on them
     plain_fields: Tuple[Tuple[str, str, Any], ...] = ()  # name on the wire, name in Chat, type
 
@@ -2139,6 +2142,7 @@ class ChatCompletions(Dialect):
     """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
 
     name, history = "chat", "messages"
+    last_event = 'its [DONE] ("done": false in the config is for those who never send it)'
     plain_fields = (
         ("max_completion_tokens", "max_tokens", int), ("max_tokens", "max_tokens", int),
         ("temperature", "temperature", NUMBER), ("top_p", "top_p", NUMBER), ("top_k", "top_k", int),
@@ -2207,7 +2211,8 @@ class ChatCompletions(Dialect):
             message["function_call"] = render_function(calls[0])
         elif calls:
             message["tool_calls"] = list(map(render_chat_call, calls))
-        finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions)
+        finish = chat_finish(reply.finish, bool(calls), chat.legacy_functions,
+                             any(text.is_refusal for text in texts))
         return {**chat_head("chat.completion", reply.id, reply.model, created),
                 "choices": [chat_choice("message", message, finish, content.logprobs)],
                 "usage": render_openai_usage(reply.usage, CHAT_USAGE),
@@ -2769,9 +2774,12 @@ FINISHES_IN_CHAT = {"length": "length", "context": "length", "refusal": "content
                     "filter": "content_filter"}
 
 
-def chat_finish(finish: str, has_calls: bool, legacy: bool) -> str:
+def chat_finish(finish: str, has_calls: bool, legacy: bool, has_refused: bool) -> str:
+    """A refusal in the model's words ends as any answer does; its SDKs raise on the filter's."""
     if finish == "tool_calls" and has_calls:
         return "function_call" if legacy else "tool_calls"
+    if finish == "refusal" and has_refused:
+        return "stop"
     return FINISHES_IN_CHAT.get(finish, "stop")
 
 
@@ -2808,6 +2816,7 @@ class ChatParser(Parser):
             return []
         if event.data.strip() == b"[DONE]":
             self.ended = True
+            self._finish = self._finish or "length"  # nobody said that it is whole
             return self.finish()
         return self.read(self.parse(event), "delta")
 
@@ -2857,8 +2866,10 @@ class ChatParser(Parser):
                 self.keep(len(encode_json(about)))
                 self._early.append(parse_citation(about))
         calls = list_of_objects(delta, "tool_calls")
-        if isinstance(delta.get("function_call"), dict):
-            calls.append({"index": len(calls), "function": delta["function_call"]})
+        old = part_of(delta, "function_call")
+        if old and all(part_of(call, "function").get("arguments") != old.get("arguments")
+                       for call in calls):  # some servers tell a call in both ways
+            calls.append({"index": len(calls), "function": old})
         for call in calls:
             events += self._read_call(call)
         self._has_refused = self._has_refused or bool(delta.get("refusal"))
@@ -2941,6 +2952,7 @@ class ChatRenderer(Renderer):
         self._ends = [0]  # of the blocks in the content, after a first end at its start
         self._citations: List[CitationDelta] = []
         self._calls = 0
+        self._has_refused = False
         self._thinking: List[Thinking] = []
         self._thought: List[str] = []
 
@@ -2969,7 +2981,9 @@ class ChatRenderer(Renderer):
             say = DeltaTemplate(lambda text: self._chunk({"reasoning_content": text}))
             self._say = lambda text: say(self._keep(text))
             return b""
-        key = "refusal" if isinstance(block, Text) and block.is_refusal else "content"
+        is_refusal = isinstance(block, Text) and block.is_refusal
+        self._has_refused = self._has_refused or is_refusal
+        key = "refusal" if is_refusal else "content"
         self._say = DeltaTemplate(lambda text: self._chunk({key: text}))
         return b""
 
@@ -3013,7 +3027,8 @@ class ChatRenderer(Renderer):
         if event.refusal:
             out += self._chunk({"refusal": event.refusal})
         self._base.update(without_none(service_tier=event.service_tier))
-        finish = chat_finish(event.finish, self._calls > 0, self._chat.legacy_functions)
+        finish = chat_finish(event.finish, self._calls > 0, self._chat.legacy_functions,
+                             self._has_refused)
         out += self._chunk({}, finish)
         if self._chat.include_usage:
             usage = render_openai_usage(event.usage, CHAT_USAGE)
@@ -3969,7 +3984,7 @@ def render_answer_block(block: Block, chat: Chat) -> Iterator[JSON]:
             block if chat.shows_thinking else block.but(text=""))
     elif isinstance(block, ToolCall):
         yield {"type": "tool_use", "id": carried_id(block), "name": block.name,
-               "input": call_arguments(block)}
+               "input": call_arguments(block), "caller": {"type": "direct"}}
 
 
 def render_text_block(block: Text) -> JSON:
@@ -4693,7 +4708,7 @@ class ResponsesParser(ItemParser):
                 events += self.item_done({"item": item})
         reason = text_of(part_of(about, "incomplete_details"), "reason")
         finish = "tool_calls" if self._calls else "refusal" if self._has_refused else "stop"
-        if wire.get("type") == "response.incomplete":
+        if "incomplete" in (about.get("status"), text_of(wire, "type")[len("response."):]):
             finish = {"content_filter": "filter", "steered": "stop"}.get(reason, "length")
         return events + self.finished(finish, "", text_of(about, "service_tier"))
 
@@ -4969,6 +4984,9 @@ class GenerateContent(Dialect):
         root.need("contents", list)
         chat = Chat(root.need("model"), canonical(GeminiContents().turns(root)),
                     stream=bool(root.get("stream", bool)))
+        for turn in chat.turns:  # the SDKs' chats keep each piece of a stream as a content
+            if turn.role == "assistant":
+                turn.blocks = list(with_joined_texts(turn.blocks))
         for item in root.children("tools"):
             parse_gemini_tools(item, chat)
         chat.choice = parse_gemini_choice(root.child("toolConfig", {}), chat)
@@ -6114,7 +6132,7 @@ KINDS: Dict[str, Kind] = {
     # docs.cohere.com/docs/compatibility-api lists what it takes.
     "cohere": like_openai("https://api.cohere.ai/compatibility/v1", rename=OLD_FIELD, drop=(
         "parallel_tool_calls", "logit_bias", "top_logprobs", "n", "store", "metadata")),
-    **{name: LOCAL._replace(base_url=f"http://127.0.0.1:{port}/v1", version="/v1")
+    **{name: LOCAL._replace(base_url=f"http://127.0.0.1:{port}/v1", version="/v1", rename=OLD_FIELD)
        for name, port in (("ollama", 11434), ("vllm", 8000), ("lmstudio", 1234),
                           ("llamacpp", 8080))},
 }
@@ -8968,13 +8986,13 @@ class Gateway:
             fields = [*retry, *exchange.lost_fields, ("content-type", "text/event-stream")]
             return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(exchange, answer))  # 502
+        exchange.usage = wire.usage_in(told)  # also of what cannot be read
         try:
             reply = wire.parse_reply(told, rewrites)
         except GatewayError as error:  # an error under a 200
             error = translated(error, route.provider)
             raise error from error.__cause__
         reply.model = chat.model
-        exchange.usage = wire.usage_in(told)
         if not exchange.usage:
             self.estimate(exchange, wire.count_content(told))
         self.count_lost(rewrites.lost, route)
@@ -9079,8 +9097,8 @@ class Gateway:
                 raise key_refused(failure.status) if failure.status in (401, 402) else failure
         except BaseException as error:
             stream.close()
-            if isinstance(error, GatewayError):  # nothing was generated
-                exchange.usage = None
+            if isinstance(error, GatewayError) and not stream.has_content():
+                exchange.usage = None  # nothing was generated
             raise
         if exchange.is_array:
             fields = [JSON_TYPE, *(field for field in fields if field[0] != "content-type")]
@@ -9340,6 +9358,9 @@ class ProviderStream(Stream, Generic[Tally]):
         self.first += self.feed(piece)
         return not self.ended and len(self.first) < MAX_READ_BYTES and (
             COMMENTS.fullmatch(self.first) is not None)
+
+    def has_content(self) -> bool:
+        return self._tally.content_bytes > 0
 
     def note_first_content(self) -> None:
         now = self._gateway.clock()

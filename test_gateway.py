@@ -4963,7 +4963,10 @@ def heart(client: str, body: JSON) -> tuple[Any, str]:
         return {key: value for key, value in choice["message"].items()
                 if value not in (None, "") and key != "role"}, choice["finish_reason"]
     if client == "messages":
-        return body["content"], body["stop_reason"]
+        assert all(block["caller"] == {"type": "direct"} for block in body["content"]
+                   if block["type"] == "tool_use")  # whom the SDKs of some languages need
+        return [{key: value for key, value in block.items() if key != "caller"}
+                for block in body["content"]], body["stop_reason"]
     if client == "responses":
         items = [{key: value for key, value in item.items() if key not in ("id", "status")}
                  for item in body["output"]]
@@ -5091,7 +5094,7 @@ SEEN: list[tuple[str, str, JSON, dict[str, tuple[Any, str]]]] = [
         typed("summary_text", text="abc"), typed("summary_text", text="def")])), {
         "chat": ({"reasoning_content": "abc\n\ndef"}, "stop")}),
     ("8.5 Responses, refusal", "responses", responded(refused("Never")), {
-        "messages": ([text("Never")], "refusal"), "chat": ({"refusal": "Never"}, "content_filter"),
+        "messages": ([text("Never")], "refusal"), "chat": ({"refusal": "Never"}, "stop"),
         "gemini": ([{"text": "Never"}], "SAFETY")}),
 ]
 
@@ -5132,6 +5135,25 @@ def test_a_citation_of_geminis_names_its_part(
     cited = told.blocks[block]
     assert isinstance(cited, Text)
     assert cited.citations == [{"url": "https://a", "title": "A", "start": start, "end": end}]
+
+
+def test_the_pieces_of_an_answer_that_come_back_are_one_text() -> None:
+    """The SDKs' chats keep each chunk of a stream as a content of its own."""
+    said_ = [turn("Hi", role="user"),
+             *(turn(text_, role="model") for text_ in ("First.", "\n\n", "Second.")),
+             turn("And?", role="user"), turn("a", ran("f", "c"), "b", role="model")]
+    asked = gateway.DIALECTS["gemini"].parse_request({"model": "m", "contents": said_}, Losses())
+    assert asked.turns[1].blocks == [Text(text="First.\n\nSecond.")]
+    assert [type(block) for block in asked.turns[3].blocks] == [Text, ToolCall, Text]
+
+
+def test_a_responses_stream_that_completes_incompletely_is_cut() -> None:
+    """As vLLM tells it."""
+    last = responded(spoke("a"), status="incomplete",
+                     incomplete_details={"reason": "max_output_tokens"})
+    told = chat_parsed("responses", [event(typed(f"response.{name}", response=last))
+                                     for name in ("created", "completed")])
+    assert gateway.collect(told).finish == "length"
 
 
 def test_citations_stand_in_the_text_that_geminis_clients_see() -> None:
@@ -6168,7 +6190,10 @@ CHAT_ODD: dict[str, tuple[bytes, list[Block], str]] = {
                 [Text(text="No", is_refusal=True)], "refusal"),
     "filter": (chat_stream({"content": "a"}, finish="content_filter"), [Text(text="a")], "filter"),
     "finish unknown": (chat_stream({"content": "a"}, finish="eos"), [Text(text="a")], "stop"),
-    "finish null": (chat_stream({"content": "a"}, finish=None), [Text(text="a")], "stop"),
+    "finish null": (chat_stream({"content": "a"}, finish=None), [Text(text="a")], "length"),
+    "a call in both ways": (chat_stream(*(
+        {"function_call": {"name": name, "arguments": piece}, **calls(part(0, piece, "a", name))}
+        for name, piece in (("f", "{"), ("f", "}")))), [made("a")], "tool_calls"),
     "length with a call": (chat_stream(calls(part(0, "{}", "a", "f")), finish="length"),
                            [made("a")], "length"),
     "nulls and more": (
@@ -6313,6 +6338,33 @@ def test_words_of_an_error_reach_another_dialects_client(
     answer_ = gate.call(chat())
     assert (answer_.status, answer_.error["type"]) == (503, kind)
     assert words in answer_.error["message"]
+
+
+@pytest.mark.parametrize("words", [
+    "prompt is too long: 9 tokens", "The input token count (9) exceeds the maximum",
+    "This model's maximum context length is 512 tokens. However, your prompt contains 513.",
+    "request (1221 tokens) exceeds the available context size (256 tokens), try increasing it"])
+def test_a_prompt_that_is_too_long_is_known_in_several_providers_words(words: str) -> None:
+    error = CHAT.parse_error({"message": words, "type": "BadRequestError", "code": 400}, 400)
+    assert error.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("client", ["messages", "gemini"])
+def test_an_answer_that_cannot_be_read_is_paid_for(
+        gate_for: Any, client: str, stream: bool) -> None:
+    bad = {"id": "c", "function": {"name": "f", "arguments": "true"}}
+    body = gateway.dump_json(completion("tool_calls", tool_calls=[bad]))
+    told = streamed(chat_piece(tool_calls=[{"index": 0, **bad}]), event({
+        "choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}), DONE)
+    gate = gate_for(always(told if stream else reply(body)), provider={"wire": "chat"})
+    path = PATH_OF.get(client) or "/v1beta/models/house:generateContent"
+    asked = asking(client) if stream else request(gateway.dump_json({
+        "model": "house", "max_tokens": 9, "messages": [user("Hi")]} if client == "messages" else {
+        "contents": [turn("Hi", role="user")]}), path=path)
+    gate.client().send(asked).answer()
+    line = gate.access()
+    assert line["status"] == "502" and line["usage"] == ("estimated" if stream else "reported")
 
 
 def test_what_sdks_key_on_in_an_error_is_told() -> None:
@@ -10930,6 +10982,8 @@ def test_who_brings_his_own_authorization_speaks_the_providers_dialect(gate_for:
      '{"model":"gpt-real","x":1.0 }', "logprobs"),
     ("mistral", '{"max_completion_tokens": 5 ,"model": "house","messages": []}',
      '{"model": "gpt-real","messages": [],"max_tokens":5}', ""),
+    ("ollama", '{"max_completion_tokens": 5 ,"model": "house","messages": []}',
+     '{"model": "gpt-real","messages": [],"max_tokens":5}', ""),
     ("mistral", '{"model": "house","stream": true,"x": 1.0}',
      '{"model": "gpt-real","stream": true,"x": 1.0}', ""),
     ("perplexity", '{"tools": [1], "model":"house", "stream":true, "stream_options": {}}',
@@ -10947,7 +11001,7 @@ def test_who_brings_his_own_authorization_speaks_the_providers_dialect(gate_for:
      '{"a": {"g":2}, "model": "gpt-real","d":{"e":3},"f":[1]}', "a.b"),
     ({"kind": "vllm", "drop": ["stream_options"]}, '{"model":"house","stream":true}',
      '{"model":"gpt-real","stream":true}', ""),
-], ids=range(11))
+], ids=range(12))
 def test_a_kinds_row_and_the_config_change_a_passed_body(
         gate_for: Any, kind: Any, sent: str, went: str, lost: str) -> None:
     answered = streamed(STREAMED) if '"stream":' in sent else reply()

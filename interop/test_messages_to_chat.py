@@ -762,9 +762,11 @@ ANSWERS: dict[str, tuple[JSON, JSON, list[JSON], str]] = {
 }
 
 
-def without_nulls(block: JSON) -> JSON:
-    """Leave out what an answer need not say of a block."""
-    return {key: value for key, value in block.items() if value is not None}
+def plain(block: JSON) -> JSON:
+    """Leave out what an answer need not say of a block, and who calls a tool, which it must."""
+    caller = {"type": "direct"} if block["type"] == "tool_use" else None
+    assert block.get("caller") == caller
+    return {key: value for key, value in block.items() if value is not None and key != "caller"}
 
 
 @pytest.mark.parametrize("model", ROUTES)
@@ -780,7 +782,7 @@ def test_an_answer_becomes_one_of_anthropics(
 ) -> None:
     upstream.script(wire.answer(told))
     message = ask(model=model, **params)
-    assert [without_nulls(block.to_dict()) for block in message.content] == wanted
+    assert [plain(block.to_dict()) for block in message.content] == wanted
     assert (message.stop_reason, message.stop_sequence, message.model) == (stop, None, model)
     assert (message.type, message.role, bool(message.id)) == ("message", "assistant", True)
     assert ask.headers["request-id"] == "req_upstream"
@@ -929,7 +931,7 @@ ODD_STREAMS: dict[str, tuple[list[JSON], list[JSON], str]] = {
                            "end_turn"),
     "end with the text": ([chunk("stop", content="Yes.")], [text("Yes.")], "end_turn"),
     "unknown end": ([chunk(content="Yes."), chunk("eos")], [text("Yes.")], "end_turn"),
-    "no end named": ([chunk(content="Yes.")], [text("Yes.")], "end_turn"),
+    "no end named": ([chunk(content="Yes.")], [text("Yes.")], "max_tokens"),
     "a chunk without choices": (
         [{**TOLD, "choices": []}, chunk(content="Yes."), chunk("stop")],
         [text("Yes.")],
@@ -946,7 +948,7 @@ def test_odd_streams_are_read(
     upstream.script(sse_reply([*told, "[DONE]"], "whole", named=False))
     message = ask(model="home", **ASKED, **TOOLS)
     key = "type", "text"
-    blocks = [without_nulls(block.to_dict()) for block in message.content]
+    blocks = [plain(block.to_dict()) for block in message.content]
     assert sorted(blocks, key=lambda block: block["type"] == key[1]) == sorted(
         wanted, key=lambda block: block["type"] == key[1]
     )

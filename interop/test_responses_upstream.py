@@ -652,7 +652,7 @@ CHAT_ANSWERS: dict[str, tuple[JSON, JSON]] = {
     "filter": (wire.incomplete("content_filter"), {"finish": "content_filter"}),
     "refusal": (
         wire.response(message(refusal("No."))),
-        {"refusal": "No.", "finish": "content_filter"},
+        {"refusal": "No.", "finish": "stop"},
     ),
     "calls": (
         wire.response(message("I look."), *CALLS),
