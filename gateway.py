@@ -6066,7 +6066,8 @@ GEMINI = {"gemini": "/models/{model}:generateContent",
           "gemini stream": "/models/{model}:streamGenerateContent?alt=sse",
           **{name: f"/models/{{model}}{name}" for name in (
               ":countTokens", ":embedContent", ":batchEmbedContents")}}
-AZURE = "/openai/deployments/"  # so do Azure's clients ask, with the model's name behind it
+DEPLOYMENTS = "/openai/deployments/"  # so do Azure's clients ask, with the model's name behind it
+AZURE = ("/openai/responses", "/openai/models")  # and so for these, with a version in the query
 # The newer 2026-10-21 answers 400 to sampling parameters and to documents of the assistant's.
 ANTHROPIC_VERSION = ("anthropic-version", "2023-06-01")
 
@@ -8795,7 +8796,7 @@ class Gateway:
         try:
             head = request.head
             name, methods = find_route(head.path, head.method)
-            if not methods and head.path.startswith(AZURE):
+            if not methods and is_azures(head):
                 head = request.head = plain_head(head, exchange)
                 name, methods = find_route(head.path, head.method)
             elif not methods and (self.router.is_provider(head.path[1:].partition("/")[0])
@@ -9554,9 +9555,16 @@ def find_route(path: str, method: str) -> Tuple[str, Dict[str, Handler]]:
     return ROUTES.get(path, ("", {}))
 
 
+def is_azures(head: RequestHead) -> bool:
+    return head.path.startswith(DEPLOYMENTS) or (
+        head.path.startswith(AZURE) and "api-version=" in head.query)
+
+
 def plain_head(head: RequestHead, exchange: Exchange) -> RequestHead:
-    """Azure's paths name the model."""
-    asked = head.path[len(AZURE):]
+    """As other clients ask. The paths of deployments name the model."""
+    if not head.path.startswith(DEPLOYMENTS):
+        return head._replace(path=f"/v1/{head.path.split('/', 2)[2]}")
+    asked = head.path[len(DEPLOYMENTS):]
     path = next((path for path in CHAT.values() if asked.endswith(path)), "")
     exchange.model = asked[:-len(path)] if path else asked.partition("/")[0]
     return head._replace(path=f"/v1{path}" if path else f"/v1/{asked.partition('/')[2]}")

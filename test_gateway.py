@@ -10917,6 +10917,18 @@ def test_azures_clients_name_the_model_in_the_path(gate_for: Any, kind: str, sen
     assert gate.access()["model"] == "house" and b"house" not in got.body
 
 
+def test_azures_clients_ask_for_the_rest_with_a_version(gate_for: Any) -> None:
+    """Which is no provider that is named `openai`, past aliases and what a key may use."""
+    gate = gate_for(always(reply()))
+    body = b'{"model": "house", "input": "Hi"}'
+    gate.call(body, path="/openai/responses?api-version=2025-03-01-preview")
+    got = gate.upstream.requests.get(timeout=WAIT)
+    assert got.line.split()[1] == "/v1/responses" and b'"gpt-real"' in got.body
+    listed = json.loads(gate.get("/openai/models?api-version=2025-03-01-preview").body)["data"]
+    assert "house" in [model["id"] for model in listed]
+    assert gate.call(body, path="/openai/responses").status == 403
+
+
 def test_azures_stream_is_a_boolean_too(gate_for: Any) -> None:
     answer_ = gate_for().call(chat(stream="yes"), path="/openai/deployments/house/chat/completions")
     assert (answer_.status, answer_.error["param"]) == (400, "stream")
