@@ -8068,6 +8068,12 @@ FOREVER = float("inf")
 INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # to switch protocols is a last answer
 
 
+# What forgets silent connections after minutes (NATs, load balancers) hears of them, as of Go's.
+KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
+    (socket.IPPROTO_TCP, getattr(socket, name), 15)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL") if hasattr(socket, name))]
+
+
 class Outbox:
     """What is written in one turn of the loop goes out together at the start of the next. Who is
     sent something must be woken, and the sender pays for it: a peer that is awake already costs
@@ -8133,6 +8139,10 @@ class Wire(asyncio.Protocol):
         # asyncio reads into 256 KiB, which malloc maps and unmaps anew for each read.
         if hasattr(transport, "max_size"):
             transport.max_size = MAX_READ_BYTES
+        sock = transport.get_extra_info("socket")
+        if sock.family != socket.AF_UNIX:
+            for level, name, value in KEEPALIVE:
+                sock.setsockopt(level, name, value)
 
     def data_received(self, data: bytes) -> None:
         self.fed += len(data)

@@ -9585,6 +9585,16 @@ def test_slow_clients(gate_for: Any, sent: bytes, what: str) -> None:
     assert gate.upstream.connects == 0
 
 
+def test_silent_connections_are_kept_in_mind(gate_for: Any) -> None:
+    gate = gate_for([READ, GO])
+    gate.client().send(request(chat()))
+    gate.upstream.requests.get(timeout=WAIT)
+    wires = [*gate.server._clients, *gate.gateway.pool._open]
+    kept = [wire.transport.get_extra_info("socket").getsockopt(
+        socket.SOL_SOCKET, socket.SO_KEEPALIVE) for wire in wires]
+    assert len(kept) == 2 and all(kept)
+
+
 def test_tls_on_a_plain_port_is_refused_at_once(gate_for: Any) -> None:
     client = gate_for().client().send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
     assert client.answer().status == 400 and client.is_closed()
