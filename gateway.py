@@ -2816,7 +2816,8 @@ class ChatParser(Parser):
             return []
         if event.data.strip() == b"[DONE]":
             self.ended = True
-            self._finish = self._finish or "length"  # nobody said that it is whole
+            if not (self._finish or self._calls):
+                self._finish = "length"  # nobody said that it is whole
             return self.finish()
         return self.read(self.parse(event), "delta")
 

@@ -6191,6 +6191,8 @@ CHAT_ODD: dict[str, tuple[bytes, list[Block], str]] = {
     "filter": (chat_stream({"content": "a"}, finish="content_filter"), [Text(text="a")], "filter"),
     "finish unknown": (chat_stream({"content": "a"}, finish="eos"), [Text(text="a")], "stop"),
     "finish null": (chat_stream({"content": "a"}, finish=None), [Text(text="a")], "length"),
+    "finish null with a call": (
+        chat_stream(calls(part(0, "{}", "a", "f")), finish=None), [made("a")], "tool_calls"),
     "a call in both ways": (chat_stream(*(
         {"function_call": {"name": name, "arguments": piece}, **calls(part(0, piece, "a", name))}
         for name, piece in (("f", "{"), ("f", "}")))), [made("a")], "tool_calls"),
