@@ -2142,7 +2142,8 @@ class ChatCompletions(Dialect):
     """OpenAI's Chat Completions (platform.openai.com/docs/api-reference/chat)."""
 
     name, history = "chat", "messages"
-    last_event = 'its [DONE] ("done": false in the config is for those who never send it)'
+    # Not by its name, which some clients take for the end itself.
+    last_event = 'its last event ("done": false in the config is for those who send none)'
     plain_fields = (
         ("max_completion_tokens", "max_tokens", int), ("max_tokens", "max_tokens", int),
         ("temperature", "temperature", NUMBER), ("top_p", "top_p", NUMBER), ("top_k", "top_k", int),

@@ -2471,6 +2471,7 @@ def test_a_stream_without_its_end_is_an_error(name: str) -> None:
     for end in (0, len(events[0]), last):
         with pytest.raises(GatewayError, match="cut the stream") as caught:
             chat_parsed(name, [stream[:end]])
+        assert "[DONE]" not in caught.value.message
         assert (caught.value.status, caught.value.provider_error) == (502, "stream_error")
 
 
