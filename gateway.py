@@ -671,6 +671,7 @@ class Caps:
     default_effort: str = "none"
     chat_tools: str = "yes"  # tools in Chat Completions; "idle": while effort is none
     max_stops: int = 4
+    top_k: bool = False  # in OpenAI's wires
     short_ids: bool = False  # of calls: nine letters and digits
     needs_thoughts: bool = False  # of its own, with the calls that followed them
 
@@ -2551,7 +2552,9 @@ class OpenAIRequest(RequestWriter):
                 self.wire[name] = value
             elif value not in (None, 1):
                 self.losses.drop(name)
-        if self.chat.top_k is not None:
+        if self.chat.top_k is not None and caps.top_k:
+            self.wire["top_k"] = self.chat.top_k
+        elif self.chat.top_k is not None:
             self.losses.drop("top_k")
 
     def checked_user(self) -> str | None:
@@ -6135,7 +6138,9 @@ KINDS: Dict[str, Kind] = {
     # docs.cohere.com/docs/compatibility-api lists what it takes.
     "cohere": like_openai("https://api.cohere.ai/compatibility/v1", rename=OLD_FIELD, drop=(
         "parallel_tool_calls", "logit_bias", "top_logprobs", "n", "store", "metadata")),
-    **{name: LOCAL._replace(base_url=f"http://127.0.0.1:{port}/v1", version="/v1", rename=OLD_FIELD)
+    # They take what they are given, but for the newer name; one of them ignores top_k.
+    **{name: LOCAL._replace(base_url=f"http://127.0.0.1:{port}/v1", version="/v1", rename=OLD_FIELD,
+                            caps=Caps(max_stops=64, top_k=name != "ollama"))
        for name, port in (("ollama", 11434), ("vllm", 8000), ("lmstudio", 1234),
                           ("llamacpp", 8080))},
 }
@@ -6452,8 +6457,8 @@ class Tuning:
         "default_effort": one_of(*EFFORTS), "forced_tools": one_of("yes", "refused", "auto"),
         "mid_system": FLAG, "json_schema": FLAG, "max_output": SIZE,
         "max_tokens_field": one_of("max_tokens", "max_completion_tokens"), "custom_tools": FLAG,
-        "chat_tools": one_of("yes", "idle"), "max_stops": COUNT, "short_ids": FLAG,
-        "needs_thoughts": FLAG}), {})
+        "chat_tools": one_of("yes", "idle"), "max_stops": COUNT, "top_k": FLAG,
+        "short_ids": FLAG, "needs_thoughts": FLAG}), {})
     wire: str | None = setting(one_of("chat", "responses"))
     set: JSON = setting(read_json_object, {})
     drop: Tuple[str, ...] = setting(list_of(TEXT), ())

@@ -5748,6 +5748,18 @@ def test_what_another_vendors_model_takes(kind: str, name: str, held: tuple[Any,
     assert tuple(getattr(caps, each) for each in CAPS_HELD) == held
 
 
+@pytest.mark.parametrize("kind, kept, lost", [
+    ("vllm", 40, {}), ("llamacpp", 40, {}), ("ollama", None, {"top_k": False}),
+    ("openai-compatible", None, {"top_k": False})])
+def test_local_servers_get_what_they_take(kind: str, kept: int | None, lost: Any) -> None:
+    caps, losses = gateway.find_caps(gateway.KINDS[kind], "llama-4"), Losses()
+    asked = Chat("m", [Turn("user", [Text(text="a")])], top_k=40,
+                 stop=["a"] * (4 if kind == "openai-compatible" else 9))
+    wire, _ = CHAT.render_request(asked, Target("llama-4", caps), losses)
+    assert (wire.get("top_k"), losses.names) == (kept, lost)
+    assert wire["stop"] == asked.stop
+
+
 @pytest.mark.parametrize("name, can", [
     ("gemini-2.5-flash", True), ("gemini-2.5-pro", False), ("gemini-3-flash", False),
     ("gemini-flash-latest", False)])
