@@ -188,6 +188,13 @@ class Usage:
     reasoning: int = 0
 
 
+def estimated_usage(known: Usage | None, prompt_bytes: int, content_bytes: int) -> Usage:
+    """What was not told: the prompt as its bytes / 3, the output as the bytes of content / 4."""
+    known = known or Usage()
+    return dataclasses.replace(known, input=known.input or -(-prompt_bytes // 3),
+                               output=max(known.output, -(-content_bytes // 4)))
+
+
 def count(value: object) -> int:
     if type(value) is int:  # True is none
         return value if value > 0 else 0
@@ -691,6 +698,7 @@ class Rewrites:
         self.custom: Set[str] = set()  # custom tools, by name, that went out as functions
         self.json_tool = ""  # a hidden tool whose arguments are the answer
         self.answer_id = ""  # for an answer without one
+        self.prompt_bytes = 0  # for one without usage
         self.call_ids: Set[str] = set()  # that the conversation has already
         self.lost: Set[str] = set()  # what of the answer no other dialect can say
 
@@ -1581,7 +1589,9 @@ class Parser:
         events = self.close()
         if self._broken and finish != "length":
             raise self._broken
-        return [*events, Finish(finish, self.usage or Usage(), refusal, tier)]
+        usage = self.usage or estimated_usage(
+            None, self.rewrites.prompt_bytes, self.content_bytes)
+        return [*events, Finish(finish, usage, refusal, tier)]
 
 
 MAX_KEPT_CHARACTERS = 16 << 20
@@ -9044,7 +9054,7 @@ class Gateway:
         wire = next((each for each in wires if route.wire == each.name
                      or route.wire is None and each.suits(chat, caps)), wires[-1])
         tree, rewrites = wire.render_request(chat, route.target, losses)  # 400
-        rewrites.answer_id = exchange.id
+        rewrites.answer_id, rewrites.prompt_bytes = exchange.id, exchange.bytes_in
         route.edits.apply(tree, losses, ours=["stream_options"])
         self.settle_losses(exchange, route, losses)  # 400
         lines, _ = self.request_lines(exchange, route, wire.name)
@@ -9074,6 +9084,7 @@ class Gateway:
         reply.model = chat.model
         if not exchange.usage:
             self.estimate(exchange, wire.count_content(told))
+            reply.usage = exchange.usage or reply.usage
         self.count_lost(rewrites.lost, route)
         losses.names.update(dict.fromkeys(rewrites.lost, False))
         answered = dump_json(dialect.render_reply(reply, chat, created))
@@ -9220,12 +9231,7 @@ class Gateway:
         return mask(body, route.provider)
 
     def estimate(self, exchange: Exchange, content_bytes: int) -> None:
-        """Usage that the provider did not tell: the prompt as its bytes / 3, where it told
-        nothing of it, the output as the bytes of content seen / 4."""
-        known = exchange.usage or Usage()
-        exchange.usage = dataclasses.replace(
-            known, input=known.input or -(-exchange.bytes_in // 3),
-            output=max(known.output, -(-content_bytes // 4)))
+        exchange.usage = estimated_usage(exchange.usage, exchange.bytes_in, content_bytes)
         exchange.usage_from = "estimated"
 
     # ---- other endpoints ----

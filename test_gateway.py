@@ -6365,6 +6365,25 @@ def test_a_prompt_that_is_too_long_is_known_in_several_providers_words(words: st
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_client_is_told_the_usage_that_is_counted(gate_for: Any, stream: bool) -> None:
+    """Where the provider tells none: agents make room by it."""
+    told = streamed(chat_piece(content="abcdefgh"), event({
+        "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), DONE)
+    body = gateway.dump_json({**completion(content="abcdefgh"), "usage": None})
+    gate = gate_for(always(told if stream else reply(body)), provider={"wire": "chat"})
+    sent = gateway.dump_json({"model": "house", "max_tokens": 9, "messages": [user("Hi")],
+                              "stream": stream})
+    answer_ = gate.client().send(request(sent, path=MESSAGES)).answer().body
+    usage = json.loads(answer_)["usage"] if not stream else next(
+        each["usage"] for each in map(json.loads, re.findall(rb"data: (.*)", answer_))
+        if each["type"] == "message_delta")
+    line = gate.access()
+    assert line["usage"] == "estimated" and int(line["prompt_tokens"]) == -(-len(sent) // 3)
+    assert {name: str(usage[f"{name}_tokens"]) for name in ("input", "output")} == {
+        "input": line["prompt_tokens"], "output": line["completion_tokens"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("client", ["messages", "gemini"])
 def test_an_answer_that_cannot_be_read_is_paid_for(
         gate_for: Any, client: str, stream: bool) -> None:
