@@ -786,6 +786,10 @@ def joined_texts(texts: Iterable[Text]) -> Text:
     return whole
 
 
+def is_refusal(block: Block) -> bool:
+    return isinstance(block, Text) and block.is_refusal
+
+
 def is_empty(block: Block) -> bool:
     """Whether it is a text, or a document, that says nothing."""
     if isinstance(block, Document):
@@ -2996,9 +3000,8 @@ class ChatRenderer(Renderer):
             say = DeltaTemplate(lambda text: self._chunk({"reasoning_content": text}))
             self._say = lambda text: say(self._keep(text))
             return b""
-        is_refusal = isinstance(block, Text) and block.is_refusal
-        self._has_refused = self._has_refused or is_refusal
-        key = "refusal" if is_refusal else "content"
+        self._has_refused = self._has_refused or is_refusal(block)
+        key = "refusal" if is_refusal(block) else "content"
         self._say = DeltaTemplate(lambda text: self._chunk({key: text}))
         return b""
 
@@ -4723,7 +4726,7 @@ class ResponsesParser(ItemParser):
                 events += self.item_done({"item": item})
         reason = text_of(part_of(about, "incomplete_details"), "reason")
         finish = "tool_calls" if self._calls else "refusal" if self._has_refused else "stop"
-        if "incomplete" in (about.get("status"), text_of(wire, "type")[len("response."):]):
+        if wire.get("type") == "response.incomplete" or about.get("status") == "incomplete":
             finish = {"content_filter": "filter", "steered": "stop"}.get(reason, "length")
         return events + self.finished(finish, "", text_of(about, "service_tier"))
 
@@ -4777,7 +4780,7 @@ class ResponsesRenderer(Renderer):
 
     def _block_start(self, event: BlockStart) -> bytes:
         block = self._open = event.block.but()
-        self._has_refused = self._has_refused or isinstance(block, Text) and block.is_refusal
+        self._has_refused = self._has_refused or is_refusal(block)
         self._pieces, self._cited = [], []
         item = self._item(block)
         item.update({key: first for key, first in (
@@ -4821,8 +4824,7 @@ class ResponsesRenderer(Renderer):
             return "reasoning_summary_text", {"summary_index": 0}
         if isinstance(block, ToolCall):
             return ("custom_tool_call_input" if block.is_custom else "function_call_arguments"), {}
-        is_refusal = isinstance(block, Text) and block.is_refusal
-        return "refusal" if is_refusal else "output_text", {"content_index": 0}
+        return "refusal" if is_refusal(block) else "output_text", {"content_index": 0}
 
     def _part(self, block: Block, text: str) -> JSON:
         """{} where an item has none."""
@@ -8085,8 +8087,11 @@ FOREVER = float("inf")
 INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # to switch protocols is a last answer
 
 
-# What forgets silent connections after minutes (NATs, load balancers) hears of them, as of Go's.
-KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
+# Without the first each event of a stream waits for the one before to be acknowledged; asyncio sets
+# it only where a socket knows its protocol, as accepted ones do not. The others, as Go's: NATs and
+# load balancers forget a connection that is silent for minutes.
+TCP_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+               (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
     (socket.IPPROTO_TCP, getattr(socket, name), 15)
     for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL") if hasattr(socket, name))]
 
@@ -8158,8 +8163,8 @@ class Wire(asyncio.Protocol):
             transport.max_size = MAX_READ_BYTES
         sock = transport.get_extra_info("socket")
         if sock.family != socket.AF_UNIX:
-            for level, name, value in KEEPALIVE:
-                sock.setsockopt(level, name, value)
+            for option in TCP_OPTIONS:
+                sock.setsockopt(*option)
 
     def data_received(self, data: bytes) -> None:
         self.fed += len(data)
@@ -8570,9 +8575,11 @@ class Pool:
         try:
             transport.write(f"CONNECT {target} HTTP/1.1\r\nhost: {target}\r\n"
                             f"{proxy.credentials}\r\n".encode())
-            found = re.match(rb"HTTP/1\.[01] (\d{3})", await connection.read_head())
-            if not found or found[1][:1] != b"2":
-                raise OSError(f"the proxy answered {found[1].decode() if found else 'no HTTP'}")
+            line = (await connection.read_head()).partition(b"\r\n")[0].decode("latin-1")
+            found = STATUS_LINE.fullmatch(line)
+            status = found[2] if found else "no HTTP"
+            if not status.startswith("2"):
+                raise OSError(f"the proxy answered {status}")
             secure = await asyncio.get_running_loop().start_tls(
                 transport, connection, self.tls, server_hostname=origin.host)
             connection.connection_made(cast(asyncio.Transport, secure))
@@ -9083,8 +9090,7 @@ class Gateway:
             raise error from error.__cause__
         reply.model = chat.model
         if not exchange.usage:
-            self.estimate(exchange, wire.count_content(told))
-            reply.usage = exchange.usage or reply.usage
+            reply.usage = self.estimate(exchange, wire.count_content(told))
         self.count_lost(rewrites.lost, route)
         losses.names.update(dict.fromkeys(rewrites.lost, False))
         answered = dump_json(dialect.render_reply(reply, chat, created))
@@ -9230,9 +9236,10 @@ class Gateway:
             raise key_refused(answer.status)
         return mask(body, route.provider)
 
-    def estimate(self, exchange: Exchange, content_bytes: int) -> None:
-        exchange.usage = estimated_usage(exchange.usage, exchange.bytes_in, content_bytes)
-        exchange.usage_from = "estimated"
+    def estimate(self, exchange: Exchange, content_bytes: int) -> Usage:
+        usage = estimated_usage(exchange.usage, exchange.bytes_in, content_bytes)
+        exchange.usage, exchange.usage_from = usage, "estimated"
+        return usage
 
     # ---- other endpoints ----
 
@@ -9963,11 +9970,6 @@ class Client(Wire):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(HIGH_WATER_BYTES)
-        sock = transport.get_extra_info("socket")
-        # asyncio does this only where a socket knows its protocol, as accepted ones do not; without
-        # it each event of a stream waits for the one before to be acknowledged.
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.task = asyncio.get_running_loop().create_task(self._server.serve_connection(self))
 
     async def read_head(self) -> bytes:
@@ -10025,7 +10027,7 @@ class Client(Wire):
         elif self.written - unsent != self._sent or self._write_deadline == FOREVER:
             self._sent, self._write_deadline = self.written - unsent, now + seconds
         elif now >= self._write_deadline:
-            self.transport.abort()
+            self.cut()
             self.leave()
 
     def cut(self) -> None:
@@ -10797,7 +10799,7 @@ def load_config(named: str) -> Tuple[Config, PriceLists]:
     """The config, its warnings printed, and the prices. Raises ConfigError."""
     path, text = read_config(named)
     config = parse_config(text, path, os.environ, read_text)
-    parse_proxy(os.environ)
+    parse_proxy(os.environ)  # for its errors, told before a port is opened
     prices = load_prices(config, path)
     for warning in config.warnings:
         say(warning, 2)

@@ -9767,6 +9767,15 @@ def test_a_client_that_never_reads_is_cut_off(gate_for: Any, stream: bool) -> No
         client.answer()
 
 
+def test_an_old_client_that_never_reads_sees_no_end(gate_for: Any) -> None:
+    gate = gate_for([READ, STREAM_HEAD + chunks(FIRST), flood(50)], timeouts={"write": 0.2})
+    client = gate.client(4096).send(request(chat(True), version="HTTP/1.0"))
+    assert gate.access()["status"] == "499"
+    gate.gateway.pool.close()
+    with pytest.raises(ConnectionResetError):
+        client.file.read()
+
+
 def test_a_client_that_reads_slowly_is_not(gate_for: Any) -> None:
     body = json.dumps({"x": "y" * (8 << 20)}).encode()
     gate = gate_for([READ, reply(body)])
