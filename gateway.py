@@ -7443,6 +7443,7 @@ TRAILERS = re.compile(rb"(?:%b\r\n)*\r\n" % FIELD.pattern.encode("latin-1"))
 HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=:\[\]%-]*")
 ABSOLUTE_FORM = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*(.*)")
 DIGITS = re.compile(r"[0-9]{1,15}")
+PLAIN_CHUNK_LINE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
 # RFC 9110, section 7.6.1: these speak of one connection only.
@@ -7613,20 +7614,30 @@ class ChunkedFraming(Framing):
         while at < len(data) and not self.done:
             if self._left:
                 end = at + self._left
-                if data.startswith(b"\r\n", end - 2) and end - 2 >= at:  # as nearly always
-                    pieces.append(data[at:end - 2])
-                    self._left = 0
-                else:
-                    pieces.append(self._take(data[at:end]))
+                pieces.append(self._take(data[at:end]))
                 at = end
             elif self._in_trailers:
                 at = self._end_trailers(data, at)
             elif data.startswith(LAST_CHUNK, at):
                 at, self.done = at + len(LAST_CHUNK), True
             else:
-                at = self._open_chunk(data, at)
+                start, at = at, self._take_whole(data, at, pieces)
+                at = at if at > start else self._open_chunk(data, at)
         self.rest = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take_whole(self, data: bytes, at: int, pieces: List[bytes]) -> int:
+        """The chunks that are plain and here to their ends, as nearly always."""
+        found = PLAIN_CHUNK_LINE.match(data, at)
+        while found:
+            start = found.end()
+            end = start + int(found[1], 16)
+            if not data.startswith(b"\r\n", end):
+                break
+            pieces.append(data[start:end])
+            at = end + 2
+            found = PLAIN_CHUNK_LINE.match(data, at)
+        return at
 
     def _take(self, piece: bytes) -> bytes:
         """Of a chunk that is still arriving, or whose end is no CRLF."""
