@@ -6908,11 +6908,10 @@ class Keyring:
     def knows(self, key: str) -> bool:
         return digest(key) in self._apps
 
-    def authenticate(self, headers: Mapping[str, str], now: float, query: str = "") -> App:
-        """The app whose key the request carries; `now` in unix seconds. Raises 401."""
-        presented = presented_keys(headers, query)
+    def authenticate(self, presented: Sequence[bytes], now: float) -> App:
+        """The app of the first digest that is a key's; `now` in unix seconds. Raises 401."""
         for key in presented:
-            app = self._apps.get(digest(key))
+            app = self._apps.get(key)
             if app is not None and now < app.expires:
                 return app
         message = ("The API key is not valid." if presented else
@@ -7455,8 +7454,11 @@ HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy
                         "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"])
 
 
-class RequestHead(NamedTuple):
-    """A request's head. `length` is its body's, None where the body is chunked."""
+@dataclass(frozen=True, eq=False)
+class RequestHead:
+    """A request's head. Clients say the same again and again: HeadParser remembers it, and what
+    follows from it is worked out once. `length` is its body's, None where the body is chunked; a
+    head that is remembered tells none."""
 
     method: str
     path: str  # percent-decoded, without the query
@@ -7464,11 +7466,24 @@ class RequestHead(NamedTuple):
     is_http10: bool
     headers: Headers
     length: int | None
+    _passing: Dict[FrozenSet[str], str] = field(default_factory=dict, init=False)
 
     @property
     def keeps_alive(self) -> bool:
         options = self.headers.get("connection", "").lower()
         return "keep-alive" in options if self.is_http10 else "close" not in options
+
+    @functools.cached_property
+    def keys(self) -> Tuple[bytes, ...]:
+        """The digests of all that may be a virtual key."""
+        return tuple(map(digest, presented_keys(self.headers, self.query)))
+
+    def passing_fields(self, dropped: FrozenSet[str]) -> str:
+        """The lines that go on to a provider."""
+        lines = self._passing.get(dropped)
+        if lines is None:
+            lines = self._passing[dropped] = passing_fields(self.headers, dropped)
+        return lines
 
 
 def parse_field(line: str) -> Tuple[str, str]:
@@ -7527,6 +7542,31 @@ def parse_head(head: bytes, max_target: int, max_fields: int,
                        is_http10, headers, request_length(headers, is_http10))
 
 
+LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,15})(?=\r\n)")
+KNOWN_HEADS = 256
+
+
+class HeadParser:
+    """Parses requests' heads, and remembers them without the one line that differs each time."""
+
+    def __init__(self, max_target: int, max_fields: int) -> None:
+        self._bounds = max_target, max_fields
+        self._parse = functools.partial(parse_head, known=known_fields())
+        self._recall = functools.lru_cache(maxsize=KNOWN_HEADS)(self._parse)
+
+    def parse(self, head: bytes) -> Tuple[RequestHead, int | None]:
+        """And its body's length, None for chunked. Raises as `parse_head` does."""
+        max_target, max_fields = self._bounds
+        told = LENGTH_LINE.search(head)
+        if told and len(head) <= MAX_KNOWN_BYTES and head.endswith(b"\r\n\r\n"):
+            rest = head[:told.start()] + head[told.end():]
+            known = self._recall(rest, max_target, max_fields - 1)
+            if known.length == 0 and "content-length" not in known.headers:  # told once, one way
+                return known, int(told[1])
+        parsed = self._parse(head, max_target, max_fields)
+        return parsed, parsed.length
+
+
 def origin_form(target: str) -> str:
     found = ABSOLUTE_FORM.fullmatch(target)
     if not found and target != "*":
@@ -7552,6 +7592,7 @@ class AnswerHead(NamedTuple):
     status: int
     is_http10: bool
     headers: Headers
+    fields: List[Tuple[str, str]]  # one by one
 
 
 def parse_answer_head(head: bytes, known: ParseField = parse_field) -> AnswerHead:
@@ -7561,7 +7602,7 @@ def parse_answer_head(head: bytes, known: ParseField = parse_field) -> AnswerHea
         minor, status = STATUS_LINE.fullmatch(start).groups()  # type: ignore[union-attr]
     except (ValueError, AttributeError) as error:
         raise bad_answer("The provider's answer is not HTTP.") from error
-    return AnswerHead(int(status), minor == "0", joined(fields))
+    return AnswerHead(int(status), minor == "0", joined(fields), fields)
 
 
 class Framing:
@@ -7827,22 +7868,22 @@ ANSWER_ONLY_HERE = HOP_BY_HOP | frozenset([
     "strict-transport-security", "nel", "report-to", "reporting-endpoints"])
 
 
-def names_but(dropped: FrozenSet[str], headers: Headers) -> Iterator[str]:
-    """Those of the fields that go on. What Connection names speaks of one connection too."""
+def only_here(dropped: FrozenSet[str], headers: Headers) -> FrozenSet[str]:
+    """What does not go on. What Connection names speaks of one connection too."""
     named = headers.get("connection", "").lower()
-    if named not in ("", "keep-alive", "close"):
-        dropped = dropped.union(name.strip() for name in named.split(","))
-    return itertools.filterfalse(dropped.__contains__, headers)
+    if named in ("", "keep-alive", "close"):
+        return dropped
+    return dropped.union(name.strip() for name in named.split(","))
 
 
 def field_lines(fields: Iterable[Tuple[str, str]]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in fields])
 
 
-def passing_fields(head: RequestHead, dropped: FrozenSet[str]) -> str:
-    headers = head.headers
-    return "".join([f"{name}: {headers[name]}\r\n" for name in names_but(dropped, headers)
-                    if not name.startswith(PREFIXES_ONLY_HERE)])
+def passing_fields(headers: Headers, dropped: FrozenSet[str]) -> str:
+    dropped = only_here(dropped, headers)
+    return field_lines(field for field in headers.items() if field[0] not in dropped
+                       and not field[0].startswith(PREFIXES_ONLY_HERE))
 
 
 # ==============================
@@ -8337,7 +8378,7 @@ class Answer:
     def __init__(self, connection: Connection, head: AnswerHead, max_bytes: int) -> None:
         self.connection = connection
         self.status = head.status
-        self.headers = head.headers
+        self.headers, self.fields = head.headers, head.fields
         self._max_bytes = max_bytes
         if head.status == 101:
             raise bad_answer("The provider switched protocols.")
@@ -8358,13 +8399,15 @@ class Answer:
     async def read_all(self) -> bytes:
         framing = self.framing
         if isinstance(framing, LengthFraming) and not self._inflater:
-            self._check_size(framing.left)
+            size, connection = framing.left, self.connection
+            self._check_size(size)
             try:
-                body = await self.connection.read_exactly(framing.left)
+                while len(connection.buffer) < size:
+                    await connection.more(size)
             except (EOFError, OSError) as error:
                 raise bad_answer("The provider cut its answer.") from error
             framing.left, framing.done = 0, True
-            return body
+            return connection.take(size)
         pieces: List[bytes] = []
         size = 0
 
@@ -8789,6 +8832,7 @@ class Request(Protocol):
 
     head: RequestHead
     headers: Headers
+    length: int | None  # of the body, None where it is chunked
 
     async def body(self) -> bytes: ...
 
@@ -9042,7 +9086,7 @@ class Gateway:
             return await self.open_stream(exchange, stream, fields)
         if not is_dialect and "json" not in kind:
             return Response(200, fields, stream=HandedOn(self, exchange, answer))
-        raw = await self.read_answer(exchange, answer)
+        raw = await self.read_answer(answer, exchange)
         reply = parse_answer(raw)
         if reply.get("error") and is_dialect and ANSWER_FIELDS.isdisjoint(reply):
             error = dialect.parse_error(reply["error"], 200)  # under a 200
@@ -9096,7 +9140,7 @@ class Gateway:
                 self, exchange, route, answer, parser, dialect.renderer(chat, created))
             fields = [*retry, *exchange.lost_fields, ("content-type", "text/event-stream")]
             return await self.open_stream(exchange, stream, fields)
-        told = parse_answer(await self.read_answer(exchange, answer))  # 502
+        told = parse_answer(await self.read_answer(answer, exchange))  # 502
         exchange.usage = wire.usage_in(told)  # also of what cannot be read
         try:
             reply = wire.parse_reply(told, rewrites)
@@ -9112,8 +9156,7 @@ class Gateway:
         return Response(200, [JSON_TYPE, *retry, *lost_fields(losses)], answered)
 
     def authenticate(self, exchange: Exchange, request: Request) -> App:
-        app = self.keyring.authenticate(
-            request.headers, self.log.wall_clock(), request.head.query)
+        app = self.keyring.authenticate(request.head.keys, self.log.wall_clock())
         exchange.app = app.name
         app.check_may_call((request.head.path, exchange.path), exchange.is_shared)
         return app
@@ -9160,7 +9203,7 @@ class Gateway:
             lines = lines.replace(" HTTP/1.1", f"{start}{query} HTTP/1.1", 1)
         if provider.forward_auth:
             lines += forwarded_auth(head.headers, self.keyring)
-        lines += passing_fields(head, dropped)
+        lines += head.passing_fields(dropped)
         if provider.row.headers:
             lines += default_lines(provider, head.headers)
         return with_head(lines, content)
@@ -9180,18 +9223,15 @@ class Gateway:
 
     # ---- answers ----
 
-    async def read_answer(self, exchange: Exchange, answer: Answer) -> bytes:
-        body = await self.read_body(answer)
-        exchange.came = self.clock()
-        return body
-
-    async def read_body(self, answer: Answer) -> bytes:
+    async def read_answer(self, answer: Answer, exchange: Exchange | None = None) -> bytes:
         try:
             body = await answer.read_all()
         except BaseException:
             self.pool.drop(answer.connection)
             raise
         self.pool.release(answer)
+        if exchange:
+            exchange.came = self.clock()
         return body
 
     async def open_stream(self, exchange: Exchange, stream: PassedStream | TranslatedStream,
@@ -9241,7 +9281,7 @@ class Gateway:
 
     async def read_error_body(self, exchange: Exchange, route: Route, answer: Answer) -> bytes:
         """Raises GatewayError(502) where the status is no error, or speaks of our key."""
-        body = await self.read_answer(exchange, answer)
+        body = await self.read_answer(answer, exchange)
         if not 400 <= answer.status < 600:
             raise upstream_error(502, f"The provider answered {answer.status}; only 200 is an "
                                       "answer.", "bad_answer")
@@ -9294,12 +9334,12 @@ class Gateway:
         lines, dropped = provider_lines(provider, target, method, "")
         if provider.forward_auth:
             lines += forwarded_auth(head.headers, self.keyring)
-        lines += passing_fields(head, dropped - {"content-encoding"})
+        lines += head.passing_fields(dropped - {"content-encoding"})
         lines += default_lines(provider, head.headers)
-        has_body = head.length != 0
+        has_body = request.length != 0
         if has_body or method in ("POST", "PUT", "PATCH"):
-            lines += field_lines([("transfer-encoding", "chunked") if head.length is None else
-                                  ("content-length", str(head.length))])
+            lines += field_lines([("transfer-encoding", "chunked") if request.length is None else
+                                  ("content-length", str(request.length))])
 
         async def upload(connection: Connection) -> bool:
             return await self.upload(exchange, request, connection, route.deadlines.idle)
@@ -9321,7 +9361,7 @@ class Gateway:
                      idle: float) -> bool:
         """Sends the body as it comes, no faster than the provider takes it; returns whether all of
         it went: an answer may come before its end."""
-        is_chunked = request.head.length is None
+        is_chunked = request.length is None
 
         def came(data: bytes) -> None:
             connection.buffer += data
@@ -9380,7 +9420,7 @@ class Gateway:
         told: JSON | None = None
         try:
             answer = await self.pool.send(provider, soon, [head], False, self.config.limits.answer)
-            body = (await self.read_body(answer)).strip()
+            body = (await self.read_answer(answer)).strip()
             if answer.status == 200:  # some send the list itself
                 told = json_object(b'{"data":%b}' % body if body[:1] == b"[" else body)
         except GatewayError:
@@ -9669,11 +9709,12 @@ def is_azures(head: RequestHead) -> bool:
 def plain_head(head: RequestHead, exchange: Exchange) -> RequestHead:
     """As other clients ask. The paths of deployments name the model."""
     if not head.path.startswith(DEPLOYMENTS):
-        return head._replace(path=f"/v1/{head.path.split('/', 2)[2]}")
+        return dataclasses.replace(head, path=f"/v1/{head.path.split('/', 2)[2]}")
     asked = head.path[len(DEPLOYMENTS):]
     path = next((path for path in CHAT.values() if asked.endswith(path)), "")
     exchange.model = asked[:-len(path)] if path else asked.partition("/")[0]
-    return head._replace(path=f"/v1{path}" if path else f"/v1/{asked.partition('/')[2]}")
+    return dataclasses.replace(
+        head, path=f"/v1{path}" if path else f"/v1/{asked.partition('/')[2]}")
 
 
 def target_of(base_url: str, path: str) -> str:
@@ -9783,7 +9824,8 @@ def with_head(lines: str, body: bytes) -> List[bytes]:
 
 
 def answer_fields(answer: Answer) -> List[Tuple[str, str]]:
-    return [(name, answer.headers[name]) for name in names_but(ANSWER_ONLY_HERE, answer.headers)]
+    dropped = only_here(ANSWER_ONLY_HERE, answer.headers)
+    return [field for field in answer.fields if field[0] not in dropped]
 
 
 TRANSLATED_FIELDS = ("idempotency-key", "traceparent")
@@ -10079,18 +10121,20 @@ class ClientRequest:
     """A request whose body is read when a handler asks for it, so that nobody without a valid key
     makes us hold one."""
 
-    def __init__(self, server: Server, client: Client, head: RequestHead) -> None:
+    def __init__(self, server: Server, client: Client, head: RequestHead,
+                 length: int | None) -> None:
         self.head = head
         self.headers = head.headers
+        self.length = length
         self._server = server
         self._client = client
-        self.is_read = head.length == 0
+        self.is_read = length == 0
         self._taken = 0
         self._is_begun = False
 
     async def body(self) -> bytes:
         """The whole body, decoded. Raises GatewayError 400, 408, 413, 415, 503."""
-        headers, length = self.headers, self.head.length
+        headers, length = self.headers, self.length
         coding = headers.get("content-encoding", "identity").lower()
         if coding != "identity" and coding not in CODINGS:
             known = ", ".join(CODINGS)
@@ -10105,7 +10149,10 @@ class ClientRequest:
         if length is None or length > len(client.buffer):
             self._expect_body()
         try:
-            body = await (self._read_chunked() if length is None else self._read_whole(length))
+            if length is not None and len(client.buffer) >= length == self._taken:
+                body = client.take(length)  # as nearly always
+            else:
+                body = await (self._read_chunked() if length is None else self._read_whole(length))
         except EOFError as error:
             raise ClientLeft from error
         self.is_read = True
@@ -10159,7 +10206,7 @@ class ClientRequest:
     async def pump(self, put: Callable[[bytes], Awaitable[bool]]) -> bool:
         """Hands the body on as it comes, unheld and still coded; returns whether it was whole.
         Raises GatewayError 400, 408, 413."""
-        length, limit = self.head.length, self._server.limits.upload
+        length, limit = self.length, self._server.limits.upload
         check_size("upload", length or 0, limit)
         self._is_begun = True
         self._expect_body()
@@ -10201,14 +10248,14 @@ class ClientRequest:
 
     @property
     def can_be_skipped(self) -> bool:
-        return self.is_read or (self.head.length is not None and not self._is_begun
-                                 and self.head.length <= SMALL_REST_BYTES
+        return self.is_read or (self.length is not None and not self._is_begun
+                                 and self.length <= SMALL_REST_BYTES
                                  and "expect" not in self.headers)
 
     async def skip(self) -> None:
         if not self.is_read:
             self._client.expect("body", self._server.clock(), self._server.timeouts.body)
-            await self._client.read_exactly(self.head.length or 0)
+            await self._client.read_exactly(self.length or 0)
 
 
 BODY = "request's body"
@@ -10229,7 +10276,7 @@ class Server:
         self.bodies = Budget(limits.bodies)
         self.outbox = Outbox()
         self.is_draining = False
-        self._known = known_fields()
+        self._heads = HeadParser(limits.target, limits.fields)
         self._app = app
         self._new_id = new_id
         self._wall_clock = wall_clock
@@ -10266,8 +10313,7 @@ class Server:
         """Serves one request; returns whether another may follow on this connection."""
         client.expect("keep_alive", self.clock(), self.timeouts.keep_alive)
         try:
-            head = parse_head(
-                await client.read_head(), self.limits.target, self.limits.fields, self._known)
+            head, length = self._heads.parse(await client.read_head())
         except EOFError:
             return False
         except GatewayError as error:
@@ -10275,7 +10321,7 @@ class Server:
             return False
         client.begin(head)
         client.exchange = exchange = Exchange(self._new_id(), self.clock())
-        request = ClientRequest(self, client, head)
+        request = ClientRequest(self, client, head, length)
         try:
             response = await self._app.handle(exchange, request)
             request.give_back()

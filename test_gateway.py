@@ -1212,7 +1212,7 @@ def test_no_secret_shows_in_what_is_printed_of_an_object() -> None:
     config = parsed(BASE)
     router = gateway.Router(config, lambda provider, model: None)
     ring = gateway.Keyring(config.api_keys, float)
-    app = ring.authenticate({"x-api-key": VIRTUAL_KEY}, 0.0)
+    app = ring.authenticate([gateway.digest(VIRTUAL_KEY)], 0.0)
     for thing in (config, config.providers, config.api_keys, router.resolve("fast"), app, ring,
                   vars(ring), router):
         assert "very-secret" not in f"{thing!r} {thing} {thing!a}"
@@ -1261,6 +1261,11 @@ RING = gateway.Keyring(KEYS, lambda day: calendar.timegm(time.strptime(day, "%Y-
 GOOD, ALSO = "vk-good-0123456789", "vk-also-0123456789"
 
 
+def digests(headers: dict[str, str]) -> Sequence[bytes]:
+    """Of the keys in a request's head."""
+    return gateway.RequestHead("POST", "/", "", False, headers, 0).keys
+
+
 @pytest.mark.parametrize("headers, app", [
     ({"authorization": f"Bearer {GOOD}"}, "good"), ({"authorization": f"bearer {GOOD}"}, "good"),
     ({"authorization": f"BEARER   {GOOD} "}, "good"), ({"x-api-key": GOOD}, "good"),
@@ -1284,26 +1289,27 @@ GOOD, ALSO = "vk-good-0123456789", "vk-also-0123456789"
     ({"authorization": "Bearer "}, None), ({"authorization": ""}, None), ({}, None),
 ])
 def test_who_calls(headers: dict[str, str], app: str | None) -> None:
+    keys = digests(headers)
     if app is not None:
-        assert RING.authenticate(headers, TODAY).name == app
+        assert RING.authenticate(keys, TODAY).name == app
     else:
-        assert refusal(RING.authenticate, headers, TODAY).status == 401
+        assert refusal(RING.authenticate, keys, TODAY).status == 401
 
 
 def test_an_answer_tells_nothing_of_a_key_that_is_not_taken() -> None:
-    first, *others = [vars(refusal(RING.authenticate, {"x-api-key": key}, TODAY)) for key in (
+    first, *others = [vars(refusal(RING.authenticate, [gateway.digest(key)], TODAY)) for key in (
         "nonsense", "vk-disabled-0123456789", "vk-expired-0123456789", "x" * 9999)]
     assert all(other == first for other in others)
-    error = refusal(RING.authenticate, {}, TODAY)
+    error = refusal(RING.authenticate, [], TODAY)
     assert (error.code, list(error.headers)) == (
         "invalid_api_key", [("www-authenticate", "Bearer")])
 
 
 def test_a_key_holds_to_the_end_of_its_last_day() -> None:
-    headers = {"x-api-key": "vk-last-day-0123456789"}
+    keys = [gateway.digest("vk-last-day-0123456789")]
     midnight = float(calendar.timegm((2026, 11, 25, 0, 0, 0)))
-    assert RING.authenticate(headers, midnight - 1).name == "last day"
-    assert refusal(RING.authenticate, headers, midnight).status == 401
+    assert RING.authenticate(keys, midnight - 1).name == "last day"
+    assert refusal(RING.authenticate, keys, midnight).status == 401
 
 
 def test_keys_are_held_by_their_digest_alone() -> None:
@@ -1642,6 +1648,7 @@ def head(*lines: bytes, first: bytes = b"POST /v1/x HTTP/1.1") -> bytes:
         b"Content-Length\x0b: 5")),
     (b"GET / HTTP/1.1\nHost: h\n\n", 400), (b"GET / HTTP/1.1\r\nHost: h\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: h\r\n\n", 400), (head() + b"x", 400),
+    (head() + b"Content-Length: 5\r\n", 400),
     # lengths
     *((head(b"Content-Length: " + length), 400) for length in (
         b"", b"+5", b"-5", b"5 5", b"5,5", b"5, 5", b"5,", b",5", b"0x5", b"5_0", b"5.0", b"1e3",
@@ -1665,6 +1672,27 @@ def head(*lines: bytes, first: bytes = b"POST /v1/x HTTP/1.1") -> bytes:
 ])
 def test_a_malformed_head_is_refused(raw: bytes, status: int) -> None:
     assert refusal(parse_head, raw).status == status
+    parser = gateway.HeadParser(8192, 100)
+    for known in (b"", head(), head(b"Content-Length: 5"), raw):
+        with contextlib.suppress(GatewayError):
+            parser.parse(known)
+        assert refusal(parser.parse, raw).status == status
+
+
+def test_a_head_that_comes_again_is_the_same_but_for_its_length() -> None:
+    parser = gateway.HeadParser(8192, 100)
+    first, length = parser.parse(head(b"a: b", b"Content-Length: 5", b"x-api-key: secret"))
+    assert (length, first.headers) == (5, {"host": "h", "a": "b", "x-api-key": "secret"})
+    again, length = parser.parse(head(b"a: b", b"content-length:70", b"x-api-key: secret"))
+    assert (again is first, length) == (True, 70)
+    for lines, told in (([b"a: b", b"Content-Length: 5", b"x-api-key: Secret"], 5),
+                        ([b"a: b", b"x-api-key: secret"], 0),
+                        ([b"a: b", b"x-api-key: secret", b"CONTENT-LENGTH: 9"], 9),
+                        ([b"a: b", b"x-api-key: secret", b"Transfer-Encoding: chunked"], None)):
+        other, length = parser.parse(head(*lines))
+        assert (other is first, length) == (False, told)
+    long = head(b"a: " + b"x" * gateway.MAX_KNOWN_BYTES, b"Content-Length: 5")
+    assert parser.parse(long)[1] == 5 and parser.parse(long)[0] is not parser.parse(long)[0]
 
 
 @pytest.mark.parametrize("raw, expected", [
@@ -1694,6 +1722,11 @@ def test_a_malformed_head_is_refused(raw: bytes, status: int) -> None:
 def test_a_head_is_read(raw: bytes, expected: dict[str, object]) -> None:
     parsed_head = parse_head(raw)
     assert {name: getattr(parsed_head, name) for name in expected} == expected
+    parser = gateway.HeadParser(8192, 100)
+    for _ in range(2):
+        known, length = parser.parse(raw)
+        told = {**vars(known), "length": length}
+        assert {name: told[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("version, connection, keeps_alive", [
@@ -1974,8 +2007,7 @@ def test_chunks_that_are_written_are_read_back() -> None:
     (b"Connection: X-Y\r\nx-y: 1\r\nX-y: 2", False),
 ])
 def test_which_fields_go_on(line: bytes, passes: bool) -> None:
-    lines = gateway.passing_fields(parse_head(head(line)),
-                                   gateway.REQUEST_ONLY_HERE | {"content-type"})
+    lines = parse_head(head(line)).passing_fields(gateway.REQUEST_ONLY_HERE | {"content-type"})
     name, _, value = line.decode("latin-1").partition(": ")
     assert lines == (f"{name.lower()}: {value}\r\n" if passes else "")
 

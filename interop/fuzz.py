@@ -372,14 +372,24 @@ def outcome(run: Callable[[], Any], *allowed: type[Exception]) -> Any:
 # ---- targets ----
 
 
+PARSER = gw.HeadParser(100, 9)  # what it remembers of one head must not change another
+
+
 def head(draw: Draw) -> None:
     """A request's head; what passes on of it must be as good a head."""
     data = bytes_of(draw, [line + b"\r\n" for each in HEADS for line in each.split(b"\r\n")])
     found = outcome(lambda: gw.parse_head(data, 100, 9), GatewayError)
+    known = outcome(lambda: PARSER.parse(data), GatewayError)
+    assert isinstance(known, tuple) == isinstance(found, gw.RequestHead), (known, found, data)
     if isinstance(found, gw.RequestHead):
+        told = {**vars(known[0]), "length": known[1], "headers": found.headers}
+        assert all(told[name] == value for name, value in vars(found).items()
+                   if name != "_passing"), told
+        assert found.headers.items() - known[0].headers.items() <= {
+            ("content-length", found.headers.get("content-length"))}
         assert len(found.headers) <= 9 and not {"\r", "\n", "\0"} & set(str(found.headers))
         assert ("content-length" in found.headers) + ("transfer-encoding" in found.headers) < 2
-        passed = gw.passing_fields(found, gw.REQUEST_ONLY_HERE)
+        passed = found.passing_fields(gw.REQUEST_ONLY_HERE)
         again = gw.parse_head(f"GET / HTTP/1.0\r\n{passed}\r\n".encode("latin-1"), 100, 9)
         assert again.headers.items() <= found.headers.items(), passed
 
