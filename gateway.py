@@ -3058,7 +3058,7 @@ TEXT_DELTA = re.compile(
     rb'"delta": ?\{(?:"role": ?"assistant", ?)?"content": ?"(?!")')
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 DONE = re.compile(rb"data:[ \t]*\[DONE\]")
-DONE_AT_END = (b"\ndata: [DONE]\n\n", b"\r\ndata: [DONE]\r\n\r\n")
+PLAIN_DONES = (b"\ndata: [DONE]\n\n", b"\ndata: [DONE]\r\n\r\n")
 COMMENTS = re.compile(rb"(?:(?::[^\r\n]*)?[\r\n])*")  # in one way only, lest it backtrack
 
 
@@ -3076,10 +3076,10 @@ def find_usage(block: bytes, before: int) -> int:
 
 
 def find_done(block: bytes) -> int:
-    """Where the event of the stream's first [DONE] ends, or -1; the word in a text is none. One at
-    the end is as good: to look for one before it takes a thirtieth of all that a stream costs."""
-    if block.endswith(DONE_AT_END):
-        return len(block)
+    """Where the event of the stream's first [DONE] ends, or -1; the word in a text is none."""
+    for plain in PLAIN_DONES:  # as nearly always; the longer a word is, the sooner it is found
+        if block.endswith(plain) and not block.startswith(plain[1:]):
+            return block.index(plain) + len(plain)
     at = block.find(b"[DONE]")
     while at >= 0:  # a regex would crawl through all that stands before it
         line = block.rfind(b"data:", max(at - 256, 0), at)
@@ -7454,7 +7454,7 @@ HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy
                         "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RequestHead:
     """A request's head. Clients say the same again and again: HeadParser remembers it, and what
     follows from it is worked out once. `length` is its body's, None where the body is chunked; a
@@ -7560,9 +7560,12 @@ class HeadParser:
         told = LENGTH_LINE.search(head)
         if told and len(head) <= MAX_KNOWN_BYTES and head.endswith(b"\r\n\r\n"):
             rest = head[:told.start()] + head[told.end():]
-            known = self._recall(rest, max_target, max_fields - 1)
-            if known.length == 0 and "content-length" not in known.headers:  # told once, one way
-                return known, int(told[1])
+            try:
+                known = self._recall(rest, max_target, max_fields - 1)
+                if known.length == 0 and "content-length" not in known.headers:  # told once
+                    return known, int(told[1])
+            except GatewayError:
+                pass  # its words are to be of the whole head
         parsed = self._parse(head, max_target, max_fields)
         return parsed, parsed.length
 
@@ -8946,7 +8949,9 @@ class Gateway:
     async def handle(self, exchange: Exchange, request: Request) -> Response:
         exchange.method, exchange.path = request.head.method, self.masked(request.head.path)
         if self._log_headers:
-            exchange.logged_headers = fields_of(request.headers, self._log_headers)
+            exchange.logged_headers = fields_of(
+                {"content-length": str(request.length), **request.headers} if request.length
+                else request.headers, self._log_headers)
         try:
             head = request.head
             name, methods = find_route(head.path, head.method)

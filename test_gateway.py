@@ -712,6 +712,9 @@ STREAMS: dict[str, tuple[list[bytes], list[bytes], int | None, str]] = {
     "comments": ([COMMENT, HI, usage_chunk(7), COMMENT, COMMENT, DONE],
                  [COMMENT, HI, COMMENT, COMMENT, DONE], 7, "ended"),
     "more after the end": ([HI, usage_chunk(7), DONE, HI, FAILED], [HI, DONE], 7, "ended"),
+    "done twice": ([HI, usage_chunk(7), DONE, DONE], [HI, DONE], 7, "ended"),
+    "done twice, and more between": ([HI, usage_chunk(7), DONE, usage_chunk(8), FAILED, DONE],
+                                     [HI, DONE], 7, "ended"),
     "usage that is none": ([HI, NO_USAGE, DONE], [HI, NO_USAGE, DONE], None, "ended"),
     "telling words in a text": ([TRICKY, usage_chunk(7), DONE], [TRICKY, DONE], 7, "ended"),
     "spaces": ([HI, b"data:  [DONE] \n\n"], [HI, b"data:  [DONE] \n\n"], None, "ended"),
@@ -744,13 +747,6 @@ def test_a_stream_passes_however_it_is_cut(name: str, end: bytes) -> None:
         assert out == b"".join(seen).replace(b"\n", end), pieces
         assert (watch.usage and watch.usage.input) == prompt
         assert ending(watch) == how
-
-
-def test_a_stream_that_is_done_twice_has_ended() -> None:
-    for pieces in cuts(b"".join([HI, usage_chunk(7), DONE, DONE])):
-        out, watch = watched(pieces)
-        assert out in (HI + DONE, HI + DONE + DONE), pieces
-        assert watch.usage and watch.usage.input == 7 and ending(watch) == "ended"
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -1649,6 +1645,7 @@ def head(*lines: bytes, first: bytes = b"POST /v1/x HTTP/1.1") -> bytes:
     (b"GET / HTTP/1.1\nHost: h\n\n", 400), (b"GET / HTTP/1.1\r\nHost: h\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: h\r\n\n", 400), (head() + b"x", 400),
     (head() + b"Content-Length: 5\r\n", 400),
+    (head(b"Content-Length: 5", *[b"a: b"] * 99), 431),
     # lengths
     *((head(b"Content-Length: " + length), 400) for length in (
         b"", b"+5", b"-5", b"5 5", b"5,5", b"5, 5", b"5,", b",5", b"0x5", b"5_0", b"5.0", b"1e3",
@@ -1671,12 +1668,14 @@ def head(*lines: bytes, first: bytes = b"POST /v1/x HTTP/1.1") -> bytes:
     (head(first=b"GET /" + b"a" * 8192 + b" HTTP/1.1"), 414), (head(*[b"a: b"] * 100), 431),
 ])
 def test_a_malformed_head_is_refused(raw: bytes, status: int) -> None:
-    assert refusal(parse_head, raw).status == status
+    error = refusal(parse_head, raw)
+    assert error.status == status
     parser = gateway.HeadParser(8192, 100)
     for known in (b"", head(), head(b"Content-Length: 5"), raw):
         with contextlib.suppress(GatewayError):
             parser.parse(known)
-        assert refusal(parser.parse, raw).status == status
+        again = refusal(parser.parse, raw)
+        assert (again.status, again.message) == (status, error.message)
 
 
 def test_a_head_that_comes_again_is_the_same_but_for_its_length() -> None:
@@ -8944,6 +8943,15 @@ def test_an_access_line_as_json(gate_for: Any) -> None:
     assert list(line)[:12] == ["time", "level", "msg", "request_id", "method", "path", "status",
                                "duration_ms", "virtual_key", "provider", "model", "stream"]
     assert (line["status"], line["stream"], line["x-user"]) == (502, True, '"a" = b\\')
+
+
+def test_the_length_of_a_body_can_be_logged(gate_for: Any) -> None:
+    """Also of a head that was remembered without it."""
+    gate = gate_for(always(reply()), log="json", log_headers=["Content-Length"])
+    for text in ("Hi", "Hello"):
+        body = json.dumps({"model": "house", "messages": [], "user": text}).encode()
+        assert gate.call(body).status == 200
+        assert json.loads(gate.log.get(timeout=WAIT))["content-length"] == str(len(body))
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/metrics"])
