@@ -1069,30 +1069,23 @@ def sse(data: bytes, event: str = "") -> bytes:
     return b"%bdata: %b\n\n" % (name, data)
 
 
-class Event(NamedTuple):
-    name: str
-    data: bytes
-
-
 BOM = b"\xef\xbb\xbf"  # one may stand before all events
+EVENT_HEAD = re.compile(rb"(?:event: [^\r\n]*\n)?data: ")
 
 
-def parse_event(raw: bytes) -> Event:
-    """One whole event; fields other than `event` and `data` are left out."""
-    head, _, said = raw.partition(b"data: ")
-    said = said[:-2] if said.endswith(b"\n\n") else said
-    if not (b"\n" in said or b"\r" in raw or head and not (
-            head.startswith(b"event: ") and head.find(b"\n") == len(head) - 1)):
-        return Event(head[7:-1].decode("utf-8", "replace"), said)  # as nearly always
-    name, data = "", []
+def event_data(raw: bytes) -> bytes:
+    """Of one whole event; its name is left out: the data say it too."""
+    head = EVENT_HEAD.match(raw)
+    if head and raw.endswith(b"\n\n"):
+        said = raw[head.end():-2]
+        if b"\n" not in said and b"\r" not in said:  # as nearly always
+            return said
+    data = []
     for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
         key, _, value = line.partition(b":")
-        value = value[1:] if value[:1] == b" " else value
         if key == b"data":
-            data.append(value)
-        elif key == b"event":
-            name = value.decode("utf-8", "replace")
-    return Event(name, b"\n".join(data))
+            data.append(value[1:] if value[:1] == b" " else value)
+    return b"\n".join(data)
 
 
 BLANK_LINE = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r\n?")
@@ -1494,9 +1487,9 @@ class Parser:
                 at = run[1]
                 continue
             end = event_end(block, at)
-            event, at = parse_event(block[at:end]), end
-            if event.data:
-                yield from self.read_event(event)
+            data, at = event_data(block[at:end]), end
+            if data:
+                yield from self.read_event(data)
 
     def _run_at(self, block: bytes, at: int) -> Tuple[TextRun, int] | None:
         try:
@@ -1515,7 +1508,7 @@ class Parser:
     def settle(self) -> None:
         """Reads what was put off, at the end of a stream, however it went."""
 
-    def read_event(self, event: Event) -> Events:
+    def read_event(self, data: bytes) -> Events:
         raise NotImplementedError
 
     def keep(self, size: int) -> None:
@@ -1528,9 +1521,9 @@ class Parser:
             raise cut_stream(self._dialect)
         return []
 
-    def parse(self, event: Event) -> JSON:
+    def parse(self, data: bytes) -> JSON:
         try:
-            wire = decode_leniently(event.data.decode())
+            wire = decode_leniently(data.decode())
         except (ValueError, RecursionError) as error:
             raise bad_answer("The provider sent an event that is not JSON.") from error
         if not isinstance(wire, dict):
@@ -1612,8 +1605,8 @@ class ItemParser(Parser):
         self._live: object = None  # the item that is being told
         self._later: Dict[object, List[JSON]] = {}  # what is told of others, by item
 
-    def read_event(self, event: Event) -> Events:
-        wire = self.parse(event)
+    def read_event(self, data: bytes) -> Events:
+        wire = self.parse(data)
         item = wire.get(self.number)
         if self.ended:
             return []
@@ -1622,8 +1615,10 @@ class ItemParser(Parser):
             self._later.setdefault(item, []).append(wire)
             self._text_is_open = False
             return []
-        events = self.read_wire(wire) + self._catch_up()
-        self._text_is_open = self._text_is_open and not self._later
+        events = self.read_wire(wire)
+        if self._later:
+            events += self._catch_up()
+            self._text_is_open = self._text_is_open and not self._later
         return events
 
     def read_wire(self, wire: JSON) -> Events:
@@ -1987,6 +1982,8 @@ class RequestWriter:
 
     def offered_tools(self) -> List[Tool]:
         chat, choice = self.chat, self.choice
+        if not (chat.tools or chat.choice):
+            return []
         names, allowed = set(self.tools), set(choice.allowed or [])
         if self.chat.web_search is not None and self.has_search:
             names.add(WEB_SEARCH)
@@ -2066,6 +2063,8 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
     if turn.role != "user":
         return
     results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
+    if not (results or calls):
+        return
     for ids, others, said in (
             (results, calls, "result {!r} answers no tool call of the message before it."),
             (calls, results, "call {!r} has no result in the message after it.")):
@@ -2173,18 +2172,26 @@ class ChatCompletions(Dialect):
             parallel=root.get("parallel_tool_calls", bool), choice=parse_chat_choice(root),
             stop=[stop] if isinstance(stop, str) else root.strings("stop"),
             format=parse_format(root, "response_format"), stream=bool(root.get("stream", bool)))
-        if root.get("n", int) not in (None, 1):
-            raise unsupported("n", "'n' must be 1 for this model.")
-        for key, is_asked in (("audio", root.get("audio", dict) is not None),
-                              ("modalities", set(root.strings("modalities")) - {"text"})):
-            if is_asked:
-                raise unsupported(key, "This model answers in text only.")
         self.parse_plain_fields(root, chat)
         if chat.thinking == {"type": "enabled"}:  # as some servers have it, without a budget
             chat.thinking, chat.effort = None, chat.effort or "medium"
         chat.tools = [parse_tool(item.child(kind), kind, parse_cache(item))
                       for item in root.children("tools")
                       for kind in [item.one_of("type", TOOL_KINDS)]]
+        if not RARE_IN_CHAT.isdisjoint(wire):
+            self._parse_rare_fields(root, chat)
+        chat.options = {key: root.get(key, OPTIONS[key].kind) for key, value in wire.items()
+                        if key in OPTIONS and value is not None}
+        root.name_unknown()
+        return chat
+
+    def _parse_rare_fields(self, root: Fields, chat: Chat) -> None:
+        if root.get("n", int) not in (None, 1):
+            raise unsupported("n", "'n' must be 1 for this model.")
+        for key, is_asked in (("audio", root.get("audio", dict) is not None),
+                              ("modalities", set(root.strings("modalities")) - {"text"})):
+            if is_asked:
+                raise unsupported(key, "This model answers in text only.")
         functions = [parse_tool(item, "function", None) for item in root.children("functions")]
         chat.legacy_functions = bool(functions) and not chat.tools
         chat.tools += functions
@@ -2196,11 +2203,7 @@ class ChatCompletions(Dialect):
         options = root.child("stream_options", {})
         chat.include_usage = bool(options.get("include_usage", bool))
         if options.get("include_obfuscation", bool) is not None:
-            losses.hint("include_obfuscation")
-        chat.options = {key: root.get(key, OPTIONS[key].kind) for key, value in wire.items()
-                        if key in OPTIONS and value is not None}
-        root.name_unknown()
-        return chat
+            root.losses.hint("include_obfuscation")
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         if not list_of_objects(wire, "choices") and not wire.get("error"):
@@ -2260,6 +2263,8 @@ class Option(NamedTuple):
     default: Any = None  # which says nothing
 
 
+RARE_IN_CHAT = frozenset(["n", "audio", "modalities", "functions", "logprobs", "top_logprobs",
+                          "stream_options"])  # to look for each costs a fiftieth of a chat
 OPTIONS: Dict[str, Option] = {
     "store": Option(bool, default=False), "metadata": Option(dict, default={}),
     "prompt_cache_key": Option(str), "prompt_cache_options": Option(dict, default={}),
@@ -2473,7 +2478,9 @@ def parse_chat_choice(root: Fields) -> ToolChoice | None:
 
 
 def parse_format(holder: Fields, key: str) -> Format | None:
-    form = holder.child(key, {"type": "text"})
+    if holder.wire.get(key) is None:
+        return None
+    form = holder.child(key)
     kind = form.one_of("type", ("text", "json_object", "json_schema"))
     if kind != "json_schema":
         return None if kind == "text" else Format()
@@ -2829,15 +2836,15 @@ class ChatParser(Parser):
         rb'\{' + FLAT + rb'"choices": ?\[\{"index": ?0, ?"delta": ?\{"content": ?' + STRING
         + rb'\}(?:, ?"logprobs": ?null)?, ?"finish_reason": ?null\}\]' + FLAT + rb"\}")
 
-    def read_event(self, event: Event) -> Events:
+    def read_event(self, data: bytes) -> Events:
         if self.ended:
             return []
-        if event.data.strip() == b"[DONE]":
+        if data.strip() == b"[DONE]":
             self.ended = True
             if not (self._finish or self._calls):
                 self._finish = "length"  # nobody said that it is whole
             return self.finish()
-        return self.read(self.parse(event), "delta")
+        return self.read(self.parse(data), "delta")
 
     def end(self) -> Events:
         if self.ended or self.needs_done or not self._finish:
@@ -3208,7 +3215,7 @@ def said_by(choice: JSON) -> List[Any]:
 def parse_chunk(raw: bytes) -> JSON:
     """{} for anything but an object, which passes too."""
     try:
-        return as_object(decode_leniently(parse_event(raw).data.decode()))
+        return as_object(decode_leniently(event_data(raw).decode()))
     except (ValueError, RecursionError):
         return {}
 
@@ -3808,10 +3815,10 @@ class MessagesRequest(RequestWriter):
         thinks = self.wire.get("thinking", {}).get("type") not in (None, "disabled")
         for name in ("temperature", "top_p", "top_k"):
             value = getattr(self.chat, name)
-            is_second = (
-                name == "top_p" and "temperature" in self.wire and self.caps.sampling == "one")
             if value is None:
                 continue
+            is_second = (
+                name == "top_p" and "temperature" in self.wire and self.caps.sampling == "one")
             if self.caps.sampling == "none" or thinks or is_second:
                 if name == "top_k" or value != 1:  # the default of the others
                     self.losses.drop(name)
@@ -3860,8 +3867,8 @@ def with_own_ids(turns: List[Turn], told: Set[str]) -> List[Turn]:
 
 
 def thoughts_first(turn: Turn) -> List[Block]:
-    return sorted(turn.blocks, key=lambda block: turn.role == "assistant" and not isinstance(
-        block, Thinking))
+    return turn.blocks if turn.role != "assistant" else sorted(
+        turn.blocks, key=lambda block: not isinstance(block, Thinking))
 
 
 def trim_prefill(content: List[JSON]) -> List[JSON]:
@@ -5702,8 +5709,8 @@ class GeminiParser(Parser):
             told = parse_chunk(self._put_off).get("usageMetadata")
             self.usage, self._put_off = self._dialect.parse_usage(told), b""
 
-    def read_event(self, event: Event) -> Events:
-        return self.read(self.parse(event))
+    def read_event(self, data: bytes) -> Events:
+        return self.read(self.parse(data))
 
     def end(self) -> Events:
         if not self._finish:
@@ -9561,7 +9568,7 @@ class PassedStream(ProviderStream[Watch]):
 
     def end(self) -> bytes:
         rest = self._cutter.rest()  # an event without its blank line counts where it is whole
-        data = parse_event(rest).data.strip()
+        data = event_data(rest).strip()
         is_whole = data == b"[DONE]" or json_object(data) is not None
         out = self._watched(rest + b"\n\n") if is_whole else b""
         if not self.ended:
@@ -9600,7 +9607,7 @@ class ArrayStream(Stream):
     def _array(self, block: bytes) -> bytes:
         out = []
         for raw in split_events(block):
-            data = parse_event(raw).data
+            data = event_data(raw)
             if data:
                 out.append(self._before + data)
                 self._before = b","

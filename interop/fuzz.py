@@ -461,8 +461,8 @@ def decoder(draw: Draw) -> None:
     def decode(pieces: list[bytes]) -> list[Any]:
         cutter = gw.EventCutter(LIMIT)
         blocks = [*map(cutter.feed, pieces), cutter.rest()]
-        events = [gw.parse_event(raw) for block in blocks for raw in gw.split_events(block)]
-        return [event for event in events if event.data]
+        events = [gw.event_data(raw) for block in blocks for raw in gw.split_events(block)]
+        return list(filter(None, events))
 
     first = decode([seeds[0]])
     for seed in seeds:
