@@ -800,7 +800,7 @@ def is_empty(block: Block) -> bool:
 def merged(turns: Iterable[Turn]) -> List[Turn]:
     result: List[Turn] = []
     for turn in turns:
-        blocks = [block for block in turn.blocks if not is_empty(block)]
+        blocks = list(itertools.filterfalse(is_empty, turn.blocks))
         if result and result[-1].role == turn.role:
             result[-1].blocks += blocks
         elif blocks:
@@ -889,16 +889,16 @@ def collect(events: Iterable[StreamEvent]) -> Reply:
                 close_block(closed, "".join(said))
             except GatewayError:  # arguments that were cut off; of others the parser told
                 closed.input = "".join(said)  # type: ignore[attr-defined]
+        elif isinstance(event, Start):
+            reply.id, reply.model = event.id, event.model
+        elif isinstance(event, Finish):
+            reply.finish, reply.usage, reply.refusal, reply.service_tier = event
         elif isinstance(event, SignatureDelta):
             reply.blocks[-1].signature, reply.blocks[-1].issuer = event
-        elif isinstance(event, CitationDelta):
+        else:
             cited = reply.blocks[event.block]
             if isinstance(cited, Text):
                 cited.citations.append(event.citation)
-        elif isinstance(event, Start):
-            reply.id, reply.model = event.id, event.model
-        else:
-            reply.finish, reply.usage, reply.refusal, reply.service_tier = event
     for text in blocks_of(reply.blocks, Text):  # a place that is all of it is none
         for about in text.citations:
             if (about.get("start"), about.get("end")) == (0, len(text.text)):
@@ -1710,6 +1710,7 @@ LONG_PROMPT = re.compile("prompt is too long|input token count .*exceeds|maximum
 
 class Dialect(Protocol):
     name: str = ""
+    usage_field: str = "usage"  # of an answer
     keepalive: bytes = b": keep-alive\n\n"  # what says no more than that a stream is alive
     id_fields: Tuple[str, ...] = ("x-request-id",)  # of an answer, where its SDKs look for the id
     streams_arrays: bool = False  # where a stream is not asked for as server-sent events
@@ -1832,7 +1833,7 @@ class Dialect(Protocol):
         """None where it is no object."""
 
     def usage_in(self, reply: JSON) -> Usage | None:
-        return self.parse_usage(reply.get("usage"))
+        return self.parse_usage(reply.get(self.usage_field))
 
     def count_content(self, reply: JSON) -> int:
         return len(dump_json(reply.get(self.answer)))
@@ -1947,19 +1948,23 @@ class RequestWriter:
         """What this wire has words for, checked; the system's first where the model takes none
         later."""
         turns, calls, kept = self.chat.turns, [], []  # type: List[Turn], List[str], List[Turn]
+        is_whole = True
         if not self.caps.mid_system and any(turn.role == "system" for turn in turns[1:]):
             turns = canonical(sorted(turns, key=lambda turn: turn.role != "system"))
         for turn in turns:
-            check_turn(turn, calls)
-            if turn.role != "system":
-                calls = call_ids(turn)
-            if turn.role == "user" and any(
-                    block.issuer != self.issuer for block in blocks_of(turn.blocks, Opaque)):
-                self.losses.drop("content")  # a file that the model should read
-            kept.append(Turn(turn.role, list(filter(self._has_words_for, turn.blocks))))
+            if calls or set(map(type, turn.blocks)) != {Text}:
+                check_turn(turn, calls)
+                if turn.role != "system":
+                    calls = call_ids(turn)
+                if turn.role == "user" and any(
+                        block.issuer != self.issuer for block in blocks_of(turn.blocks, Opaque)):
+                    self.losses.drop("content")  # a file that the model should read
+            blocks = list(filter(self._has_words_for, turn.blocks))
+            is_whole = is_whole and len(blocks) == len(turn.blocks)
+            kept.append(Turn(turn.role, blocks))
         if all(turn.role == "system" for turn in turns):
             raise GatewayError(400, "'messages' must hold a user message.", "messages")
-        return merged(kept)
+        return kept if is_whole else merged(kept)
 
     def _has_words_for(self, block: Block) -> bool:
         if self.refuses_blanks and isinstance(block, Text) and not block.text.strip():
@@ -3709,9 +3714,9 @@ class MessagesRequest(RequestWriter):
         """A history with calls needs their tools, though none is offered."""
         chat, mode = self.chat, self.choice.mode
         if "tools" not in self.wire:
-            names = dict.fromkeys(self.tool_name(call.name) for turn in chat.turns
-                                  for call in blocks_of(turn.blocks, ToolCall))
-            if names:
+            if self.rewrites.call_ids:
+                names = dict.fromkeys(self.tool_name(call.name) for turn in chat.turns
+                                      for call in blocks_of(turn.blocks, ToolCall))
                 self.wire["tools"] = [
                     {"name": name, "input_schema": {"type": "object"}} for name in names]
                 self.wire["tool_choice"] = {"type": "none"}
@@ -4084,11 +4089,14 @@ class MessagesParser(ItemParser):
         else:
             made = self.make_call(text_of(block, "id"), name)
         self._input = part_of(block, "input") or ({} if is_answer else None)
-        deltas = [{"type": f"{key}_delta", key: block[key]}
-                  for key in ("thinking", "signature", "text") if block.get(key)]
-        deltas += [{"citation": citation} for citation in list_of_objects(block, "citations")]
-        return [*closed, *self.open(made), *(
-            event for delta in deltas for event in self.block_delta({"delta": delta}))]
+        events = [*closed, *self.open(made),
+                  *self.say(text_of(block, kind if kind == "thinking" else "text"))]
+        deltas: List[JSON] = [{"citation": each} for each in list_of_objects(block, "citations")]
+        if block.get("signature"):
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        for delta in deltas:
+            events += self.block_delta({"delta": delta})
+        return events
 
     def block_delta(self, wire: JSON) -> Events:
         delta, block = part_of(wire, "delta"), self._open
@@ -4111,6 +4119,9 @@ class MessagesParser(ItemParser):
         return self.say(text)
 
     def close_item(self) -> Events:
+        if self._open is None and self._asked is None:
+            self._live = self._input = None
+            return []
         is_left = self._open is not None and self._input is not None
         events = self.say(encode_json(self._input)) if is_left else []
         self._input = None
@@ -5001,6 +5012,7 @@ class GenerateContent(Dialect):
     it streams stand in the path; for `parse_request` they are put into the body."""
 
     name, history, told, streams_arrays = "gemini", "contents", b'"model"', True
+    usage_field = "usageMetadata"
     keepalive = b"\n"  # its SDKs take neither comments nor names of events
     long_prompt = "The input token count exceeds the maximum number of tokens allowed"
     plain_fields = (
@@ -5117,9 +5129,6 @@ class GenerateContent(Dialect):
         asked = part_of(in_camel_case(wire), "generateContentRequest") or wire
         chat = self.parse_request({"model": "m", **asked}, Losses())
         return {"totalTokens": estimate_tokens(chat)}
-
-    def usage_in(self, reply: JSON) -> Usage | None:
-        return self.parse_usage(reply.get("usageMetadata"))
 
     def parse_usage(self, wire: object) -> Usage | None:
         """Thoughts are not among the candidates' tokens, but in some answers of Vertex AI."""
@@ -9153,17 +9162,20 @@ class Gateway:
             fields = [*retry, *exchange.lost_fields, ("content-type", "text/event-stream")]
             return await self.open_stream(exchange, stream, fields)
         told = parse_answer(await self.read_answer(answer, exchange))  # 502
-        exchange.usage = wire.usage_in(told)  # also of what cannot be read
         try:
             reply = wire.parse_reply(told, rewrites)
-        except GatewayError as error:  # an error under a 200
+        except GatewayError as error:  # an error under a 200; what cannot be read is paid for too
+            exchange.usage = wire.usage_in(told)
             error = translated(error, route.provider)
             raise error from error.__cause__
         reply.model = chat.model
-        if not exchange.usage:
+        if part_of(told, wire.usage_field):
+            exchange.usage = reply.usage
+        else:
             reply.usage = self.estimate(exchange, wire.count_content(told))
-        self.count_lost(rewrites.lost, route)
-        losses.names.update(dict.fromkeys(rewrites.lost, False))
+        if rewrites.lost:
+            self.count_lost(rewrites.lost, route)
+            losses.names.update(dict.fromkeys(rewrites.lost, False))
         answered = dump_json(dialect.render_reply(reply, chat, created))
         return Response(200, [JSON_TYPE, *retry, *lost_fields(losses)], answered)
 
