@@ -2068,8 +2068,6 @@ def check_turn(turn: Turn, calls: List[str]) -> None:
     if turn.role != "user":
         return
     results = [block.id for block in blocks_of(turn.blocks, ToolResult)]
-    if not (results or calls):
-        return
     for ids, others, said in (
             (results, calls, "result {!r} answers no tool call of the message before it."),
             (calls, results, "call {!r} has no result in the message after it.")):
