@@ -253,7 +253,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 11_030 and len(SOURCE.encode()) < 481 << 10
+    assert len(lines) < 11_080 and len(SOURCE.encode()) < 483 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -9020,6 +9020,44 @@ def test_lost_lines_are_counted_and_nothing_waits_for_them(gate_for: Any) -> Non
     assert client.send(request(chat())).answer().status == 200
     assert client.send(request(method="GET", path=path)).answer().status == 404
     assert gate.total("llm_log_lines_lost_total") == lost + 2
+
+
+@pytest.mark.parametrize("taken, kept, lost", [
+    ([4000, 4000], 12, 0), ([0, 4000], 5, 7), ([1100, 4000], 7, 5), ([1090, 4000], 6, 6),
+    ([4000, 1090], 8, 4), ([1090, 0], 1, 11)])
+def test_lines_share_a_write_and_each_that_is_lost_is_counted(
+        tmp_path: Any, monkeypatch: Any, taken: list[int], kept: int, lost: int) -> None:
+    """Twelve lines of 550 bytes in two writes, of which the disk takes so many bytes."""
+    write, room = os.write, iter(taken)
+    with open(tmp_path / "log", "wb+") as file:
+        log = gateway.Log(file.fileno(), False, time.monotonic, time.time)
+        monkeypatch.setattr(gateway.os, "write", lambda fd, data: write(fd, data[:next(room)]))
+        log.write(["x" * 549] * 12)
+        monkeypatch.undo()
+        log.write(["y"])
+        whole = (tmp_path / "log").read_bytes().split(b"\n")
+    assert (whole.count(b"x" * 549), log.lost, whole[-2:]) == (kept, lost, [b"y", b""])
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_what_ended_is_recorded_before_its_last_bytes_go_out(error: Any) -> None:
+    said: list[Any] = []
+
+    def record() -> None:
+        said.append("recorded")
+        if error:
+            raise error
+
+    async def talk() -> None:
+        outbox, transport = gateway.Outbox(record), type("", (), {"write": said.append})
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        outbox.put(transport, b"a")
+        outbox.put(transport, b"b")
+        assert not said
+        await asyncio.sleep(0)
+
+    asyncio.run(talk())
+    assert said == ["recorded", b"a", b"b"]
 
 
 def test_a_refused_head_is_logged_with_what_went_out_and_no_words_of_pythons(gate_for: Any) -> None:
