@@ -829,8 +829,8 @@ class TextDelta(NamedTuple):
 
 
 class TextRun(NamedTuple):
-    """Several pieces of a text, and the JSON strings that they came in: any dialect's, which are
-    those of every other."""
+    """Several pieces of a text, and how JSON spells each, without its quotes: they came so, and
+    any dialect's strings are those of every other."""
 
     pieces: List[str]
     strings: List[bytes]
@@ -1122,6 +1122,18 @@ def event_end(block: bytes, at: int) -> int:
     return blank.end() if blank else len(block)
 
 
+def event_at(block: bytes, at: int) -> Tuple[bytes, int]:
+    """The data of the event that begins there, and where it ends."""
+    head = EVENT_HEAD.match(block, at)
+    end = block.find(b"\n\n", at, at + 4096)
+    if head and end >= 0:
+        said = block[head.end():end]
+        if b"\n" not in said and b"\r" not in said:  # as nearly always
+            return said, end + 2
+    end = event_end(block, at)
+    return event_data(block[at:end]), end
+
+
 def event_span(block: bytes, at: int) -> Tuple[int, int]:
     return last_blank_line(block, at), event_end(block, at)
 
@@ -1386,28 +1398,31 @@ def cut_stream(dialect: Dialect) -> GatewayError:
 
 class DeltaTemplate:
     """Renders an event whose only moving part is one JSON string: what stands around it is encoded
-    once, at half the cost."""
+    once, at half the cost. `event` is one whose string is "\\0"."""
 
-    def __init__(self, render: Callable[[str], bytes]) -> None:
-        self._before, _, self._after = render("\0").partition(b'"\\u0000"')
+    def __init__(self, event: bytes) -> None:
+        self._before, _, self._after = event.partition(b"\\u0000")
         self._between = self._after + self._before
 
     def __call__(self, text: str) -> bytes:
-        return self.around([utf8(encode_string(text))])
+        return self.around([utf8(encode_string(text))[1:-1]])
 
     def around(self, strings: List[bytes]) -> bytes:
-        """An event for each of these JSON strings."""
+        """An event for each of these strings as JSON spells them, without their quotes."""
         return b"%b%b%b" % (self._before, self._between.join(strings), self._after)
 
 
-STRING = rb'("(?!")[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")'  # that is not empty
+IN_STRING = rb'[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*'
+STRING = rb'"((?!")%b)"' % IN_STRING  # that is not empty
 FLAT = rb"[^{}\[\]\r\n]*"  # members that are no objects or lists
 
 
 class TextEvents:
     """Finds runs of events that bring no more than a piece of text each, which nine of ten do:
     they go over as the strings that stand in them, at a fifth of what it costs to parse each one
-    and render it. `data` describes theirs; its group is the string."""
+    and render it. `data` describes theirs; its group is what stands in the quotes."""
+
+    _is_string = re.compile(IN_STRING).fullmatch
 
     def __init__(self, data: bytes) -> None:
         self._event = re.compile(
@@ -1424,32 +1439,38 @@ class TextEvents:
             found: List[re.Match[bytes]] = [first, *iter(scanner.match, None)]
             strings, end = [each[1] for each in found], found[-1].end()
         # No string takes a line end in, so that one which is not closed cannot reach the next.
-        pieces = decode_json(f"[{LINES.join(strings).decode()}]")
+        pieces = decode_json(f'["{LINES.join(strings).decode()}"]')
+        if not all(pieces):
+            strings = list(filter(None, strings))
+            pieces = list(filter(None, pieces))
         return TextRun(pieces, strings), end
 
     def _alike(self, block: bytes, first: re.Match[bytes]) -> Tuple[List[bytes], int]:
         """The strings of this event and of those behind it that say the same around theirs, and
-        where the last one ends: to compare costs a third of a match, which looks at each byte."""
-        before = block[first.start():first.start(1) + 1]
-        after = block[first.end(1) - 1:first.end()]
-        strings, start = [first[1]], first.end()
-        size_before, size_after = len(before), len(after)
-        while block.startswith(before, start):
-            at = start + size_before
-            end = block.find(b'"', at)
-            if end > at and block.startswith(after, end):
-                strings.append(block[at - 1:end + 1])
-                start = end + size_after
-                continue
-            other = self._event.match(block, start) if block[end - 1:end] == b"\\" else None
-            if not other:  # an empty one, or more than a text
-                break
-            strings.append(other[1])  # with a quote in it
-            start = other.end()
-        return strings, start
+        where the last one ends: to cut there and compare the whole costs a fifth of a match for
+        each, which looks at every byte."""
+        start, end = first.span(1)
+        before, after = block[first.start():start], block[end:first.end()]
+        if not block.startswith(before, first.end()):
+            return [first[1]], first.end()
+        between, seam = after + before, after[:SEAM_BYTES]
+        rest = between[len(seam):]
+        pieces = block[start:].split(seam)[1:-1]
+        strings = [first[1], *[piece[len(rest):] for piece in pieces]]
+        run = between.join(strings)
+        if b'"' in b"".join(strings) or not block.startswith(run, start):
+            alike = itertools.takewhile(lambda piece: piece.startswith(rest) and (
+                self._is_string(piece, len(rest))), pieces)
+            strings = [first[1], *[piece[len(rest):] for piece in alike]]
+            run = between.join(strings)
+        end = start + len(run)
+        if not block.startswith(after, end):  # the last one says more
+            end -= len(between) + len(strings.pop())
+        return strings, end + len(after)
 
 
-LINES = b",\n"
+SEAM_BYTES = 16
+LINES = b'",\n"'
 
 
 class Parser:
@@ -1483,27 +1504,28 @@ class Parser:
         while at < len(block):
             run = self._run_at(block, at) if self._text_is_open else None
             if run:
-                yield run[0]
+                yield from run[0]
                 at = run[1]
                 continue
-            end = event_end(block, at)
-            data, at = event_data(block[at:end]), end
+            data, at = event_at(block, at)
             if data:
                 yield from self.read_event(data)
 
-    def _run_at(self, block: bytes, at: int) -> Tuple[TextRun, int] | None:
+    def _run_at(self, block: bytes, at: int) -> Tuple[Events, int] | None:
         try:
-            run = self.text_events.run_at(block, at)
+            found = self.text_events.run_at(block, at)
         except ValueError:
             self._text_is_open = False  # the event that is broken is to be found by itself
             return None
-        if run:
-            self.content_bytes += sum(map(len, run[0].pieces))
-            self.note_run(run[0], block[at:run[1]])
-        return run
+        if not found:
+            return None
+        run, end = found
+        self.content_bytes += sum(map(len, run.pieces))
+        return [*self.before_run(run, block[at:end]), run], end
 
-    def note_run(self, run: TextRun, events: bytes) -> None:
+    def before_run(self, run: TextRun, events: bytes) -> Events:
         """What they tell beside their texts."""
+        return []
 
     def settle(self) -> None:
         """Reads what was put off, at the end of a stream, however it went."""
@@ -1564,6 +1586,7 @@ class Parser:
         return [DELTAS[type(self._open)](text)] if is_told else []
 
     def close(self) -> Events:
+        self._text_is_open = False
         if self._open is None:
             return []
         events: Events = [BlockStop(self._logprobs if isinstance(self._open, Text) else ())]
@@ -1576,7 +1599,7 @@ class Parser:
                 self._broken = error
         if self._is_wrapped:
             events.insert(0, ArgumentsDelta(unwrap_custom(arguments)))
-        self._open, self._logprobs, self._text_is_open = None, [], False
+        self._open, self._logprobs = None, []
         return events
 
     def finished(self, finish: str, refusal: str = "", tier: str = "") -> Events:
@@ -2839,6 +2862,13 @@ class ChatParser(Parser):
         rb'\{' + FLAT + rb'"choices": ?\[\{"index": ?0, ?"delta": ?\{"content": ?' + STRING
         + rb'\}(?:, ?"logprobs": ?null)?, ?"finish_reason": ?null\}\]' + FLAT + rb"\}")
 
+    def start(self, answer: JSON) -> Events:
+        self._text_is_open = self._text_is_open or not self._has_begun  # the first may come so
+        return super().start(answer)
+
+    def before_run(self, run: TextRun, events: bytes) -> Events:
+        return [] if self._open is not None else self._begin("content", Text())
+
     def read_event(self, data: bytes) -> Events:
         if self.ended:
             return []
@@ -2859,7 +2889,8 @@ class ChatParser(Parser):
         """A chunk, or with `part` "message" a whole answer."""
         if wire.get("error"):
             raise self._dialect.parse_error(wire["error"], 200)
-        self.usage = self._dialect.parse_usage(wire.get("usage")) or self.usage
+        if wire.get("usage"):
+            self.usage = self._dialect.parse_usage(wire["usage"]) or self.usage
         self._service_tier = text_of(wire, "service_tier") or self._service_tier
         events = self.start(wire)
         self._lose(BESIDE_CHOICES, wire)
@@ -2878,6 +2909,8 @@ class ChatParser(Parser):
 
     def _read_delta(self, delta: JSON) -> Events:
         events: Events = []
+        if not [key for key, said in delta.items() if said and key != "role"]:
+            return events
         thought = text_of(delta, "reasoning_content") or text_of(delta, "reasoning")
         said = [("reasoning", thought), ("content", text_of(delta, "content")),
                 *listed_content(delta), ("refusal", text_of(delta, "refusal"))]
@@ -2941,12 +2974,15 @@ class ChatParser(Parser):
             self.keep(len(text))
             self._waiting.setdefault(key, (block, []))[1].append(text)
             return []
+        return self._begin(key, block) + self.say(text)
+
+    def _begin(self, key: object, block: Block) -> Events:
         events, self._open_key = self.open(block), key
         if key == "content":
             self._text_block = self._block_count - 1
             events += [CitationDelta(self._text_block, each) for each in self._early]
             self._early = []
-        return events + self.say(text)
+        return events
 
     def finish(self) -> Events:
         events: Events = []
@@ -3007,12 +3043,12 @@ class ChatRenderer(Renderer):
             self._open = thought = block.but()
             self._thinking.append(thought)
             self._thought = []
-            say = DeltaTemplate(lambda text: self._chunk({"reasoning_content": text}))
+            say = DeltaTemplate(self._chunk({"reasoning_content": "\0"}))
             self._say = lambda text: say(self._keep(text))
             return b""
         self._has_refused = self._has_refused or is_refusal(block)
         key = "refusal" if is_refusal(block) else "content"
-        self._say = DeltaTemplate(lambda text: self._chunk({key: text}))
+        self._say = DeltaTemplate(self._chunk({key: "\0"}))
         return b""
 
     def _keep(self, thought: str) -> str:
@@ -3029,7 +3065,7 @@ class ChatRenderer(Renderer):
 
         if self._chat.legacy_functions and index:  # there is but one
             return b""
-        self._say = DeltaTemplate(lambda text: delta({key: text}))
+        self._say = DeltaTemplate(delta({key: "\0"}))
         return delta({"name": call.name, key: ""}, id=carried_id(call), type=kind,
                      **extra_content(call))
 
@@ -4177,21 +4213,28 @@ class MessagesWatch(MarkedWatch):
         return [text_of(delta, MESSAGES_DELTAS.get(text_of(delta, "type"), ""))]
 
 
+def messages_event(name: str, **data: object) -> bytes:
+    return sse(dump_json({"type": name, **data}), name)
+
+
+def messages_delta(index: int, kind: str, value: JSON) -> bytes:
+    return messages_event("content_block_delta", index=index, delta={"type": kind, **value})
+
+
+FIRST_DELTAS = {kind: messages_delta(0, kind, {key: "\0"}) for kind, key in MESSAGES_DELTAS.items()}
+
+
 class MessagesRenderer(Renderer):
     def __init__(self, chat: Chat, created: int) -> None:
         super().__init__(chat, created)
         self._index = self._block = -1  # of what was told, and of all
         self._is_open = self._has_calls = False
 
-    @staticmethod
-    def _event(name: str, **data: object) -> bytes:
-        return sse(dump_json({"type": name, **data}), name)
-
     def _delta(self, kind: str, **value: object) -> bytes:
-        return self._event("content_block_delta", index=self._index, delta={"type": kind, **value})
+        return messages_delta(self._index, kind, value)
 
     def _start(self, event: Start) -> bytes:
-        return self._event("message_start", message={
+        return messages_event("message_start", message={
             **message_head(event.id, self._chat.model), "content": [], "stop_reason": None,
             "stop_sequence": None,
             "usage": render_messages_usage(event.usage or Usage(self._chat.estimate))})
@@ -4216,8 +4259,8 @@ class MessagesRenderer(Renderer):
             self._has_calls = True
             wire["input"] = {}
         say = self._say = DeltaTemplate(
-            lambda text: self._delta(kind, **{MESSAGES_DELTAS[kind]: text}))
-        out = self._event("content_block_start", index=self._index, content_block=wire)
+            FIRST_DELTAS[kind].replace(b'"index":0', b'"index":%d' % self._index))
+        out = messages_event("content_block_start", index=self._index, content_block=wire)
         if isinstance(block, ToolCall) and block.is_custom:  # in an object with one string
             self._say = lambda text: say(encode_string(text)[1:-1])
             out += say('{"input":"')
@@ -4236,12 +4279,12 @@ class MessagesRenderer(Renderer):
         self._is_open = False
         is_custom = isinstance(self._open, ToolCall) and self._open.is_custom
         out = self._delta("input_json_delta", partial_json='"}') if is_custom else b""
-        return out + self._event("content_block_stop", index=self._index)
+        return out + messages_event("content_block_stop", index=self._index)
 
     def _finish(self, event: Finish) -> bytes:
-        return self._event(
+        return messages_event(
             "message_delta", delta=messages_end(event.finish, self._has_calls, event.refusal),
-            usage=render_messages_usage(event.usage)) + self._event("message_stop")
+            usage=render_messages_usage(event.usage)) + messages_event("message_stop")
 
     def _signature(self, event: SignatureDelta) -> bytes:
         self._open = self._open.but(signature=event.signature, issuer=event.issuer)
@@ -4662,8 +4705,9 @@ class ResponsesParser(ItemParser):
             return self._tell(text_of(wire, RESPONSES_WHOLES[kind]))
         return super().read_wire(wire)
 
-    def note_run(self, run: TextRun, events: bytes) -> None:
+    def before_run(self, run: TextRun, events: bytes) -> Events:
         self._is_told = True
+        return []
 
     def _seam(self, wire: JSON) -> str:
         """Between the parts of a thought."""
@@ -4818,12 +4862,12 @@ class ResponsesRenderer(Renderer):
         head = encode_json({"type": f"response.{name}.delta", **self._place})[:-1]
         before = utf8(f"event: response.{name}.delta\ndata: {head},\"delta\":")
         after = b',"logprobs":[]' if name == "output_text" else b""
-        self._told = b'%b%%b%b,"sequence_number":%%d}\n\n' % (before.replace(b"%", b"%%"), after)
+        self._told = b'%b"%%b"%b,"sequence_number":%%d}\n\n' % (before.replace(b"%", b"%%"), after)
         self._say = self._open_summary if isinstance(block, Thinking) else self._delta
         return out
 
     def _delta(self, text: str) -> bytes:
-        return self.say_run(TextRun([text], [utf8(encode_string(text))]))
+        return self.say_run(TextRun([text], [utf8(encode_string(text))[1:-1]]))
 
     def say_run(self, run: TextRun) -> bytes:
         self._pieces += run.pieces
@@ -5704,12 +5748,13 @@ class GeminiParser(Parser):
         + STRING + rb'\}\](?:, ?"role": ?"model")?\}(?:, ?"index": ?0)?\}\]'
         rb'(?:, ?"usageMetadata": ?\{[^{}\r\n]*(?:\{[^{}\r\n]*\}[^{}\r\n]*)*\})?' + FLAT + rb"\}")
 
-    def note_run(self, run: TextRun, events: bytes) -> None:
+    def before_run(self, run: TextRun, events: bytes) -> Events:
         self._text += run.pieces
         at = events.rfind(b'"usageMetadata"')
         if at >= 0:
             start, end = event_span(events, at)
             self._put_off = events[start:end]
+        return []
 
     def settle(self) -> None:
         if self._put_off:
@@ -5959,7 +6004,7 @@ class GeminiRenderer(Renderer):
         self._has_spoken = True
         self._pieces = []
         about = {"thought": True} if isinstance(block, Thinking) else {}
-        self._template = say = DeltaTemplate(lambda text: self._chunk([{"text": text, **about}]))
+        self._template = say = DeltaTemplate(self._chunk([{"text": "\0", **about}]))
         self._say = self._keep
         if isinstance(block, Text) or isinstance(block, Thinking) and self._shows:
             self._say = lambda text: self._keep(text) + say(text)

@@ -253,7 +253,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 11_080 and len(SOURCE.encode()) < 483 << 10
+    assert len(lines) < 11_110 and len(SOURCE.encode()) < 484 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -2469,14 +2469,29 @@ def test_a_list_over_several_pieces_of_text_is_none(name: str) -> None:
         assert gateway.collect([*said, BlockStop()]).blocks == [Text(text="ab")]
 
 
-@pytest.mark.parametrize("odd", [b'""', b"null", b'"c" ', b'"c","role":"assistant"'])
+@pytest.mark.parametrize("odd", [
+    b'""', b"null", b'{"a":1}', b'"c" ', b'"c","role":"assistant"'])
 def test_a_run_of_texts_goes_on_behind_an_odd_one(odd: bytes) -> None:
     stream = streamed_text("chat", map(TextDelta, ["a", "b", "c", "d", "e"]))
     events = list(gateway.DIALECTS["chat"].parser(Rewrites()).feed(stream.replace(b'"c"', odd)))
     text = "abcde" if b"c" in odd else "abde"
     assert gateway.collect(events).blocks == [Text(text=text)]
     runs = [event.pieces for event in events if isinstance(event, gateway.TextRun)]
-    assert runs[-1] == ["d", "e"], events
+    assert runs[-1][-2:] == ["d", "e"], events
+
+
+def test_nothing_is_told_behind_the_end() -> None:
+    """Nor where the first text would have opened its block."""
+    first, *texts = gateway.split_events(streamed_text("chat", [TextDelta("a"), TextDelta("b")]))
+    events = chat_parsed("chat", [b"".join([first, DONE, *texts])])
+    assert [type(event) for event in events] == [gateway.Start, gateway.Finish]
+
+
+def test_the_last_of_a_run_may_say_more_behind_its_text() -> None:
+    events = [*gateway.split_events(streamed_text("chat", map(TextDelta, ["a", "b", "c"])))]
+    events[3] = events[3].replace(b'"finish_reason":null', b'"finish_reason":"length"')
+    reply = gateway.collect(chat_parsed("chat", [b"".join([*events[:4], DONE])]))
+    assert (reply.finish, reply.blocks) == ("length", [Text(text="abc")])
 
 
 def test_texts_with_something_new_around_each_run_too() -> None:
@@ -2485,7 +2500,7 @@ def test_texts_with_something_new_around_each_run_too() -> None:
     stream = re.sub(rb'"created":7', lambda found: b'"created":%d' % next(numbers), stream)
     runs = [event.pieces for event in chat_parsed("chat", [stream])
             if isinstance(event, gateway.TextRun)]
-    assert runs == [SOME_TEXTS] and next(numbers) > len(SOME_TEXTS)
+    assert runs == [["a", *SOME_TEXTS]] and next(numbers) > len(SOME_TEXTS)
 
 
 def test_nan_in_a_stream_becomes_null() -> None:
