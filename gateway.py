@@ -1009,7 +1009,10 @@ class Fields:
         value = self.get(key, dict)
         if value is None:
             value = self.need(key, dict) if default is None else default
-        return type(self)(value, self.losses, f"{self.place}{key}.", self)
+        return self.inside(value, f"{self.place}{key}.")
+
+    def inside(self, wire: JSON, place: str) -> Fields:
+        return type(self)(wire, self.losses, place, self)
 
     def items(self, key: str, kind: type) -> Iterator[Tuple[str, Any]]:
         for i, item in enumerate(self.get(key, list) or ()):
@@ -1018,8 +1021,7 @@ class Fields:
             yield f"{self.place}{key}[{i}].", item
 
     def children(self, key: str) -> Iterator[Fields]:
-        return (type(self)(item, self.losses, place, self)
-                for place, item in self.items(key, dict))
+        return (self.inside(item, place) for place, item in self.items(key, dict))
 
     def strings(self, key: str) -> List[str]:
         return [item for _, item in self.items(key, str)]
@@ -1897,6 +1899,14 @@ def parse_content(
     return blocks
 
 
+def plain_turn(message: JSON, roles: Mapping[str, str]) -> Turn | None:
+    """Of a message that is a role and a text and no more, as most are."""
+    role, text = message.get("role"), message.get("content")
+    if len(message) != 2 or type(text) is not str or type(role) is not str or role not in roles:
+        return None
+    return Turn(roles[role], [Text(text=text)] if text else [])
+
+
 def parse_cache(part: Fields) -> JSON | None:
     """A cache mark: Anthropic's own form as it stands, or OpenAI's breakpoint."""
     if part.wire.keys().isdisjoint(CACHE_MARKS):
@@ -2322,7 +2332,12 @@ def parse_chat_turns(root: Fields) -> Iterator[Turn]:
     root.need("messages", list)
     function_ids: Dict[str, str] = {}  # by the name of a deprecated function, its last call's
     numbers = itertools.count()
-    for message in root.children("messages"):
+    for place, wire in root.items("messages", dict):
+        turn = plain_turn(wire, PLAIN_CHAT_ROLES)
+        if turn is not None:
+            yield turn
+            continue
+        message = root.inside(wire, place)
         role = message.one_of("role", CHAT_ROLES)
         blocks = parse_content(message, "content", CHAT_PARTS)
         if role == "function":
@@ -2344,8 +2359,9 @@ def parse_chat_turns(root: Fields) -> Iterator[Turn]:
         yield Turn(CHAT_ROLES[role], blocks)
 
 
-CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
-              "tool": "user", "function": "user"}
+PLAIN_CHAT_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+CHAT_ROLES = {**PLAIN_CHAT_ROLES, "tool": "user", "function": "user"}
 
 
 JPEG = {"image/jpg": "image/jpeg"}
@@ -2653,6 +2669,10 @@ class ChatRequest(OpenAIRequest):
 
     def _messages(self, turn: Turn) -> Iterator[JSON]:
         """Pictures and files of results follow in a message of the user's."""
+        text = turn.blocks[0] if len(turn.blocks) == 1 else None
+        if isinstance(text, Text) and not (text.is_refusal or self.caps.needs_thoughts):
+            yield {"role": turn.role, "content": text.text}  # as nearly always
+            return
         for text in blocks_of(turn.blocks, Text):
             text.is_refusal = text.is_refusal and turn.role == "assistant"
         pictures: List[JSON] = []
@@ -3013,7 +3033,8 @@ def listed_content(delta: JSON) -> Iterator[Tuple[str, str]]:
 class ChatRenderer(Renderer):
     def __init__(self, chat: Chat, created: int) -> None:
         super().__init__(chat, created)
-        self._base = chat_head("chat.completion.chunk", "", chat.model, created)
+        self._created = created
+        self._head = b""  # of each chunk: what stands before its choices
         self._ends = [0]  # of the blocks in the content, after a first end at its start
         self._citations: List[CitationDelta] = []
         self._calls = 0
@@ -3023,13 +3044,13 @@ class ChatRenderer(Renderer):
 
     def _chunk(self, delta: JSON, finish: str | None = None,
                logprobs: Sequence[JSON] = ()) -> bytes:
-        chunk = {**self._base, "choices": [chat_choice("delta", delta, finish, logprobs)]}
-        if self._chat.include_usage:
-            chunk["usage"] = None
-        return sse(dump_json(chunk))
+        choice = dump_json(chat_choice("delta", delta, finish, logprobs))
+        usage = b',"usage":null' if self._chat.include_usage else b""
+        return sse(b'%b,"choices":[%b]%b}' % (self._head, choice, usage))
 
     def _start(self, event: Start) -> bytes:
-        self._base["id"] = own_id("chatcmpl-", event.id)
+        head = chat_head("chat.completion.chunk", event.id, self._chat.model, self._created)
+        self._head = dump_json(head)[:-1]
         return self._chunk({"role": "assistant", "content": ""})
 
     def _block_start(self, event: BlockStart) -> bytes:
@@ -3090,13 +3111,14 @@ class ChatRenderer(Renderer):
         out = self._chunk(lists) if lists else b""
         if event.refusal:
             out += self._chunk({"refusal": event.refusal})
-        self._base.update(without_none(service_tier=event.service_tier))
+        if event.service_tier:
+            self._head += b"," + dump_json({"service_tier": event.service_tier})[1:-1]
         finish = chat_finish(event.finish, self._calls > 0, self._chat.legacy_functions,
                              self._has_refused)
         out += self._chunk({}, finish)
         if self._chat.include_usage:
             usage = render_openai_usage(event.usage, CHAT_USAGE)
-            out += sse(dump_json({**self._base, "choices": [], "usage": usage}))
+            out += sse(b'%b,"choices":[],"usage":%b}' % (self._head, dump_json(usage)))
         return out + sse(b"[DONE]")
 
 
@@ -3277,17 +3299,23 @@ class Messages(Dialect):
                              "messages", NO_THREADS)
         turns = canonical(parse_messages_turns(root))
         root.need("max_tokens", int)
-        output = root.child("output_config", {})
-        chat = Chat(
-            root.need("model"), turns, effort=output.get("effort"),
-            stop=root.strings("stop_sequences"), stream=bool(root.get("stream", bool)),
-            user=root.child("metadata", {}).get("user_id"))
+        chat = Chat(root.need("model"), turns, stop=root.strings("stop_sequences"),
+                    stream=bool(root.get("stream", bool)))
         self.parse_plain_fields(root, chat)
         thinking = chat.thinking or {"type": "disabled"}
         chat.shows_thinking = (
             thinking.get("type") != "disabled" and thinking.get("display") != "omitted")
         for item in root.children("tools"):
             parse_messages_tool(item, chat)
+        if not RARE_IN_MESSAGES.isdisjoint(wire):
+            self._parse_rare_fields(root, chat)
+        root.name_unknown()
+        chat.estimate = estimate_tokens(chat)
+        return chat
+
+    def _parse_rare_fields(self, root: Fields, chat: Chat) -> None:
+        output = root.child("output_config", {})
+        chat.effort, chat.user = output.get("effort"), root.child("metadata", {}).get("user_id")
         if root.get("tool_choice", dict) is not None:
             choice = root.child("tool_choice")
             mode = MESSAGES_CHOICES[choice.one_of("type", MESSAGES_CHOICES)]
@@ -3303,11 +3331,8 @@ class Messages(Dialect):
         if tier is not None:
             chat.options["service_tier"] = {"standard_only": "default"}.get(tier, "auto")
         if root.skip("mcp_servers"):
-            losses.drop("mcp_servers")
+            root.losses.drop("mcp_servers")
         root.hint(*MESSAGES_HINTS)
-        root.name_unknown()
-        chat.estimate = estimate_tokens(chat)
-        return chat
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the stream that it could have been."""
@@ -3388,6 +3413,8 @@ class Messages(Dialect):
 BILLING = "x-anthropic-billing-header"  # a system line of Claude Code's, new in every request
 MESSAGES_HINTS = ("cache_control", "container", "context_management", "diagnostics",
                   "inference_geo", "speed", "user_profile_id", "workspace_id")
+RARE_IN_MESSAGES = frozenset(["output_config", "output_format", "metadata", "tool_choice",
+                              "service_tier", "mcp_servers", *MESSAGES_HINTS])
 MESSAGES_TOOL_HINTS = (
     "eager_input_streaming", "defer_loading", "input_examples", "allowed_callers")
 MESSAGES_CHOICES = {"auto": "auto", "any": "required", "tool": "tool", "none": "none"}
@@ -3417,8 +3444,13 @@ def parse_messages_turns(root: Fields) -> Iterator[Turn]:
             block.text = block.text.partition("\n")[2]
     yield Turn("system", system)
     root.need("messages", list)
-    for message in root.children("messages"):
-        role = message.one_of("role", ("user", "assistant", "system"))
+    for place, wire in root.items("messages", dict):
+        turn = plain_turn(wire, MESSAGES_ROLES)
+        if turn is not None:
+            yield turn
+            continue
+        message = root.inside(wire, place)
+        role = message.one_of("role", MESSAGES_ROLES)
         if role != "system":
             message.need("content", TEXT_OR_LIST)
         message.hint("clear_at", "output_config")
@@ -3429,6 +3461,7 @@ def parse_messages_turns(root: Fields) -> Iterator[Turn]:
         yield Turn(role, blocks)
 
 
+MESSAGES_ROLES = {role: role for role in ("user", "assistant", "system")}
 NO_THREADS = "thread_unsupported_request"
 TRACES = re.compile("server_tool_use|mcp_tool_use|mcp_tool_listing|.+_tool_result|compaction|"
                     "container_upload|fallback|tool_addition|tool_removal")
@@ -3554,6 +3587,8 @@ def estimate_tokens(chat: Chat) -> int:
     """Of the prompt, on the high side: a token for three bytes, 8 more a message, 1,600 an image,
     tools included."""
     def size_of(block: Block) -> int:
+        if isinstance(block, Text):
+            return len(utf8(block.text))
         if isinstance(block, Image):
             return 3 * 1600
         if isinstance(block, ToolResult):
