@@ -355,7 +355,7 @@ class Body:
         new = {key: value for key, value in values.items() if key not in self._members}
         if new:
             brace = self.body.rindex(b"}")
-            is_bare = not self._members.keys() - dropped
+            is_bare = self._members.keys() <= dropped
             pieces += [body[at:brace], b"" if is_bare else b",", dump_json(new)[1:-1]]
             at = brace
         return b"".join([*pieces, body[at:]])
@@ -1178,6 +1178,8 @@ class EventCutter:
             raise bad_answer("The provider sent an event that is too large.")
 
     def rest(self) -> bytes:
+        if not self._held:
+            return b""
         self._reserve(-self.held_bytes)
         rest, self._held, self._seam, self.held_bytes = b"".join(self._held), [], b"", 0
         return rest
@@ -3173,7 +3175,9 @@ class ChatWatch(Watch):
         self._open_choices: Dict[object, bool] = {}
 
     def feed(self, block: bytes) -> bytes:
-        begins = 0 if self.has_content else self._find_text(block)
+        text = None if self.has_content else TEXT_DELTA.search(block)
+        self.has_content = self.has_content or text is not None  # nearly always the first content
+        begins = text.start() if text else 0 if self.has_content else -1
         if begins < 0 or not self._needs_done:
             begins = max(begins, self._look_at_each(block))
         done = find_done(block)
@@ -3185,6 +3189,9 @@ class ChatWatch(Watch):
         passed = self._settle_held(block) if self._held else (
             self._take_usage(block) if b'"usage"' in block else block)
         if self.has_content and not (self.ended and self.usage):
+            if not self._first:
+                begins, end = event_span(block, begins)
+                self._first = block[begins:end]
             self._bytes += len(block) - max(begins, 0)
             self._events += block.count(b"\ndata:", begins) + 1
         return passed
@@ -3193,15 +3200,6 @@ class ChatWatch(Watch):
         if not self._needs_done and self._open_choices and not any(self._open_choices.values()):
             self.ended = True
         return super().end()  # what is still held was ours, however it ended
-
-    def _find_text(self, block: bytes) -> int:
-        """Where the first content begins, which is nearly always text; -1 where none is."""
-        found = TEXT_DELTA.search(block)
-        if not found:
-            return -1
-        start, end = event_span(block, found.start())
-        self.has_content, self._first = True, block[start:end]
-        return start
 
     def _look_at_each(self, block: bytes) -> int:
         """Where the first content begins, or -1; where no [DONE] is to come, it sees which choices
@@ -7567,7 +7565,7 @@ class RequestHead:
     length: int | None
     _passing: Dict[FrozenSet[str], str] = field(default_factory=dict, init=False)
 
-    @property
+    @functools.cached_property
     def keeps_alive(self) -> bool:
         options = self.headers.get("connection", "").lower()
         return "keep-alive" in options if self.is_http10 else "close" not in options
@@ -8267,14 +8265,15 @@ class Outbox:
 
     def put(self, transport: asyncio.Transport, data: bytes) -> None:
         self._pieces.append((transport, data))
-        self.call()
+        if not self._is_due:
+            self.call()
         if len(data) > MAX_READ_BYTES:  # what the socket does not take, the transport must count
             self.flush()
 
     def call(self) -> None:
         if not self._is_due:
-            self._is_due = True
             asyncio.get_running_loop().call_soon(self.flush)
+        self._is_due = True
 
     def flush(self) -> None:
         self._is_due = False
@@ -8295,6 +8294,7 @@ class Wire(asyncio.Protocol):
     """
 
     transport: asyncio.Transport
+    _loop: asyncio.AbstractEventLoop
 
     def __init__(self, max_head: int, outbox: Outbox) -> None:
         self.buffer = bytearray()
@@ -8327,6 +8327,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self._loop = asyncio.get_running_loop()  # to ask for it each time is a system call
         # asyncio reads into 256 KiB, which malloc maps and unmaps anew for each read.
         if hasattr(transport, "max_size"):
             transport.max_size = MAX_READ_BYTES
@@ -8382,9 +8383,10 @@ class Wire(asyncio.Protocol):
         error, and EOFError at its end."""
         if self.at_eof:
             raise self.error or EOFError
-        self.resume()
+        if self._is_paused:
+            self.resume()
         self._wanted = wanted
-        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        self._waiter = waiter = self._loop.create_future()
         return waiter
 
     def pause(self) -> None:
@@ -8434,7 +8436,7 @@ class Wire(asyncio.Protocol):
         """Waits until the transport holds less than its limit; raises ConnectionResetError."""
         self._outbox.flush()
         if self._is_full:
-            self._drainer = asyncio.get_running_loop().create_future()
+            self._drainer = self._loop.create_future()
             await self._drainer
         if self.transport.is_closing():
             raise ConnectionResetError
@@ -9190,10 +9192,11 @@ class Gateway:
         if is_known and isinstance(body, Body):
             if exchange.is_stream and "stream_options" not in route.edits.drop:
                 values = dialect.values_for_usage(body)
-            hides_usage = bool(values)
-            values.update(self.lowered(dialect, body, route.target.max_output_tokens, losses))
+            hides_usage, most = bool(values), route.target.max_output_tokens
+            if most is not None:
+                values.update(self.lowered(dialect, body, most, losses))
         if isinstance(body, Body) and (is_dialect or path in COUNTS):
-            values = {**values, **own_history(dialect, body, route.provider.row)}
+            values.update(own_history(dialect, body, route.provider.row))
         payload = self.render_passed(exchange, request, route, body, path, values, losses)
         self.settle_losses(exchange, route, losses)  # 400
         body.forget()
@@ -9225,9 +9228,9 @@ class Gateway:
             self.estimate(exchange, dialect.count_content(reply))
         return Response(200, fields, raw)
 
-    def lowered(self, dialect: Dialect, body: Body, most: int | None, losses: Losses) -> JSON:
-        """What keeps a passed body below the config's ceiling, where there is one."""
-        values = {} if most is None else dialect.values_for_ceiling(body, most)
+    def lowered(self, dialect: Dialect, body: Body, most: int, losses: Losses) -> JSON:
+        """What keeps a passed body below the config's ceiling."""
+        values = dialect.values_for_ceiling(body, most)
         if values:
             losses.drop("max_tokens")
         return values
@@ -9294,8 +9297,9 @@ class Gateway:
         """Refuses them where that is asked for, else counts them."""
         if exchange.is_strict:
             losses.refuse()
-        exchange.lost_fields = lost_fields(losses)
-        self.count_lost(losses.names, route)
+        if losses.names:
+            exchange.lost_fields = lost_fields(losses)
+            self.count_lost(losses.names, route)
 
     def count_lost(self, names: Iterable[str], route: Route) -> None:
         for name in names:
@@ -10179,7 +10183,7 @@ class Client(Wire):
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
-        super().write(data)
+        self._outbox.put(self.transport, data)
 
     def is_quiet(self, exchange: Exchange, now: float) -> bool:
         if not exchange.keepalive:
