@@ -1009,10 +1009,7 @@ class Fields:
         value = self.get(key, dict)
         if value is None:
             value = self.need(key, dict) if default is None else default
-        return self.inside(value, f"{self.place}{key}.")
-
-    def inside(self, wire: JSON, place: str) -> Fields:
-        return type(self)(wire, self.losses, place, self)
+        return type(self)(value, self.losses, f"{self.place}{key}.", self)
 
     def items(self, key: str, kind: type) -> Iterator[Tuple[str, Any]]:
         for i, item in enumerate(self.get(key, list) or ()):
@@ -1021,7 +1018,8 @@ class Fields:
             yield f"{self.place}{key}[{i}].", item
 
     def children(self, key: str) -> Iterator[Fields]:
-        return (self.inside(item, place) for place, item in self.items(key, dict))
+        return (type(self)(item, self.losses, place, self)
+                for place, item in self.items(key, dict))
 
     def strings(self, key: str) -> List[str]:
         return [item for _, item in self.items(key, str)]
@@ -1901,12 +1899,14 @@ def parse_content(
     return blocks
 
 
-def plain_turn(message: JSON, roles: Mapping[str, str]) -> Turn | None:
-    """Of a message that is a role and a text and no more, as most are."""
-    role, text = message.get("role"), message.get("content")
-    if len(message) != 2 or type(text) is not str or type(role) is not str or role not in roles:
-        return None
-    return Turn(roles[role], [Text(text=text)] if text else [])
+def messages_of(root: Fields, key: str, roles: Mapping[str, str]) -> Iterator[Turn | Fields]:
+    """One that is a role and a text and no more, as most are, is a turn already."""
+    for place, wire in root.items(key, dict):
+        role, text = wire.get("role"), wire.get("content")
+        if len(wire) == 2 and type(text) is str and type(role) is str and role in roles:
+            yield Turn(roles[role], [Text(text=text)] if text else [])
+        else:
+            yield Fields(wire, root.losses, place, root)
 
 
 def parse_cache(part: Fields) -> JSON | None:
@@ -2334,12 +2334,10 @@ def parse_chat_turns(root: Fields) -> Iterator[Turn]:
     root.need("messages", list)
     function_ids: Dict[str, str] = {}  # by the name of a deprecated function, its last call's
     numbers = itertools.count()
-    for place, wire in root.items("messages", dict):
-        turn = plain_turn(wire, PLAIN_CHAT_ROLES)
-        if turn is not None:
-            yield turn
+    for message in messages_of(root, "messages", PLAIN_CHAT_ROLES):
+        if isinstance(message, Turn):
+            yield message
             continue
-        message = root.inside(wire, place)
         role = message.one_of("role", CHAT_ROLES)
         blocks = parse_content(message, "content", CHAT_PARTS)
         if role == "function":
@@ -3447,12 +3445,10 @@ def parse_messages_turns(root: Fields) -> Iterator[Turn]:
             block.text = block.text.partition("\n")[2]
     yield Turn("system", system)
     root.need("messages", list)
-    for place, wire in root.items("messages", dict):
-        turn = plain_turn(wire, MESSAGES_ROLES)
-        if turn is not None:
-            yield turn
+    for message in messages_of(root, "messages", MESSAGES_ROLES):
+        if isinstance(message, Turn):
+            yield message
             continue
-        message = root.inside(wire, place)
         role = message.one_of("role", MESSAGES_ROLES)
         if role != "system":
             message.need("content", TEXT_OR_LIST)
@@ -4340,13 +4336,10 @@ class Responses(Dialect):
 
     def parse_request(self, wire: JSON, losses: Losses) -> Chat:
         root = Fields(wire, losses)
-        for key, advice in RESPONSES_STATE.items():
-            if root.skip(key) and wire[key] not in (False, "disabled"):
-                raise root.unsupported(key, f"needs a provider that keeps conversations; {advice}")
-        reasoning, text = root.child("reasoning", {}), root.child("text", {})
-        chat = Chat(root.need("model"), [], effort=reasoning.get("effort"),
-                    parallel=root.get("parallel_tool_calls", bool),
-                    stream=bool(root.get("stream", bool)), format=parse_format(text, "format"))
+        chat = Chat(root.need("model"), [], parallel=root.get("parallel_tool_calls", bool),
+                    stream=bool(root.get("stream", bool)))
+        if not RARE_IN_RESPONSES.isdisjoint(wire):
+            self._parse_rare_fields(root, chat)
         instructions = root.get("instructions")
         turns = [Turn("system", [Text(text=instructions)])] if instructions else []
         turns += parse_items(root, chat)
@@ -4358,26 +4351,33 @@ class Responses(Dialect):
                       if named[tool.name] is tool or named[tool.name] != tool]  # one said again
         chat.choice = parse_responses_choice(root, chat)
         self.parse_plain_fields(root, chat)
+        root.name_unknown()
+        chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
+        return chat
+
+    def _parse_rare_fields(self, root: Fields, chat: Chat) -> None:
+        for key, advice in RESPONSES_STATE.items():
+            if root.skip(key) and root.wire[key] not in (False, "disabled"):
+                raise root.unsupported(key, f"needs a provider that keeps conversations; {advice}")
+        reasoning, text = root.child("reasoning", {}), root.child("text", {})
+        chat.effort, chat.format = reasoning.get("effort"), parse_format(text, "format")
         include = root.strings("include")
         alternatives, asked = root.get("top_logprobs", int), "message.output_text.logprobs"
         chat.logprobs = alternatives or 0 if alternatives or asked in include else None
         root.hint(*RESPONSES_HINTS)
-        told = {**{key: root.get(key, OPTIONS[key].kind) for key in wire
+        told = {**{key: root.get(key, OPTIONS[key].kind) for key in root.wire
                    if key in OPTIONS and key not in RESPONSES_HINTS},
                 "verbosity": text.get("verbosity")}
         chat.options = {key: value for key, value in told.items() if value is not None}
         if chat.options.get("service_tier") == "ultrafast":  # which this API alone has
-            losses.hint("service_tier")
+            root.losses.hint("service_tier")
             del chat.options["service_tier"]
         if set(include) - {"reasoning.encrypted_content", asked}:
-            losses.hint("include")
+            root.losses.hint("include")
         reasoning.hint("generate_summary", "context", "mode")
         if reasoning.get("summary") not in (None, "auto"):
-            losses.hint("summary")
+            root.losses.hint("summary")
         root.child("stream_options", {}).hint("include_obfuscation")
-        root.name_unknown()
-        chat.echo = {key: wire[key] for key in RESPONSES_ECHO if wire.get(key) is not None}
-        return chat
 
     def parse_reply(self, wire: JSON, rewrites: Rewrites) -> Reply:
         """Read as the end of the stream that it could have been."""
@@ -4431,6 +4431,8 @@ RESPONSES_STATE = {
     "background_options": "leave it out", "truncation": "leave it out"}
 RESPONSES_HINTS = ("max_tool_calls", "context_management", "client_metadata", "access_programs",
                    "image", "prompt_cache_options", "moderation")
+RARE_IN_RESPONSES = frozenset([*RESPONSES_STATE, *RESPONSES_HINTS, *OPTIONS, "reasoning", "text",
+                               "include", "top_logprobs", "stream_options"])
 ONLY_IN_CHAT = frozenset(["seed", "logit_bias", "frequency_penalty", "presence_penalty"])
 SAID_IN_RESPONSES = frozenset(OPTIONS) - ONLY_IN_CHAT - {"prediction"}
 # What Codex's list of models needs of each.
@@ -4455,7 +4457,10 @@ def parse_items(root: Fields, chat: Chat) -> Iterator[Turn]:
     if isinstance(items, str):
         yield Turn("user", [Text(text=items)])
         return
-    for item in root.children("input"):
+    for item in messages_of(root, "input", ITEM_ROLES):
+        if isinstance(item, Turn):
+            yield item
+            continue
         kind = item.get("type") or ("message" if "role" in item.wire else "item_reference")
         item.skip("id", "status", "caller")
         item.hint("phase")
