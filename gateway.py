@@ -1071,23 +1071,6 @@ def sse(data: bytes, event: str = "") -> bytes:
 
 BOM = b"\xef\xbb\xbf"  # one may stand before all events
 EVENT_HEAD = re.compile(rb"(?:event: [^\r\n]*\n)?data: ")
-
-
-def event_data(raw: bytes) -> bytes:
-    """Of one whole event; its name is left out: the data say it too."""
-    head = EVENT_HEAD.match(raw)
-    if head and raw.endswith(b"\n\n"):
-        said = raw[head.end():-2]
-        if b"\n" not in said and b"\r" not in said:  # as nearly always
-            return said
-    data = []
-    for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
-        key, _, value = line.partition(b":")
-        if key == b"data":
-            data.append(value[1:] if value[:1] == b" " else value)
-    return b"\n".join(data)
-
-
 BLANK_LINE = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r\n?")
 
 
@@ -1123,7 +1106,8 @@ def event_end(block: bytes, at: int) -> int:
 
 
 def event_at(block: bytes, at: int) -> Tuple[bytes, int]:
-    """The data of the event that begins there, and where it ends."""
+    """The data of the event that begins there, and where it ends. Its name is left out: the data
+    say it too."""
     head = EVENT_HEAD.match(block, at)
     end = block.find(b"\n\n", at, at + 4096)
     if head and end >= 0:
@@ -1131,7 +1115,17 @@ def event_at(block: bytes, at: int) -> Tuple[bytes, int]:
         if b"\n" not in said and b"\r" not in said:  # as nearly always
             return said, end + 2
     end = event_end(block, at)
-    return event_data(block[at:end]), end
+    data = []
+    for line in block[at:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
+        key, _, value = line.partition(b":")
+        if key == b"data":
+            data.append(value[1:] if value[:1] == b" " else value)
+    return b"\n".join(data), end
+
+
+def event_data(raw: bytes) -> bytes:
+    """Of one whole event."""
+    return event_at(raw, 0)[0]
 
 
 def event_span(block: bytes, at: int) -> Tuple[int, int]:
@@ -8861,8 +8855,8 @@ def unreachable(provider: Provider) -> GatewayError:
 # 12. Gateway
 #
 # One exchange, from request to record. Handlers return a Response and write nothing; errors are
-# raised anywhere and rendered once; `record` runs once for each exchange and is the only place that
-# logs it and touches its metrics.
+# raised anywhere and rendered once; `record` is told once of each exchange, and is the only place
+# that logs it and touches its metrics.
 # ==============================
 
 BAD_KEY = re.compile(
