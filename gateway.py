@@ -248,6 +248,17 @@ def make_decode(decoder: json.JSONDecoder) -> Callable[[str], Any]:
 
 decode_json, decode_leniently, decode_members = map(
     make_decode, (DECODER, LENIENT_DECODER, MEMBERS_DECODER))
+
+
+def json_object(raw: bytes) -> JSON | None:
+    """None for anything else."""
+    try:
+        tree = decode_leniently(raw.decode())
+    except (ValueError, RecursionError):
+        return None
+    return tree if isinstance(tree, dict) else None
+
+
 ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 encode_string = json.encoder.encode_basestring
 
@@ -3233,8 +3244,9 @@ class ChatWatch(Watch):
     def _take_usage(self, block: bytes) -> bytes:
         at = find_usage(block, len(block))
         while at >= 0:
-            start, end = event_span(block, at)
-            chunk = parse_chunk(block[start:end])
+            start = last_blank_line(block, at)
+            data, end = event_at(block, start)
+            chunk = json_object(data) or {}
             usage = self._dialect.parse_usage(chunk.get("usage"))
             if usage is not None:
                 self.usage = usage
@@ -3278,10 +3290,7 @@ def said_by(choice: JSON) -> List[Any]:
 
 def parse_chunk(raw: bytes) -> JSON:
     """{} for anything but an object, which passes too."""
-    try:
-        return as_object(decode_leniently(event_data(raw).decode()))
-    except (ValueError, RecursionError):
-        return {}
+    return json_object(event_data(raw)) or {}
 
 
 class Messages(Dialect):
@@ -8301,7 +8310,6 @@ class Wire(asyncio.Protocol):
     """
 
     transport: asyncio.Transport
-    _loop: asyncio.AbstractEventLoop
 
     def __init__(self, max_head: int, outbox: Outbox) -> None:
         self.buffer = bytearray()
@@ -8334,7 +8342,6 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._loop = asyncio.get_running_loop()  # to ask for it each time is a system call
         # asyncio reads into 256 KiB, which malloc maps and unmaps anew for each read.
         if hasattr(transport, "max_size"):
             transport.max_size = MAX_READ_BYTES
@@ -8393,7 +8400,7 @@ class Wire(asyncio.Protocol):
         if self._is_paused:
             self.resume()
         self._wanted = wanted
-        self._waiter = waiter = self._loop.create_future()
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
         return waiter
 
     def pause(self) -> None:
@@ -8443,7 +8450,7 @@ class Wire(asyncio.Protocol):
         """Waits until the transport holds less than its limit; raises ConnectionResetError."""
         self._outbox.flush()
         if self._is_full:
-            self._drainer = self._loop.create_future()
+            self._drainer = asyncio.get_running_loop().create_future()
             await self._drainer
         if self.transport.is_closing():
             raise ConnectionResetError
@@ -10002,14 +10009,6 @@ def lost_fields(losses: Losses) -> List[Tuple[str, str]]:
         return []
     names = ", ".join(losses.names).encode("ascii", "backslashreplace").decode()
     return [("x-gateway-lost", clipped(names, MAX_LOST_BYTES))]
-
-
-def json_object(body: bytes) -> JSON | None:
-    try:
-        tree = decode_leniently(body.decode())
-    except (ValueError, RecursionError):
-        return None
-    return tree if isinstance(tree, dict) else None
 
 
 def told_error(body: bytes) -> JSON | None:
