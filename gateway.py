@@ -10150,7 +10150,8 @@ SMALL_REST_BYTES = 64 << 10  # of a refused request's body: read and dropped, el
 LINGER_SECONDS = 2.0
 BACKLOG = 1024
 HANG_UPS = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-ACCEPTS_AT_ONCE = 128  # also how often asyncio tries, in vain, once a second without descriptors
+ACCEPTS_AT_ONCE = 32  # also how often asyncio tries in vain, each time, without descriptors
+ACCEPT_RETRY_SECONDS = 0.25  # asyncio's is one; it then takes as many as are free, dead ones too
 TLS_HANDSHAKE = b"\x16"  # how it begins: there will be no head
 UNBUFFERED = ("x-accel-buffering", "no")  # else nginx holds a stream's events back to its end
 NO_HEAD = RequestHead("", "", "", False, {}, 0)  # stands for one that could not be read
@@ -10435,6 +10436,7 @@ class Server:
 
     async def listen(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        asyncio.constants.ACCEPT_RETRY_DELAY = ACCEPT_RETRY_SECONDS  # type: ignore[assignment,misc]
         self._listeners.append(await loop.create_server(
             lambda: Client(self), sock=sock, backlog=ACCEPTS_AT_ONCE))
         sock.listen(BACKLOG)
