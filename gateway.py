@@ -1379,8 +1379,8 @@ class MarkedWatch(Watch):
             at = min([place for place in places.values() if place >= 0], default=-1)
             if at < 0:
                 return block
-            start, end = event_span(block, at)
-            self.look_at(parse_chunk(block[start:end]))
+            chunk, _, end = chunk_around(block, at)
+            self.look_at(chunk)
             for mark, place in places.items():  # one that is nowhere is not looked for again
                 places[mark] = block.find(mark, end) if 0 <= place < end else place
         return block[:end]
@@ -3244,9 +3244,7 @@ class ChatWatch(Watch):
     def _take_usage(self, block: bytes) -> bytes:
         at = find_usage(block, len(block))
         while at >= 0:
-            start = last_blank_line(block, at)
-            data, end = event_at(block, start)
-            chunk = json_object(data) or {}
+            chunk, start, end = chunk_around(block, at)
             usage = self._dialect.parse_usage(chunk.get("usage"))
             if usage is not None:
                 self.usage = usage
@@ -3291,6 +3289,13 @@ def said_by(choice: JSON) -> List[Any]:
 def parse_chunk(raw: bytes) -> JSON:
     """{} for anything but an object, which passes too."""
     return json_object(event_data(raw)) or {}
+
+
+def chunk_around(block: bytes, at: int) -> Tuple[JSON, int, int]:
+    """Of the event that holds this place, and where it starts and ends."""
+    start = last_blank_line(block, at)
+    data, end = event_at(block, start)
+    return json_object(data) or {}, start, end
 
 
 class Messages(Dialect):
