@@ -6122,8 +6122,8 @@ class GeminiWatch(MarkedWatch):
         passed = super().feed(block)
         at, usage = passed.rfind(b'"usageMetadata"'), None
         while at >= 0 and usage is None:
-            start, end = event_span(passed, at)
-            usage = self._dialect.parse_usage(parse_chunk(passed[start:end]).get("usageMetadata"))
+            chunk, start, _ = chunk_around(passed, at)
+            usage = self._dialect.parse_usage(chunk.get("usageMetadata"))
             at = passed.rfind(b'"usageMetadata"', 0, start)
         self.usage = usage or self.usage
         return passed
